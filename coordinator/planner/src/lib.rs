@@ -1,0 +1,1 @@
+//! Decides: admission, schedule, blocks, routing; values in, values out.

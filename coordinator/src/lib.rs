@@ -1,0 +1,1 @@
+//! Decides what the workers do, and speaks HTTP to the world.

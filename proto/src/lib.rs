@@ -1,0 +1,1 @@
+//! The words of Phalanx: ids, fences, plans, results, model shape, layout, memory.

@@ -1,0 +1,1 @@
+//! The words of Phalanx on the wire: gRPC services and checked conversions.

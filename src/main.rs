@@ -1,0 +1,3 @@
+//! The one binary users run.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! gpt-oss, written once over a backend and a set of collectives.

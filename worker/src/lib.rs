@@ -1,0 +1,1 @@
+//! Does what the plan says: runs steps, exchanges rows, samples.
