@@ -1,1 +1,23 @@
-//! Every op of gpt-oss as a naive reference and as fast kernels, behind one trait.
+//! Every op of gpt-oss: naive as a reference, fast on CPUs, behind one trait.
+//!
+//! - [`backend`]: the vocabulary, about fifteen fused ops with their shapes.
+//! - [`reference`]: each op as the paper states it, in f64; the specification, never optimised.
+//! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
+//! - [`memory`]: mapped files and buffers.
+//!
+//! Absent on purpose: the model (which op follows which), ranks and transports, plans.
+//! Two rules bind every backend: a row's result depends on the row alone, never on how many rows there are or
+//! how work is divided; and every sum has one order.
+
+#![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets and mapped files")]
+
+pub mod backend;
+pub mod memory;
+pub mod parts;
+
+pub use parts::HostParts;
+
+pub use backend::{
+    BLOCK_SIZE, Backend, Draw, EmbeddingBytes, EmbeddingSource, ExpertShape, ExpertSource, KernelError, KvLayer,
+    KvShape, NO_SLOT, PoolShape, Precision, RopeTable, SEGMENT, SWIGLU_ALPHA, Stack, StepInputs, TokenSource,
+};

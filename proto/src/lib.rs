@@ -1,1 +1,29 @@
-//! The words of Phalanx: ids, fences, plans, results, model shape, layout, memory.
+//! The words of Phalanx.
+//!
+//! Coordinator and workers share nothing but these: who is meant ([`ids`]), which moment is meant
+//! ([`Fence`]), what to do ([`StepPlan`]), what came of it ([`StepResult`]), the shape of the model
+//! ([`ModelConfig`]), who holds what ([`Layout`], [`Placement`]), and how much of everything there may
+//! be ([`Limits`], [`MemoryPlan`]). Plain values: no dependency, no clock, no socket.
+
+pub mod config;
+pub mod fence;
+pub mod ids;
+pub mod layout;
+pub mod limits;
+pub mod memory;
+pub mod numerics;
+pub mod plan;
+pub mod result;
+
+pub use config::{ConfigError, LayerKind, ModelConfig, Rope};
+pub use fence::{Epoch, Fence, StepId, Term};
+pub use ids::{BlockId, Bytes, CellId, ExpertId, ExpertSlot, LayerIdx, Position, Rank, SeqId, TokenId};
+pub use layout::{Layout, LayoutError, Placement};
+pub use limits::Limits;
+pub use memory::{BackendReport, MemoryPlan, MemoryRefused};
+pub use numerics::{DenseType, NumericsId, Precision};
+pub use plan::{
+    Admission, BlockAddress, BlockGrant, KvOp, Outputs, PlanError, Pool, Rows, Sampling, Start, StepHeader, StepPlan,
+    Tier, Tokens,
+};
+pub use result::{ExchangeCounters, Phase, PhaseTimes, RowsResult, StepResult};

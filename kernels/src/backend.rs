@@ -1,0 +1,375 @@
+//! The vocabulary of gpt-oss: what every backend can do.
+//!
+//! Shape letters: `T` rows of this rank in the step, `H` hidden, `Nq` query heads, `Nkv` key and value heads,
+//! `D` head width, `E` experts, `K` experts of a token, `I` expert width, `V` vocabulary, `M` rows received.
+//!
+//! Ops are enqueued: they return nothing, and what they find out (routes, counts, tokens) stays where the
+//! backend keeps it until [`Backend::finish`]. Shapes come from the plan alone.
+
+use crate::memory::Source;
+
+/// Positions of a KV block.
+pub const BLOCK_SIZE: usize = 16;
+
+/// Positions of an attention segment. Segments begin at multiples of this, each has its own maximum, sum and
+/// output, and they are merged in ascending order; so the result does not depend on chunks or threads.
+pub const SEGMENT: usize = 64;
+
+/// The constant in `g * sigmoid(alpha * g)`.
+//= gpt-oss model.py#swiglu
+pub const SWIGLU_ALPHA: f32 = 1.702;
+
+/// In a dispatched row's slot list: this choice is worked on by another rank.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// How much is rounded on the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 activations, KV and wire; weights widened in registers.
+    Exact,
+    /// int8 activations per block of 32 in the experts; bf16 KV and wire.
+    #[default]
+    Fast,
+}
+
+/// What went wrong inside a step; found at [`Backend::finish`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KernelError {
+    /// Bytes of a tensor do not have the size that its shape needs.
+    #[error("{what} has {got} bytes, its shape needs {need}")]
+    Size {
+        /// Which tensor.
+        what: &'static str,
+        /// Bytes there are.
+        got: usize,
+        /// Bytes there should be.
+        need: usize,
+    },
+    /// Another rank sent rows that cannot be read.
+    #[error("rank {rank} sent {what}; all ranks must run the same build")]
+    Received {
+        /// The rank.
+        rank: usize,
+        /// What was wrong.
+        what: &'static str,
+    },
+    /// The threads could not be started.
+    #[error("cannot start {threads} threads: {why}; use fewer --threads")]
+    Threads {
+        /// How many.
+        threads: usize,
+        /// The system's reason.
+        why: String,
+    },
+}
+
+/// Rotary frequencies, `[D/2]`, and the factor on both q and k.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    /// Radians a position, for each pair of dimensions.
+    pub inv_freq: Vec<f64>,
+    /// Multiplies cosine and sine.
+    pub scale: f64,
+}
+
+/// What a row reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenSource {
+    /// This token.
+    Given(u32),
+    /// The token last sampled into this token slot, see [`Draw::slot`].
+    Sampled(u32),
+}
+
+/// What the rows of one step are. Row `t` of a step is the same row in every `[T, ..]` tensor.
+#[derive(Clone, Debug, Default)]
+pub struct StepInputs {
+    /// What each row reads, `[T]`.
+    pub tokens: Vec<TokenSource>,
+    /// Position of each row in its sequence, `[T]`.
+    pub positions: Vec<u32>,
+    /// Sequence of each row as an index into the tables, `[T]`.
+    pub sequences: Vec<u32>,
+    /// Per pool (as in [`KvShape::pools`]) and sequence: block of each stretch of [`BLOCK_SIZE`] positions.
+    /// Stretches that no row of the step sees may hold any number.
+    pub tables: Vec<Vec<Vec<u32>>>,
+}
+
+/// One kind of KV memory: how many layers share a block id and how many blocks there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolShape {
+    /// Layers of the pool.
+    pub layers: usize,
+    /// Blocks of each layer.
+    pub blocks: usize,
+}
+
+/// The paged KV memory of a rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// The pools.
+    pub pools: Vec<PoolShape>,
+    /// `Nkv`.
+    pub kv_heads: usize,
+    /// `D`.
+    pub head_dim: usize,
+}
+
+/// A layer's place in the KV memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayer {
+    /// Index of the pool.
+    pub pool: usize,
+    /// Index of the layer within the pool.
+    pub layer: usize,
+}
+
+/// A bf16 matrix with its bias, to be stacked under others of the same width.
+#[derive(Clone, Copy, Debug)]
+pub struct Stack<'a> {
+    /// bf16 little endian, `[rows, cols]`.
+    pub weight: Source<'a>,
+    /// bf16 little endian, `[rows]`.
+    pub bias: Option<Source<'a>>,
+}
+
+/// Widths of the experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertShape {
+    /// `H`, a multiple of 32.
+    pub hidden: usize,
+    /// `I`, a multiple of 32.
+    pub intermediate: usize,
+    /// Clamp of the SwiGLU inputs.
+    pub limit: f32,
+}
+
+/// One expert as the checkpoint holds it. Rows `2i` of gate-up are gates, rows `2i + 1` are ups.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertSource<'a> {
+    /// `[2I, H/32, 16]` bytes: byte `b` of a block holds columns `2b` (low nibble) and `2b + 1`.
+    pub gate_up_blocks: Source<'a>,
+    /// `[2I, H/32]`, E8M0.
+    pub gate_up_scales: Source<'a>,
+    /// bf16 `[2I]`.
+    pub gate_up_bias: Source<'a>,
+    /// `[H, I/32, 16]` bytes.
+    pub down_blocks: Source<'a>,
+    /// `[H, I/32]`, E8M0.
+    pub down_scales: Source<'a>,
+    /// bf16 `[H]`.
+    pub down_bias: Source<'a>,
+}
+
+/// How a token is drawn from a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Where the token is kept for [`TokenSource::Sampled`]; below the number given to [`Backend::token_slots`].
+    pub slot: u32,
+    /// 0 takes the largest logit, the lowest id among equals.
+    pub temperature: f32,
+    /// Keeps the smallest set of most likely tokens with at least this probability.
+    pub top_p: f32,
+    /// Seed of the request.
+    pub seed: u64,
+    /// Choice of the request.
+    pub choice: u32,
+    /// Position that the token will have.
+    pub position: u32,
+}
+
+/// A processor that runs gpt-oss.
+///
+/// A row's result is a function of the row, of what its position sees, and of the weights: bit for bit the same
+/// alone or beside others.
+pub trait Backend: Send + Sized + 'static {
+    /// f32 activations, `[rows, cols]`, of fixed capacity.
+    type Rows: Send;
+    /// f32 `[n]`.
+    type Vector: Send;
+    /// A dense matrix with bias, laid out for this backend.
+    type Dense: Send;
+    /// The embedding table.
+    type Embedding: Send;
+    /// The expert slots of one layer on this rank.
+    type Experts: Send;
+    /// Where each expert of a layer lives: `[E]` of (rank, slot).
+    type Places: Send;
+    /// Keys and values.
+    type Kv: Send;
+    /// The experts chosen for each row and their weights, `[T, K]`.
+    type Routes: Send;
+    /// Received rows in the experts' hands: grouped by slot, between gate-up and down.
+    type Work: Send;
+    /// Bytes to or from each rank.
+    type Parts: Send;
+
+    // Memory. Sizes are capacities; nothing grows afterwards.
+
+    /// Activations for up to `rows` rows.
+    fn rows(&mut self, rows: usize, cols: usize) -> Self::Rows;
+
+    /// Routes for up to `rows` rows of `K` choices.
+    fn routes(&mut self, rows: usize, top_k: usize) -> Self::Routes;
+
+    /// Room for `received` rows of which each has up to `choices` slots here.
+    fn work(&mut self, received: usize, choices: usize, shape: ExpertShape) -> Self::Work;
+
+    /// Buffers for exchanges with `ranks` ranks, this one included, of up to `bytes_max` bytes in all.
+    fn parts(&mut self, ranks: usize, bytes_max: usize) -> Self::Parts;
+
+    /// KV memory.
+    fn kv(&mut self, shape: &KvShape) -> Self::Kv;
+
+    /// Remembers the last sampled token of up to `slots` sequences.
+    fn token_slots(&mut self, slots: usize);
+
+    // Weights. Sources are released piece by piece as they are read.
+
+    /// bf16 `[n]` widened to f32.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn vector(&mut self, source: Source<'_>) -> Result<Self::Vector, KernelError>;
+
+    /// Matrices `[rows, cols]` stacked into one.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Self::Dense, KernelError>;
+
+    /// The embedding, bf16 `[V, H]`. Used in place where the backend reads host memory.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Self::Embedding, KernelError>;
+
+    /// Room for the experts of one layer.
+    fn experts(&mut self, slots: usize, shape: ExpertShape) -> Self::Experts;
+
+    /// Puts an expert into a slot.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn load_expert(
+        &mut self,
+        experts: &mut Self::Experts,
+        slot: usize,
+        source: &ExpertSource<'_>,
+    ) -> Result<(), KernelError>;
+
+    /// Where each expert of a layer lives, `[E]` of (rank, slot).
+    fn places(&mut self, places: &[(u32, u32)]) -> Self::Places;
+
+    // The step, in the order of the forward pass.
+
+    /// Begins a step of `T` rows. `T` may be 0: the rank then only serves its experts.
+    fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable);
+
+    /// Copies a block of every layer of a pool.
+    fn copy_block(&mut self, kv: &mut Self::Kv, pool: usize, from: u32, to: u32);
+
+    /// `out: [T, H]` = embedding of each row's token.
+    fn embed(&mut self, table: &Self::Embedding, out: &mut Self::Rows);
+
+    /// `x: [n, H] -> out: [n, H]`, `x * rsqrt(mean(x^2) + eps) * weight`, in f32.
+    fn norm(&mut self, x: &Self::Rows, weight: &Self::Vector, eps: f32, out: &mut Self::Rows);
+
+    /// `x: [n, cols] -> out: [n, rows]`, `x W^T + b`.
+    fn project(&mut self, x: &Self::Rows, weight: &Self::Dense, out: &mut Self::Rows);
+
+    /// Rotates q and k of `qkv: [T, Nq*D + 2*Nkv*D]` in place (half-split pairs `j, j + D/2`) and writes k and v
+    /// to the KV memory at each row's position.
+    fn rotate_and_store(&mut self, qkv: &mut Self::Rows, kv: &mut Self::Kv, layer: KvLayer);
+
+    /// `qkv: [T, Nq*D + ..] -> out: [T, Nq*D]`. Row at position `p` sees keys `p - window < j <= p` (all `j <= p`
+    /// without a window) of its sequence; scores are scaled by `1/sqrt(D)`; `sinks: [Nq]` join the softmax's
+    /// sum once, unscaled and without a value.
+    fn attend(
+        &mut self,
+        qkv: &Self::Rows,
+        kv: &Self::Kv,
+        layer: KvLayer,
+        sinks: &Self::Vector,
+        window: Option<u32>,
+        out: &mut Self::Rows,
+    );
+
+    /// `residual: [T, rows] += x W^T + b`.
+    fn project_add(&mut self, x: &Self::Rows, weight: &Self::Dense, residual: &mut Self::Rows);
+
+    /// `x: [T, H] -> [T, K]`: the `K` largest router logits in descending order, the lowest expert among equals,
+    /// and the softmax over those `K`.
+    fn route(&mut self, x: &Self::Rows, router: &Self::Dense, routes: &mut Self::Routes);
+
+    /// Writes each row of `x: [T, H]` once into the part of every rank that holds one of its experts.
+    /// A record is `K` slots (u32 little endian, [`NO_SLOT`] where another rank holds the choice) and `H` numbers
+    /// of the wire type; records follow row order.
+    fn dispatch(&mut self, x: &Self::Rows, routes: &Self::Routes, places: &Self::Places, out: &mut Self::Parts);
+
+    /// Reads the records of all ranks, in rank order, and groups them by slot.
+    fn receive(&mut self, received: &Self::Parts, experts: &Self::Experts, work: &mut Self::Work);
+
+    /// For each (row, choice) here: `[H] -> [I]`, gate-up with bias, then
+    /// `min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1)`.
+    fn gate_up(&mut self, experts: &Self::Experts, work: &mut Self::Work);
+
+    /// For each (row, choice) here: `[I] -> [H]`, down with bias, one row of the wire type per choice into the
+    /// part of the rank that the row came from, in the order of its records and their choices.
+    fn down(&mut self, experts: &Self::Experts, work: &Self::Work, out: &mut Self::Parts);
+
+    /// `residual: [T, H] += sum over k ascending of weight_k * returned_k`, in f32.
+    fn combine(
+        &mut self,
+        returned: &Self::Parts,
+        routes: &Self::Routes,
+        places: &Self::Places,
+        residual: &mut Self::Rows,
+    );
+
+    /// `out: [n, cols]` = rows `rows[0..n]` of `x`.
+    fn gather(&mut self, x: &Self::Rows, rows: &[u32], out: &mut Self::Rows);
+
+    /// Draws a token from each row of `logits: [n, V]`. A draw is a function of the row and of its own fields.
+    fn sample(&mut self, logits: &Self::Rows, draws: &[Draw]);
+
+    /// Puts a token into a slot, as if it had been sampled.
+    fn set_token(&mut self, slot: u32, token: u32);
+
+    // Reading back; these wait.
+
+    /// The tokens of all [`Backend::sample`]s since [`Backend::begin`], in order.
+    fn sampled(&mut self) -> Vec<u32>;
+
+    /// The numbers of `rows`, row-major.
+    fn read(&mut self, rows: &Self::Rows) -> Vec<f32>;
+
+    /// Makes `rows` hold `values: [n, cols]`; for tests and for tools.
+    fn write(&mut self, rows: &mut Self::Rows, values: &[f32]);
+
+    /// Waits for all ops of the step.
+    ///
+    /// # Errors
+    /// What went wrong in any of them; the step's results are then worthless.
+    fn finish(&mut self) -> Result<(), KernelError>;
+
+    // What the backend is.
+
+    /// Bytes of a dispatch record: `K` slots and `H` numbers of the wire type.
+    fn dispatch_record(&self, top_k: usize, hidden: usize) -> usize;
+
+    /// Bytes of a returned row.
+    fn combine_record(&self, hidden: usize) -> usize;
+
+    /// Bytes of weights, KV and buffers held.
+    fn allocated(&self) -> u64;
+}
+
+/// Where the embedding table's bytes are: bf16 little endian, `[V, H]`.
+pub type EmbeddingSource = std::sync::Arc<dyn EmbeddingBytes>;
+
+/// Owns the bytes of an embedding table, in memory or in a mapped checkpoint.
+pub trait EmbeddingBytes: Send + Sync {
+    /// The whole table.
+    fn table(&self) -> &[u8];
+}

@@ -1,0 +1,114 @@
+//! Host memory: files mapped for reading, and buffers whose pages exist from the start.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+/// A file mapped for reading.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: memmap2::Mmap,
+}
+
+impl MappedFile {
+    /// Maps the whole of the file at `path`.
+    ///
+    /// # Errors
+    /// The file cannot be opened, measured or mapped.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        // SAFETY: the map is private and read-only. A file changed by another process while mapped shows as
+        // other bytes (weights are plain numbers, every pattern is valid) and, if cut short, as SIGBUS: the
+        // checkpoint must not be edited while in use, which the user guide states.
+        let map = unsafe { memmap2::MmapOptions::new().map(&file)? };
+        Ok(Self { map })
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether the file is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// The bytes of `range`, or `None` outside the file.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Option<Source<'_>> {
+        self.map.get(range).map(|bytes| Source { bytes, mapped: true })
+    }
+}
+
+/// Bytes of a tensor to be read once: from a mapped file, whose pages can be given back, or from memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    bytes: &'a [u8],
+    mapped: bool,
+}
+
+impl<'a> Source<'a> {
+    /// Bytes that are in memory anyway.
+    #[must_use]
+    pub const fn memory(bytes: &'a [u8]) -> Self {
+        Self { bytes, mapped: false }
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Whether the bytes are pages of a file.
+    #[must_use]
+    pub const fn is_mapped(&self) -> bool {
+        self.mapped
+    }
+
+    /// A part of the bytes, or `None` outside them.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        self.bytes.get(range).map(|bytes| Self { bytes, mapped: self.mapped })
+    }
+
+    /// Gives the pages back to the system after the bytes have been read. They can be read again, from the
+    /// file. Does nothing for bytes in memory.
+    pub fn release(&self) {
+        if self.mapped {
+            release_pages(self.bytes);
+        }
+    }
+}
+
+#[cfg(unix)]
+fn release_pages(bytes: &[u8]) {
+    const PAGE: usize = 4096;
+    let start = bytes.as_ptr().align_offset(PAGE);
+    let Some(inner) = bytes.get(start..) else { return };
+    let len = inner.len() / PAGE * PAGE;
+    if len == 0 {
+        return;
+    }
+    // SAFETY: the range lies within a live private read-only file mapping (only `MappedFile::slice` sets
+    // `mapped`), starts on a page and has whole pages; dropping such pages only means that the next read
+    // fetches the same bytes from the file.
+    let done = unsafe { rustix::mm::madvise(inner.as_ptr().cast_mut().cast(), len, rustix::mm::Advice::LinuxDontNeed) };
+    debug_assert!(done.is_ok(), "madvise refused a range of a live mapping: {done:?}");
+}
+
+#[cfg(not(unix))]
+fn release_pages(_bytes: &[u8]) {}
+
+/// `len` zeroed elements whose pages exist from now on, so that memory planned is memory held.
+#[must_use]
+pub fn resident<T: Copy + Default>(len: usize) -> Vec<T> {
+    let mut data = Vec::with_capacity(len);
+    // Written element by element: a zeroed allocation would hand out pages that do not exist yet.
+    data.resize_with(len, || std::hint::black_box(T::default()));
+    data
+}

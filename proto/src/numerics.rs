@@ -1,0 +1,58 @@
+//! What decides the bits of a result besides the weights and the row.
+
+use std::fmt;
+
+/// How much is rounded on the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Weights widened in registers, f32 activations, f32 KV, f32 on the wire: the parity oracle.
+    Exact,
+    /// int8 activations per block of 32 in the experts, bf16 KV, bf16 rows on the wire.
+    #[default]
+    Fast,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        })
+    }
+}
+
+/// How dense weights are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DenseType {
+    /// bfloat16, as in the checkpoint.
+    #[default]
+    Bf16,
+}
+
+/// Two workers with the same id compute the same bits. A cell has one; it is part of the epoch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NumericsId(pub String);
+
+impl NumericsId {
+    /// Longest accepted id in bytes.
+    pub const LEN_MAX: usize = 256;
+
+    /// The id of a backend: kernels' version, architecture family, precision and types.
+    #[must_use]
+    pub fn new(kernels: u32, family: &str, precision: Precision, dense: DenseType) -> Self {
+        let kv = match precision {
+            Precision::Exact => "f32",
+            Precision::Fast => "bf16",
+        };
+        let dense = match dense {
+            DenseType::Bf16 => "bf16",
+        };
+        Self(format!("{family}-{kernels}/{precision}/dense-{dense}/kv-{kv}"))
+    }
+}
+
+impl fmt::Display for NumericsId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
