@@ -1,1 +1,3 @@
 //! Decides what the workers do, and speaks HTTP to the world.
+
+pub mod engine_client;
