@@ -1,5 +1,6 @@
 //! How much of everything there may be. Computed once at start-up; exceeding one is a refusal, never growth.
 
+use crate::config::ModelConfig;
 use crate::plan::Pool;
 
 /// The bounds of one rank, the same on every rank of a cell.
@@ -32,10 +33,15 @@ impl Limits {
         }
     }
 
-    /// Most blocks of the window pool that one sequence can need: the window before the first row of a
-    /// chunk, the chunk, and a partly filled block at either end.
+    /// The bounds of a rank that holds `kv_tokens` tokens of context for `seqs_max` sequences. The window pool is
+    /// sized so that it never runs out: every sequence's window, partly filled blocks at either end, and the rows
+    /// of a step.
     #[must_use]
-    pub const fn window_blocks_of_sequence(&self, window: u32) -> u32 {
-        (window + self.step_rows_max).div_ceil(self.block_size) + 1
+    pub fn new(model: &ModelConfig, seqs_max: u32, step_rows_max: u32, kv_tokens: u32) -> Self {
+        let size = Self::BLOCK_SIZE;
+        let full_blocks = kv_tokens.div_ceil(size).max(1);
+        let window_blocks = seqs_max * (model.window.div_ceil(size) + 2) + step_rows_max.div_ceil(size);
+        let context = model.context.min(full_blocks.saturating_mul(size));
+        Self { seqs_max, step_rows_max, block_size: size, full_blocks, window_blocks, context }
     }
 }

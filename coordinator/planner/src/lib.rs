@@ -1,1 +1,18 @@
-//! Decides: admission, schedule, blocks, routing; values in, values out.
+//! Decides: who runs, where, and with which KV blocks. Values in, values out.
+//!
+//! - [`Engine`]: the life of every request of one cell, from submission to its last token.
+//! - [`blocks`]: which KV block belongs to whom.
+//! - [`router`]: on which rank a request lives.
+//! - [`schedule`]: what each rank does in the next step.
+//! - [`invariants`]: what must hold after every decision.
+//!
+//! Absent on purpose: clocks, randomness, sockets, threads, tensors. The same calls give the same plans.
+
+pub mod blocks;
+pub mod engine;
+pub mod invariants;
+pub mod router;
+pub mod schedule;
+pub mod sequence;
+
+pub use engine::{ApplyError, Engine, EngineConfig, Event, FinishReason, Refused, Request, Want};

@@ -3,6 +3,15 @@
 //! Absent on purpose: devices, transports, runtimes. Which op runs where is the backend's concern
 //! (`phalanx-kernels`); how bytes reach another rank is the concern of the collectives' implementor.
 
+pub mod checkpoint;
 pub mod collectives;
+pub mod nano;
+pub mod weights;
+pub mod rope;
+pub mod gpt_oss;
+pub mod error;
 
+pub use checkpoint::{Checkpoint, CheckpointError};
+pub use error::{ForwardError, LoadError};
+pub use gpt_oss::{GptOss, Step, Watch};
 pub use collectives::{CollectiveError, Collectives, Exchange, ExchangeKind};
