@@ -95,6 +95,15 @@ pub enum GenerateEvent {
     Failed(EngineError),
 }
 
+/// An event and when it happened, however late it is read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stamped {
+    /// When the engine sent it.
+    pub at: Instant,
+    /// What happened.
+    pub event: GenerateEvent,
+}
+
 impl GenerateEvent {
     /// Whether no event follows this one.
     #[must_use]
@@ -266,13 +275,13 @@ pub struct Submission {
 
 /// Where the engine puts the events of one generation.
 #[derive(Debug)]
-pub struct EventSender(mpsc::Sender<GenerateEvent>);
+pub struct EventSender(mpsc::Sender<Stamped>);
 
 impl EventSender {
     /// Sends the next event without waiting: there is room for every event that a request can have. Returns false when
     /// nobody listens any more, and the request should end.
     pub fn send(&self, event: GenerateEvent) -> bool {
-        self.0.try_send(event).is_ok()
+        self.0.try_send(Stamped { at: Instant::now(), event }).is_ok()
     }
 
     /// Whether the [`Generation`] was dropped.
@@ -285,19 +294,20 @@ impl EventSender {
 /// A request that was admitted. Dropping it cancels the request in the engine.
 #[derive(Debug)]
 pub struct Generation {
-    events: mpsc::Receiver<GenerateEvent>,
+    events: mpsc::Receiver<Stamped>,
     ended: bool,
 }
 
 impl Generation {
     /// The next event; none after the last. An engine that vanishes gives [`EngineError::Gone`].
-    pub async fn next(&mut self) -> Option<GenerateEvent> {
+    pub async fn next(&mut self) -> Option<Stamped> {
         if self.ended {
             return None;
         }
-        let event = self.events.recv().await.unwrap_or(GenerateEvent::Failed(EngineError::Gone));
-        self.ended = event.is_last();
-        Some(event)
+        let gone = || Stamped { at: Instant::now(), event: GenerateEvent::Failed(EngineError::Gone) };
+        let stamped = self.events.recv().await.unwrap_or_else(gone);
+        self.ended = stamped.event.is_last();
+        Some(stamped)
     }
 }
 
