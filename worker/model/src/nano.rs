@@ -85,12 +85,8 @@ fn expand() -> Vec<Full> {
     let vocab = serde_json::from_str::<Value>(CONFIG).expect(WHOLE)["vocab_size"].as_u64().expect(WHOLE) as usize;
     let pack = header::parse(PACK).expect(WHOLE);
     let bytes = |name: &str| &PACK[pack[name].range.clone()];
-    let used: Vec<usize> = bytes("used_token_ids")
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|&id| u32::from_le_bytes(id) as usize)
-        .collect();
+    let used: Vec<usize> =
+        bytes("used_token_ids").as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id) as usize).collect();
     let table = |name: &str| {
         let stem = name.trim_end_matches(".weight");
         let shared = bytes(&format!("{stem}.shared_row"));

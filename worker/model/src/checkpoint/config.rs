@@ -191,7 +191,7 @@ fn rope(fields: Fields<'_>, context: u32) -> Result<Rope, ConfigError> {
         original_context: original,
         truncate: scaling.flag("truncate")?.unwrap_or(true),
         //= arXiv:2309.00071 (section 3.4)
-        attention_factor: scaling.number("attention_factor")?.unwrap_or(0.1 * factor.ln() + 1.0),
+        attention_factor: scaling.number("attention_factor")?.unwrap_or_else(|| 0.1 * factor.ln() + 1.0),
     })
 }
 

@@ -145,10 +145,8 @@ impl Contents {
     }
 
     pub(super) fn files(&self) -> Vec<FileSize> {
-        let size = |shard: &Arc<Shard>| FileSize {
-            name: shard.name.clone(),
-            bytes: shard.whole().bytes().len() as u64,
-        };
+        let size =
+            |shard: &Arc<Shard>| FileSize { name: shard.name.clone(), bytes: shard.whole().bytes().len() as u64 };
         self.shards.iter().map(size).collect()
     }
 
@@ -204,9 +202,7 @@ impl Contents {
         let path = dir.join(name);
         let file = regular_file(&path).and_then(|_| MappedFile::open(&path));
         match (file, used) {
-            (Ok(file), _) => {
-                self.parse_shard(Shard { name: name.to_owned(), path, storage: Storage::Mapped(file) })
-            }
+            (Ok(file), _) => self.parse_shard(Shard { name: name.to_owned(), path, storage: Storage::Mapped(file) }),
             (Err(error), Some((tensor, others))) if error.kind() == io::ErrorKind::NotFound => {
                 self.defects.push(CheckpointError::MissingShard { path, tensor: tensor.clone(), others });
                 None

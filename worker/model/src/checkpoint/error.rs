@@ -11,8 +11,11 @@ use super::header::{Dtype, HeaderError};
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A name that leads nowhere.
-    #[error("no model `{model}`: looked at {}; give `nano`, a checkpoint directory, or the id of a model in the \
-        local Hugging Face cache (download one with `hf download openai/gpt-oss-20b`)", list(looked))]
+    #[error(
+        "no model `{model}`: looked at {}; give `nano`, a checkpoint directory, or the id of a model in the \
+        local Hugging Face cache (download one with `hf download openai/gpt-oss-20b`)",
+        list(looked)
+    )]
     Unknown {
         /// What was asked for.
         model: String,

@@ -81,13 +81,13 @@ impl fmt::Display for Dtype {
 
 /// Where a tensor lies in its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Type of its numbers.
-    pub dtype: Dtype,
+    pub(crate) dtype: Dtype,
     /// Its dimensions, slowest first.
-    pub shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     /// Its bytes, counted from the beginning of the file.
-    pub range: Range<usize>,
+    pub(crate) range: Range<usize>,
 }
 
 /// What is wrong with the head of a file.
@@ -320,11 +320,8 @@ pub(crate) fn parse(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError>
     if data + before.1 != bytes {
         return Err(HeaderError::Trailing { end: data + before.1, bytes });
     }
-    let entry = |s: Stated| Entry {
-        dtype: s.dtype,
-        shape: s.shape.0,
-        range: data + s.data_offsets.0..data + s.data_offsets.1,
-    };
+    let entry =
+        |s: Stated| Entry { dtype: s.dtype, shape: s.shape.0, range: data + s.data_offsets.0..data + s.data_offsets.1 };
     Ok(stated.into_iter().map(|(name, stated)| (name, entry(stated))).collect())
 }
 

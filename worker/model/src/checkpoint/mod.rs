@@ -29,10 +29,10 @@ use phalanx_proto::ModelConfig;
 use contents::{Contents, Located, Shard};
 
 pub use config::parse as parse_config;
+pub(crate) use contents::Image;
 pub use error::CheckpointError;
 pub use find::open;
 pub use header::{Dtype, HeaderError};
-pub(crate) use contents::Image;
 
 /// A checkpoint whose every tensor has the type and shape that its `config.json` calls for.
 #[derive(Debug)]

@@ -100,7 +100,5 @@ pub fn expected(config: &ModelConfig) -> Vec<Expected> {
             shape: shape.clone(),
         })
     });
-    of_layers
-        .chain(once.map(|(name, shape)| Expected { name: name.to_owned(), dtype: Dtype::BF16, shape }))
-        .collect()
+    of_layers.chain(once.map(|(name, shape)| Expected { name: name.to_owned(), dtype: Dtype::BF16, shape })).collect()
 }
