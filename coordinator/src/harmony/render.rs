@@ -1,0 +1,199 @@
+//! Conversations to tokens.
+//!
+//! A message is `<|start|>HEADER<|message|>CONTENT` and `<|end|>`, or `<|call|>` after a call. Every piece between
+//! control tokens is encoded on its own, as ordinary text.
+
+use std::fmt::Write;
+
+use phalanx_proto::TokenId;
+
+use super::message::{
+    AssistantMessage, Channel, ContentType, DeveloperContent, Message, ReasoningEffort, Role, SystemContent,
+    ToolDefinition,
+};
+use super::parse::Start;
+use super::{Tokenizer, schema, special};
+
+/// A rendered conversation that waits for the assistant's turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// What the model reads.
+    pub tokens: Vec<TokenId>,
+    /// Where the prompt leaves off, for the [`Parser`](super::Parser) of what the model writes.
+    pub start: Start,
+}
+
+/// Renders `messages` without [past thinking](without_past_thinking) and opens the assistant's turn.
+///
+/// With [`ReasoningEffort::None`] the prompt also opens the final channel, so the answer begins at once.
+#[must_use]
+pub fn prompt(tokenizer: Tokenizer, messages: &[Message]) -> Prompt {
+    let mut tokens = render(tokenizer, &without_past_thinking(messages));
+    let mut writer = Writer { tokenizer, tokens: &mut tokens };
+    writer.control(special::START);
+    writer.text(Role::Assistant.as_str());
+    let silent = messages
+        .iter()
+        .any(|message| matches!(message, Message::System(system) if system.reasoning_effort == ReasoningEffort::None));
+    let start = if silent {
+        writer.channel(&Channel::Final);
+        writer.control(special::MESSAGE);
+        Start::FinalContent
+    } else {
+        Start::AssistantHeader
+    };
+    Prompt { tokens, start }
+}
+
+/// The messages that the model is to read again: thinking is dropped once its turn ended in a final message.
+///
+/// Thinking that led to calls whose turn has not ended yet is kept, for the model goes on from it. Calls are kept
+/// whatever their channel.
+#[must_use]
+pub fn without_past_thinking(messages: &[Message]) -> Vec<&Message> {
+    let is = |message: &Message, wanted: Channel| matches!(message, Message::Assistant(m) if m.channel == wanted && m.recipient.is_none());
+    let past = messages.iter().rposition(|message| is(message, Channel::Final)).unwrap_or(0);
+    let kept = messages.iter().enumerate().filter(|&(at, message)| at >= past || !is(message, Channel::Analysis));
+    kept.map(|(_, message)| message).collect()
+}
+
+/// Renders all of `messages` and nothing else.
+#[must_use]
+pub fn render(tokenizer: Tokenizer, messages: &[&Message]) -> Vec<TokenId> {
+    let mut tokens = Vec::new();
+    let mut writer = Writer { tokenizer, tokens: &mut tokens };
+    let has_functions = messages
+        .iter()
+        .any(|message| matches!(message, Message::Developer(developer) if !developer.functions.is_empty()));
+    for message in messages {
+        writer.message(message, has_functions);
+    }
+    tokens
+}
+
+struct Writer<'a> {
+    tokenizer: Tokenizer,
+    tokens: &'a mut Vec<TokenId>,
+}
+
+impl Writer<'_> {
+    fn control(&mut self, token: TokenId) {
+        self.tokens.push(token);
+    }
+
+    fn text(&mut self, text: &str) {
+        self.tokens.extend(self.tokenizer.encode_ordinary(text));
+    }
+
+    fn channel(&mut self, channel: &Channel) {
+        self.control(special::CHANNEL);
+        self.text(channel.as_str());
+    }
+
+    fn recipient(&mut self, recipient: &str) {
+        self.text(&format!(" to={recipient}"));
+    }
+
+    fn content_type(&mut self, content_type: &ContentType) {
+        if content_type.constrained {
+            self.text(" ");
+            self.control(special::CONSTRAIN);
+            self.text(&content_type.name);
+        } else {
+            self.text(&format!(" {}", content_type.name));
+        }
+    }
+
+    fn content(&mut self, text: &str, end: TokenId) {
+        self.control(special::MESSAGE);
+        self.text(text);
+        self.control(end);
+    }
+
+    fn message(&mut self, message: &Message, has_functions: bool) {
+        self.control(special::START);
+        match message {
+            Message::System(system) => {
+                self.text(Role::System.as_str());
+                self.content(&system_text(system, has_functions), special::END);
+            }
+            Message::Developer(developer) => {
+                self.text(Role::Developer.as_str());
+                self.content(&developer_text(developer), special::END);
+            }
+            Message::User { name, text } => {
+                self.text(Role::User.as_str());
+                if let Some(name) = name {
+                    self.text(&format!(":{name}"));
+                }
+                self.content(text, special::END);
+            }
+            Message::Assistant(message) => self.assistant(message),
+            Message::Tool { name, text } => {
+                self.text(name);
+                self.recipient(Role::Assistant.as_str());
+                self.channel(&Channel::Commentary);
+                self.content(text, special::END);
+            }
+        }
+    }
+
+    fn assistant(&mut self, message: &AssistantMessage) {
+        self.text(Role::Assistant.as_str());
+        if let Some(recipient) = &message.recipient {
+            self.recipient(recipient);
+        }
+        self.channel(&message.channel);
+        if let Some(content_type) = &message.content_type {
+            self.content_type(content_type);
+        }
+        self.content(&message.text, if message.recipient.is_some() { special::CALL } else { special::END });
+    }
+}
+
+/// The system message; `has_functions` adds the line that says where their calls go.
+fn system_text(system: &SystemContent, has_functions: bool) -> String {
+    let mut about = system.model_identity.clone();
+    if let Some(cutoff) = &system.knowledge_cutoff {
+        about += &format!("\nKnowledge cutoff: {cutoff}");
+    }
+    if let Some(date) = &system.current_date {
+        about += &format!("\nCurrent date: {date}");
+    }
+    let effort = match system.reasoning_effort {
+        // The model was trained with three efforts. "none" is the least of them, with the thinking left out.
+        ReasoningEffort::None => ReasoningEffort::Low,
+        effort => effort,
+    };
+    let mut channels =
+        "# Valid channels: analysis, commentary, final. Channel must be included for every message.".to_owned();
+    if has_functions {
+        channels += "\nCalls to these tools must go to the commentary channel: 'functions'.";
+    }
+    format!("{about}\n\nReasoning: {}\n\n{channels}", effort.as_str())
+}
+
+fn developer_text(developer: &DeveloperContent) -> String {
+    let mut sections = Vec::new();
+    if let Some(instructions) = &developer.instructions {
+        sections.push(format!("# Instructions\n\n{instructions}"));
+    }
+    if !developer.functions.is_empty() {
+        sections.push(functions_text(&developer.functions));
+    }
+    sections.join("\n\n")
+}
+
+fn functions_text(functions: &[ToolDefinition]) -> String {
+    let mut out = "# Tools\n\n## functions\n\nnamespace functions {\n\n".to_owned();
+    for function in functions {
+        for line in function.description.lines() {
+            out += &format!("// {line}\n");
+        }
+        let argument = function.parameters.as_ref().map(|schema| format!("_: {}", schema::to_type(schema)));
+        let argument = argument.unwrap_or_default();
+        writeln!(out, "type {} = ({argument}) => any;\n", function.name).expect("a string takes every write");
+    }
+    out += "} // namespace functions";
+    out
+}
