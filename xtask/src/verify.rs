@@ -38,7 +38,7 @@ fn with_component(house: &House, subcommand: &str, component: &str, arguments: &
 /// Advisories are left out: they come from the network, and a gate must say the same thing twice.
 fn deny(house: &House) -> Outcome {
     if answers(&mut cargo(house, ["deny", "--version"])) {
-        run(&mut cargo(house, ["deny", "--locked", "check", "bans", "licenses", "sources"]))
+        run(&mut cargo(house, ["deny", "--workspace", "--locked", "check", "bans", "licenses", "sources"]))
     } else {
         Outcome::NotRun("cargo-deny is missing: cargo install --locked cargo-deny".into())
     }
