@@ -1,25 +1,25 @@
-//! The bytes between two ranks: a header of fixed size, then the payload. Integers are little endian.
-//!
-//! | offset | bytes | field |
-//! |-------:|------:|-------|
-//! | 0 | 4 | magic, `PHXF` |
-//! | 4 | 4 | kind: 1 dispatch, 2 combine, 3 farewell |
-//! | 8 | 8 | term |
-//! | 16 | 8 | epoch |
-//! | 24 | 8 | step |
-//! | 32 | 4 | subject: the layer; in a farewell the rank to blame |
-//! | 36 | 4 | the sender's rank |
-//! | 40 | 4 | length of the payload |
-//! | 44 | 4 | CRC32C of the payload |
-//! | 48 | 4 | CRC32C of bytes 0 to 47 |
-//!
-//! In each exchange a rank sends one frame to every other rank, also when it has no row for it. A rank whose
-//! exchange failed sends a farewell, without payload, and ends its half of the connection.
+//! The bytes between two ranks: a header of fixed size, then the payload.
 
 use phalanx_model::{Exchange, ExchangeKind};
 use phalanx_proto::{Epoch, Fence, LayerIdx, Rank, StepId, Term};
 
-/// Bytes of a frame's header.
+/// Bytes of a frame's header; the payload follows. Integers are little endian.
+///
+/// | offset | bytes | field |
+/// |-------:|------:|-------|
+/// | 0 | 4 | magic, `PHXF` |
+/// | 4 | 4 | kind: 1 dispatch, 2 combine, 3 farewell |
+/// | 8 | 8 | term |
+/// | 16 | 8 | epoch |
+/// | 24 | 8 | step |
+/// | 32 | 4 | subject: the layer; in a farewell the rank to blame |
+/// | 36 | 4 | the sender's rank |
+/// | 40 | 4 | length of the payload |
+/// | 44 | 4 | CRC32C of the payload |
+/// | 48 | 4 | CRC32C of bytes 0 to 47 |
+///
+/// In each exchange a rank sends one frame to every other rank, also when it has no row for it. A rank whose
+/// exchange failed sends a farewell, without payload, and ends its half of the connection.
 pub const HEADER_BYTES: usize = 52;
 
 const MAGIC: [u8; 4] = *b"PHXF";

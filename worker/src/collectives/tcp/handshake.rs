@@ -326,3 +326,65 @@ fn moved(result: io::Result<usize>) -> io::Result<Option<usize>> {
         Err(e) => Err(e),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    use super::*;
+
+    const TOKEN: &[u8] = b"a token of the cluster";
+    const NONCE: Nonce = [7; 32];
+
+    fn me(rank: u32) -> Identity<'static> {
+        let group = GroupId { cell: CellId(1), term: Term(2), epoch: Epoch(3) };
+        Identity { group, rank: Rank(rank), size: 2, token: TOKEN }
+    }
+
+    fn hello() -> Message {
+        let Identity { group, rank: from, size, .. } = me(1);
+        Message { kind: Kind::Hello, refusal: None, group, from, to: Rank(0), size, nonce: NONCE }
+    }
+
+    /// What rank 0 makes of a caller that says hello and then `answer`s the challenge.
+    fn judge(answer: impl Fn([u8; MESSAGE_BYTES]) -> [u8; MESSAGE_BYTES]) -> Outcome {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut caller = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let expires = Instant::now() + Duration::from_secs(60);
+        let mut acceptor = Handshake::accept(listener.accept().unwrap().0, [9; 32], expires);
+        caller.write_all(&hello().encode()).unwrap();
+        let acceptor = std::thread::spawn(move || acceptor.advance(me(0)).unwrap());
+        let mut challenge = [0; MESSAGE_BYTES];
+        caller.read_exact(&mut challenge).unwrap();
+        caller.write_all(&answer(challenge)).unwrap();
+        acceptor.join().unwrap()
+    }
+
+    fn answer(token: &[u8], message: Message, challenge: &[u8; MESSAGE_BYTES]) -> [u8; MESSAGE_BYTES] {
+        let mut bytes = message.encode();
+        let theirs = std::array::from_fn(|i| challenge[40 + i]);
+        let mac = proof(token, &bytes, &message.nonce, &theirs);
+        bytes[PROOF_AT..].copy_from_slice(&mac.finalize().into_bytes());
+        bytes
+    }
+
+    #[test]
+    fn only_a_fresh_proof_with_the_token_lets_a_caller_in() {
+        let message = Message { kind: Kind::Proof, ..hello() };
+        assert_eq!(judge(|challenge| answer(TOKEN, message, &challenge)), Outcome::Joined(Rank(1)));
+
+        let refused = Outcome::Refused(Refusal::Token);
+        assert_eq!(judge(|challenge| answer(b"another", message, &challenge)), refused);
+        assert_eq!(judge(|_| message.encode()), refused, "no proof");
+        assert_eq!(judge(|_| answer(TOKEN, message, &[0; MESSAGE_BYTES])), refused, "a proof for another challenge");
+        let other = Message { nonce: [8; 32], ..message };
+        assert_eq!(judge(|challenge| answer(TOKEN, other, &challenge)), refused, "a proof for another hello");
+        let reflected = |mut challenge: [u8; MESSAGE_BYTES]| {
+            challenge[..PROOF_AT].copy_from_slice(&message.encode()[..PROOF_AT]);
+            challenge
+        };
+        assert_eq!(judge(reflected), refused, "the acceptor's own proof");
+        assert_eq!(judge(|challenge| challenge), Outcome::Stranger);
+    }
+}
