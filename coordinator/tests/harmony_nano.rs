@@ -2,6 +2,8 @@
 //!
 //! The model was trained on prompts of the format's reference renderer, so their token counts must agree.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::path::Path;
 
 use phalanx_coordinator::harmony::{

@@ -1,5 +1,7 @@
 //! The parser and the turn reader: what the model ought to write, and what it writes.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use phalanx_coordinator::harmony::{
     EndedBy, Event, HEADER_TOKENS_MAX, Header, Parser, RepairKind, Repairs, Start, Tokenizer, ToolCall, Turn,
     TurnDelta, TurnReader, special,
@@ -179,7 +181,7 @@ fn text_without_any_header_is_a_message() {
 #[test]
 fn channels_may_be_unknown_missing_bare_or_double() {
     sampled("<|channel|>finalx<|message|>4<|return|>", "assistant #finalx | 4 | return\nunknown_channel 1");
-    sampled("<|channel|><|message|>4<|return|>", "assistant | 4 | return\nmissing_channel 1");
+    sampled("<|channel|><|message|>4<|return|>", "assistant | 4 | return\nmissing_channel 1, stray_marker 1");
     sampled("final<|message|>4<|return|>", "assistant #final | 4 | return\nbare_channel 1");
     sampled(
         "<|channel|>analysis<|channel|>final<|message|>4<|return|>",
@@ -288,7 +290,7 @@ fn a_header_without_end_becomes_content() {
     assert_eq!(parser.push(ids[HEADER_TOKENS_MAX - 1]).len(), 2, "the header and the text so far");
     sampled(&text, &format!("assistant #final | {words} | return\nheader_too_long 1"));
     let markers = "<|channel|>".repeat(HEADER_TOKENS_MAX) + "x";
-    sampled(&markers, "assistant | x | eof\nmissing_channel 1, header_too_long 1");
+    sampled(&markers, "assistant | x | eof\nmissing_channel 1, header_too_long 1, stray_marker 128");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The tokenizer against the golden fixture, and on text made to hurt it.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::path::Path;
 
 use phalanx_coordinator::harmony::{Detokenizer, Tokenizer, UnknownToken, special};

@@ -111,8 +111,8 @@ impl HeaderTokens {
         let mut reader = Reader { closed, role: self.role, ..Reader::default() };
         for piece in &self.pieces {
             match piece {
-                Piece::Channel => reader.slot = Slot::Channel,
-                Piece::Constrain => reader.slot = Slot::Type,
+                Piece::Channel => reader.expect(Slot::Channel),
+                Piece::Constrain => reader.expect(Slot::Type),
                 Piece::Text(text) => reader.text(text),
             }
         }
@@ -151,6 +151,13 @@ struct Reader {
 }
 
 impl Reader {
+    /// The next word is of `slot`; if the one expected so far never came, its marker meant nothing.
+    fn expect(&mut self, slot: Slot) {
+        if std::mem::replace(&mut self.slot, slot) != Slot::Any {
+            self.repairs.note(RepairKind::StrayMarker);
+        }
+    }
+
     fn text(&mut self, text: &str) {
         let mut left = text;
         self.is_cut = false;
@@ -170,6 +177,9 @@ impl Reader {
     /// Takes the first word of `text`, which a closed header can always use; returns what follows it.
     fn closed_word<'a>(&mut self, text: &'a str) -> Option<&'a str> {
         let (word, after) = text.split_at(text.find(char::is_whitespace).unwrap_or(text.len()));
+        if self.slot == Slot::Type && self.role.is_none() && Role::from_word(word).is_some() {
+            self.expect(Slot::Any);
+        }
         match std::mem::take(&mut self.slot) {
             Slot::Channel => self.set_channel(word),
             Slot::Type => self.set_type(word),
@@ -229,6 +239,9 @@ impl Reader {
             self.role = Some(Role::Assistant);
             return Some(assistant.len());
         }
+        if is_type(word) || is_known_channel(word) {
+            return None;
+        }
         self.speaker = Some(word.to_owned());
         Some(word.len())
     }
@@ -236,14 +249,14 @@ impl Reader {
     /// A word of a closed header that no marker announces.
     fn any_word(&mut self, word: &str) {
         if word == "to=" {
-            self.slot = Slot::Recipient;
+            self.expect(Slot::Recipient);
         } else if let Some(name) = word.strip_prefix("to=") {
             self.set_recipient(name);
         } else if self.role.is_some_and(|role| role.as_str() == word) {
             self.repairs.note(RepairKind::RepeatedRole);
         } else if is_type(word) && self.content_type.is_none() {
             self.content_type = Some(ContentType { constrained: false, name: word.to_owned() });
-        } else if self.channel.is_none() && Channel::KNOWN.iter().any(|known| known.as_str() == word) {
+        } else if self.channel.is_none() && is_known_channel(word) {
             self.repairs.note(RepairKind::BareChannel);
             self.set_channel(word);
         } else if self.recipient.is_none() && word.starts_with(FUNCTIONS) {
@@ -300,6 +313,7 @@ impl Reader {
     }
 
     fn finish(mut self) -> Reading {
+        self.expect(Slot::Any);
         let role = self.settle_role();
         if role == Role::Assistant {
             self.settle_recipient();
@@ -357,6 +371,10 @@ impl Reader {
 
 /// The namespace of the functions that a request defines.
 pub(super) const FUNCTIONS: &str = "functions.";
+
+fn is_known_channel(word: &str) -> bool {
+    Channel::KNOWN.iter().any(|known| known.as_str() == word)
+}
 
 fn is_type(word: &str) -> bool {
     matches!(word, "json" | "code")
