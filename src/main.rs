@@ -1,3 +1,7 @@
 //! The one binary users run.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    phalanx::cli::run()
+}

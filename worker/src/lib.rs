@@ -1,3 +1,9 @@
 //! Does what the plan says: runs steps, exchanges rows, samples.
 
 pub mod collectives;
+pub mod device;
+pub mod host;
+pub mod process;
+pub mod progress;
+pub mod runner;
+pub mod service;

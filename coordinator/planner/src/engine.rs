@@ -235,6 +235,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Bounds the rows of one sequence in one step from the next step on.
+    pub fn set_chunk_max(&mut self, rows: u32) {
+        self.config.chunk_max = rows.clamp(1, self.config.limits.step_rows_max);
+    }
+
     /// Forgets a sequence at any moment. No event of it follows.
     pub fn cancel(&mut self, seq: SeqId) {
         self.remove(seq);

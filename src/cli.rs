@@ -1,0 +1,231 @@
+//! What users may say on the command line. `--help` is meant to be enough.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use phalanx_kernels::cpu::Isa;
+use phalanx_model::{CheckpointError, LoadError};
+use phalanx_proto::{ConfigError, Limits, MemoryRefused, ModelConfig, Precision};
+use phalanx_wire::{ClusterToken, TokenError};
+use phalanx_worker::device::{Device, cores};
+
+use crate::commands;
+
+/// Exit code of a checkpoint or layout that cannot be used, as of a wrong flag.
+const EXIT_INPUT: u8 = 2;
+
+/// Serves OpenAI's gpt-oss models on a cluster of workers that share the experts.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// What to log to standard error: error, warn, info, debug, trace, or a filter such as `phalanx=debug`
+    #[arg(long, global = true, env = "PHALANX_LOG", default_value = "warn", value_name = "FILTER")]
+    pub log: String,
+    /// The command
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Chat with a model: starts a small cluster on this machine, or uses a running server (--url)
+    Chat(commands::chat::ChatArgs),
+    /// Serve a model over HTTP with workers started on this machine
+    Serve(commands::serve::ServeArgs),
+    /// Serve a model over HTTP with workers that run already, on this or other machines
+    Coordinator(commands::coordinator::CoordinatorArgs),
+    /// Hold a share of a model and do what a coordinator says
+    Worker(commands::worker::WorkerArgs),
+    /// Look into checkpoints, make them, and run them without a server
+    #[command(subcommand)]
+    Model(commands::model::ModelCommand),
+    /// Prove that a model gives the same bits in every layout
+    Verify(commands::verify::VerifyArgs),
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(commands::bench::BenchCommand),
+}
+
+/// How much is rounded on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// f32 activations and KV: the oracle
+    Exact,
+    /// int8 activations in the experts, bf16 KV: the default
+    Fast,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(arg: PrecisionArg) -> Self {
+        match arg {
+            PrecisionArg::Exact => Self::Exact,
+            PrecisionArg::Fast => Self::Fast,
+        }
+    }
+}
+
+/// An instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IsaArg {
+    /// Any processor
+    Portable,
+    /// AVX2 and FMA
+    Avx2,
+    /// AVX-512
+    Avx512,
+    /// AVX-512 with VNNI
+    Avx512Vnni,
+}
+
+impl From<IsaArg> for Isa {
+    fn from(arg: IsaArg) -> Self {
+        match arg {
+            IsaArg::Portable => Self::Portable,
+            IsaArg::Avx2 => Self::Avx2,
+            IsaArg::Avx512 => Self::Avx512,
+            IsaArg::Avx512Vnni => Self::Avx512Vnni,
+        }
+    }
+}
+
+/// How workers compute.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Computing")]
+pub struct DeviceArgs {
+    /// How much is rounded on the way
+    #[arg(long, env = "PHALANX_PRECISION", value_enum, default_value = "fast")]
+    pub precision: PrecisionArg,
+    /// Threads in all, divided among the workers of this machine [default: all cores]
+    #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub threads: Option<u32>,
+    /// Use this instruction set instead of the best there is; the bits are the same
+    #[arg(long, env = "PHALANX_ISA", value_enum)]
+    pub isa: Option<IsaArg>,
+}
+
+impl DeviceArgs {
+    /// The device of each of `workers` workers of this machine.
+    #[must_use]
+    pub fn device(&self, workers: u32) -> Device {
+        let threads = self.threads.unwrap_or_else(cores);
+        Device {
+            precision: self.precision.into(),
+            threads: (threads / workers.max(1)).max(1),
+            isa: self.isa.map(Into::into),
+        }
+    }
+}
+
+/// How much a worker takes at once.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitArgs {
+    /// Tokens of context that each worker has KV memory for
+    #[arg(long, env = "PHALANX_KV_TOKENS", value_name = "N", default_value_t = 32_768,
+          value_parser = clap::value_parser!(u32).range(16..=1 << 28))]
+    pub kv_tokens: u32,
+    /// Sequences on a worker at once
+    #[arg(long, env = "PHALANX_SEQS_MAX", value_name = "N", default_value_t = 64,
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub seqs_max: u32,
+    /// Rows of a worker in one step
+    #[arg(long, env = "PHALANX_STEP_ROWS", value_name = "N", default_value_t = 256,
+          value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub step_rows: u32,
+}
+
+impl LimitArgs {
+    /// The limits for a model.
+    #[must_use]
+    pub fn limits(&self, model: &ModelConfig) -> Limits {
+        Limits::new(model, self.seqs_max, self.step_rows, self.kv_tokens)
+    }
+}
+
+/// A port of the system's choice on this machine.
+pub const LOOPBACK_ANY_PORT: &str = "127.0.0.1:0";
+
+/// Where a cluster token comes from.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Security")]
+pub struct TokenArgs {
+    /// The secret that coordinator and workers share; needed beyond loopback. At least 16 characters
+    #[arg(long, env = "PHALANX_CLUSTER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub cluster_token: Option<String>,
+    /// A file with the secret
+    #[arg(long, env = "PHALANX_CLUSTER_TOKEN_FILE", value_name = "FILE", conflicts_with = "cluster_token")]
+    pub cluster_token_file: Option<PathBuf>,
+}
+
+impl TokenArgs {
+    /// The secret, if there is one.
+    ///
+    /// # Errors
+    /// It is too short, or its file cannot be read.
+    pub fn read(&self) -> Result<Option<ClusterToken>, TokenError> {
+        match (&self.cluster_token, &self.cluster_token_file) {
+            (Some(token), _) => ClusterToken::parse(token).map(Some),
+            (None, Some(file)) => ClusterToken::from_file(file).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// A prompt as token ids.
+#[derive(Clone, Debug, Args)]
+pub struct PromptArgs {
+    /// Token ids of the prompt, separated by commas
+    #[arg(long, value_delimiter = ',', required = true, value_name = "IDS", hide_possible_values = true)]
+    pub prompt_ids: Vec<u32>,
+}
+
+/// Reads the command line and does what it says.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    init_log(&cli.log);
+    let done = match cli.command {
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Serve(args) => commands::serve::run(args),
+        Command::Coordinator(args) => commands::coordinator::run(args),
+        Command::Worker(args) => commands::worker::run(args),
+        Command::Model(command) => commands::model::run(command),
+        Command::Verify(args) => commands::verify::run(&args),
+        Command::Bench(command) => commands::bench::run(command),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            commands::complain(&error);
+            if is_bad_input(&error) { ExitCode::from(EXIT_INPUT) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// Whether the input is at fault rather than the run.
+fn is_bad_input(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<CheckpointError>()
+            || cause.is::<ConfigError>()
+            || cause.is::<MemoryRefused>()
+            || cause.is::<phalanx_planner::Refused>()
+            || cause.downcast_ref::<LoadError>().is_some()
+    })
+}
+
+/// Whether the reader of our output has gone, as `head` does.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(broken))
+}
+
+fn init_log(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|error| {
+        commands::complain(&anyhow::anyhow!("--log {filter} is not understood ({error}); using `warn`"));
+        tracing_subscriber::EnvFilter::new("warn")
+    });
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,0 +1,108 @@
+//! `phalanx serve`: a server with workers of its own on this machine.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use phalanx_coordinator::api::ApiKeys;
+use phalanx_coordinator::harmony::ReasoningEffort;
+use phalanx_model::nano;
+
+use crate::cli::{DeviceArgs, LimitArgs, TokenArgs};
+use crate::commands::say;
+use crate::server::{self, LocalOptions, LocalServer};
+
+/// What the HTTP API says and to whom.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "API")]
+pub struct ApiArgs {
+    /// The model's name in requests [default: the checkpoint's name]
+    #[arg(long, env = "PHALANX_SERVED_MODEL_NAME", value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Who the model is told to be [default: harmony's own sentence]
+    #[arg(long, env = "PHALANX_MODEL_IDENTITY", value_name = "SENTENCE")]
+    pub model_identity: Option<String>,
+    /// Today, as the model is told: YYYY-MM-DD [default: it is told no date, so that prefixes stay the same]
+    #[arg(long, env = "PHALANX_CURRENT_DATE", value_name = "DATE")]
+    pub current_date: Option<String>,
+    /// How much the model thinks where a request does not say [default: medium]
+    #[arg(long, env = "PHALANX_REASONING_EFFORT", value_parser = ["none", "low", "medium", "high"])]
+    pub reasoning_effort: Option<String>,
+    /// Keys, one of which every request must bear, separated by commas [default: none is asked for]
+    #[arg(long, env = "PHALANX_API_KEYS", hide_env_values = true, value_name = "KEYS", value_delimiter = ',')]
+    pub api_keys: Vec<String>,
+    /// Seconds that running requests may go on after a stop is asked for [default: 30]
+    #[arg(long, env = "PHALANX_DRAIN_SECONDS", value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub drain_seconds: Option<u64>,
+}
+
+impl ApiArgs {
+    /// The keys asked for.
+    #[must_use]
+    pub fn keys(&self) -> ApiKeys {
+        ApiKeys::new(&self.api_keys)
+    }
+
+    /// How much the model thinks where a request does not say.
+    #[must_use]
+    pub fn effort(&self) -> ReasoningEffort {
+        match self.reasoning_effort.as_deref() {
+            Some("none") => ReasoningEffort::None,
+            Some("low") => ReasoningEffort::Low,
+            Some("high") => ReasoningEffort::High,
+            _ => ReasoningEffort::Medium,
+        }
+    }
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache
+    #[arg(long, env = "PHALANX_MODEL", default_value = nano::SPEC)]
+    model: String,
+    /// Workers that share the experts
+    #[arg(long, env = "PHALANX_WORKERS", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: u32,
+    /// Where to listen for HTTP
+    #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    #[command(flatten)]
+    api: ApiArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    token: TokenArgs,
+}
+
+/// Runs `phalanx serve`.
+///
+/// # Errors
+/// A worker does not start, or the address is taken.
+pub fn run(args: ServeArgs) -> Result<ExitCode> {
+    let runtime = server::runtime()?;
+    runtime.block_on(async {
+        let device = args.device.device(args.workers);
+        let options = LocalOptions {
+            model: args.model,
+            workers: args.workers,
+            device,
+            limits: args.limits,
+            listen: args.listen,
+            api: args.api,
+            token: args.token.read()?,
+        };
+        let server = tokio::select! {
+            server = LocalServer::start(options) => server.context("the server does not start")?,
+            code = server::interrupted() => return Ok(ExitCode::from(code)),
+        };
+        say(format_args!("{} on http://{}/v1, {} workers", server.model(), server.address(), args.workers))?;
+        server::interrupted().await;
+        server.drain().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -1,0 +1,208 @@
+//! A cell whose ranks are threads of this process, driven by the same plans as any other.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow};
+use phalanx_kernels::cpu::Cpu;
+use phalanx_model::{Checkpoint, GptOss};
+use phalanx_planner::{Engine, EngineConfig, Event, Request};
+use phalanx_proto::{
+    ExchangeCounters, Fence, Layout, Limits, MemoryPlan, PhaseTimes, Placement, Rank, StepPlan, StepResult,
+};
+use phalanx_worker::collectives::local::{self, Local};
+use phalanx_worker::device::{Device, memory_available};
+use phalanx_worker::runner::{Runner, StepError};
+
+/// How a cell is laid out.
+#[derive(Clone, Copy, Debug)]
+pub struct CellOptions {
+    /// Ranks that share the experts.
+    pub workers: u32,
+    /// How each computes.
+    pub device: Device,
+    /// The bounds of each rank.
+    pub limits: Limits,
+}
+
+/// Sums over the steps of a cell.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Steps.
+    pub steps: u64,
+    /// Rows that the ranks exchanged.
+    pub exchange: ExchangeCounters,
+    /// Microseconds of all ranks by phase.
+    pub phases: PhaseTimes,
+}
+
+type Answer = (Rank, Result<StepResult, StepError>);
+
+/// A running cell.
+pub struct LocalCell {
+    engine: Engine,
+    plans: Vec<SyncSender<StepPlan>>,
+    answers: Receiver<Answer>,
+    threads: Vec<JoinHandle<()>>,
+    totals: Totals,
+}
+
+impl LocalCell {
+    /// Loads every rank, side by side. `on_progress` hears the bytes read by all ranks so far, and in all.
+    ///
+    /// # Errors
+    /// The layout is impossible, the memory does not suffice, or a rank does not load.
+    pub fn start(
+        checkpoint: &Arc<Checkpoint>,
+        options: &CellOptions,
+        mut on_progress: impl FnMut(u64, u64),
+    ) -> Result<Self> {
+        let config = checkpoint.config();
+        let layout = Layout::new(options.workers, 0)?;
+        let layers = u32::try_from(config.layers.len()).context("too many layers")?;
+        let placement = Arc::new(Placement::contiguous(layers, config.experts, layout));
+        let report = options.device.report(checkpoint);
+        let mut memory = memory_available();
+        for rank in layout.ranks() {
+            let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, &report).fit(memory)?;
+            memory.0 -= plan.total().0;
+        }
+
+        let (answer, answers) = channel();
+        let (loaded, loading) = channel();
+        let mut plans = Vec::new();
+        let mut threads = Vec::new();
+        for (rank, collectives) in layout.ranks().zip(local::group(options.workers)) {
+            let (plan, planned) = sync_channel(1);
+            let load = Load {
+                rank,
+                checkpoint: Arc::clone(checkpoint),
+                placement: Arc::clone(&placement),
+                options: *options,
+                loaded: loaded.clone(),
+            };
+            let answer = answer.clone();
+            let body = move || {
+                let Some(mut runner) = load.run(collectives) else { return };
+                for plan in planned {
+                    if answer.send((rank, runner.run(&plan, &()))).is_err() {
+                        return;
+                    }
+                }
+            };
+            let name = format!("rank-{rank}");
+            threads.push(std::thread::Builder::new().name(name).spawn(body).context("cannot start a rank's thread")?);
+            plans.push(plan);
+        }
+        drop(loaded);
+        let mut progress = vec![(0, 0); options.workers as usize];
+        let mut ready = 0;
+        for message in loading {
+            match message {
+                Loading::Read { rank, done, total } => {
+                    progress[rank.index()] = (done, total);
+                    let (done, total) = progress.iter().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
+                    on_progress(done, total);
+                }
+                Loading::Ready => ready += 1,
+                Loading::Failed { rank, why } => return Err(anyhow!(why).context(format!("rank {rank} does not load"))),
+            }
+        }
+        anyhow::ensure!(ready == options.workers, "a rank died while loading");
+        let engine = Engine::new(EngineConfig::new(config, options.limits, options.workers), Fence::default());
+        Ok(Self { engine, plans, answers, threads, totals: Totals::default() })
+    }
+
+    /// Takes a request.
+    ///
+    /// # Errors
+    /// The engine refuses it.
+    pub fn submit(&mut self, request: Request) -> Result<()> {
+        Ok(self.engine.submit(request)?)
+    }
+
+    /// Bounds the rows of one sequence in one step.
+    pub fn set_chunk_max(&mut self, rows: u32) {
+        self.engine.set_chunk_max(rows);
+    }
+
+    /// Steps until every request has ended.
+    ///
+    /// # Errors
+    /// A step failed on some rank.
+    pub fn run(&mut self, mut on_event: impl FnMut(Event)) -> Result<()> {
+        while let Some(plans) = self.engine.plan() {
+            let count = plans.len();
+            for (rank, plan) in self.plans.iter().zip(plans) {
+                rank.send(plan).map_err(|_| anyhow!("a rank's thread has ended"))?;
+            }
+            for _ in 0..count {
+                let (rank, result) = self.answers.recv().map_err(|_| anyhow!("all ranks' threads have ended"))?;
+                let result = result.with_context(|| format!("rank {rank}"))?;
+                self.totals.exchange += result.exchange;
+                for phase in phalanx_proto::Phase::ALL {
+                    self.totals.phases.add(phase, result.phases.get(phase));
+                }
+                self.engine.apply(result)?.into_iter().for_each(&mut on_event);
+            }
+            self.totals.steps += 1;
+        }
+        Ok(())
+    }
+
+    /// Sums over all steps so far.
+    #[must_use]
+    pub const fn totals(&self) -> Totals {
+        self.totals
+    }
+}
+
+impl Drop for LocalCell {
+    fn drop(&mut self) {
+        self.plans.clear();
+        for thread in self.threads.drain(..) {
+            // A rank that panicked has already said so.
+            drop(thread.join());
+        }
+    }
+}
+
+enum Loading {
+    Read { rank: Rank, done: u64, total: u64 },
+    Ready,
+    Failed { rank: Rank, why: String },
+}
+
+struct Load {
+    rank: Rank,
+    checkpoint: Arc<Checkpoint>,
+    placement: Arc<Placement>,
+    options: CellOptions,
+    loaded: std::sync::mpsc::Sender<Loading>,
+}
+
+impl Load {
+    fn run(self, collectives: Local) -> Option<Runner<Cpu, Local>> {
+        let rank = self.rank;
+        let loaded = self.loaded.clone();
+        // Nobody listens any more when another rank has failed.
+        let say = |message| drop(loaded.send(message));
+        match self.model(&mut |done, total| say(Loading::Read { rank, done, total })) {
+            Ok(model) => {
+                say(Loading::Ready);
+                Some(Runner::new(model, collectives, self.options.limits, Fence::default()))
+            }
+            Err(error) => {
+                say(Loading::Failed { rank, why: format!("{error:#}") });
+                None
+            }
+        }
+    }
+
+    fn model(&self, on_progress: &mut dyn FnMut(u64, u64)) -> Result<GptOss<Cpu>> {
+        let backend = self.options.device.backend()?;
+        let (ranks, limits) = (self.options.workers, &self.options.limits);
+        Ok(GptOss::load(backend, &self.checkpoint, &self.placement, self.rank, ranks, limits, on_progress)?)
+    }
+}

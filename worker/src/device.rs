@@ -1,0 +1,87 @@
+//! What this machine offers a worker, and how a worker's backend is made.
+
+use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
+use phalanx_kernels::{KernelError, Precision as KernelPrecision};
+use phalanx_model::Checkpoint;
+use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+
+/// Memory of a worker process before it holds anything.
+const PROCESS_BASE: Bytes = Bytes(24 << 20);
+
+/// How a worker computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// How much is rounded on the way.
+    pub precision: Precision,
+    /// Threads that compute.
+    pub threads: u32,
+    /// The instruction set, or the best there is.
+    pub isa: Option<Isa>,
+}
+
+impl Device {
+    /// Makes the backend.
+    ///
+    /// # Errors
+    /// The threads cannot be started, or the processor lacks the instruction set.
+    pub fn backend(&self) -> Result<Cpu, KernelError> {
+        let precision = match self.precision {
+            Precision::Exact => KernelPrecision::Exact,
+            Precision::Fast => KernelPrecision::Fast,
+        };
+        Cpu::new(CpuOptions { precision, threads: self.threads as usize, isa: self.isa })
+    }
+
+    /// Which bits this device computes.
+    #[must_use]
+    pub fn numerics(&self) -> NumericsId {
+        NumericsId::new(phalanx_kernels::VERSION, "cpu", self.precision, DenseType::Bf16)
+    }
+
+    /// Sizes of the backend's formats, and its memory.
+    #[must_use]
+    pub fn report(&self, checkpoint: &Checkpoint) -> BackendReport {
+        let float_bytes = match self.precision {
+            Precision::Exact => 4,
+            Precision::Fast => 2,
+        };
+        BackendReport {
+            tile_rows: 16,
+            dense_bytes: 2,
+            mxfp4_block_bytes: 17,
+            kv_bytes: float_bytes,
+            wire_bytes: float_bytes,
+            threads: self.threads,
+            process_base: PROCESS_BASE,
+            embedding_mapped: checkpoint.embedding_mapped(),
+            memory: memory_available(),
+        }
+    }
+}
+
+/// Cores that this process may use.
+#[must_use]
+pub fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+}
+
+/// Memory that this process may use: what the system has available, or what its control group allows.
+#[must_use]
+pub fn memory_available() -> Bytes {
+    let kib_of = |text: &str, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let system = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| kib_of(&text, "MemAvailable:"));
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Bytes(system.map_or(u64::MAX, |kib| kib.saturating_mul(1024)).min(group.unwrap_or(u64::MAX)))
+}
+
+/// The largest memory this process has held, in bytes; 0 where the system does not say.
+#[must_use]
+pub fn memory_peak() -> Bytes {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1)).and_then(|n| n.parse::<u64>().ok());
+    Bytes(kib.unwrap_or(0) * 1024)
+}

@@ -1,0 +1,102 @@
+//! The model behind a worker's service: loads a share of a checkpoint on a device and runs its plans.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use phalanx_kernels::cpu::Cpu;
+use phalanx_model::{Checkpoint, ForwardError, GptOss};
+use phalanx_proto::{BackendReport, StepPlan};
+use phalanx_wire::{Description, Prepare, Progress, StepFailure, StepReply, VERSION};
+
+use crate::collectives::GroupId;
+use crate::collectives::tcp::{self, Listener, Tcp};
+use crate::device::Device;
+use crate::progress::ProgressCell;
+use crate::runner::{Runner, StepError};
+use crate::service::{Host, HostError};
+
+/// Longest wait for the other ranks of an epoch to load and connect.
+const GATHER_WAIT: Duration = Duration::from_secs(1800);
+
+/// A checkpoint and the device that computes with it.
+pub struct ModelHost {
+    checkpoint: Arc<Checkpoint>,
+    device: Device,
+    listener: Listener,
+    data_address: SocketAddr,
+    runner: Option<Runner<Cpu, Tcp>>,
+}
+
+impl ModelHost {
+    /// A host whose data connections come in on `listener`.
+    ///
+    /// # Errors
+    /// The listener has no address.
+    pub fn new(checkpoint: Arc<Checkpoint>, device: Device, listener: Listener) -> std::io::Result<Self> {
+        let data_address = listener.local_addr()?;
+        Ok(Self { checkpoint, device, listener, data_address, runner: None })
+    }
+}
+
+impl Host for ModelHost {
+    fn describe(&self) -> Description {
+        Description {
+            version: VERSION.to_owned(),
+            numerics: self.device.numerics(),
+            config: self.checkpoint.config().clone(),
+            model: self.checkpoint.name().to_owned(),
+            backend: self.device.report(&self.checkpoint),
+            data_address: self.data_address,
+        }
+    }
+
+    fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError> {
+        // The old epoch's memory is needed for the new one's.
+        self.release();
+        let Prepare { fence, cell, rank, layout, placement, limits, peers } = request;
+        let mut on_bytes = |done_bytes, total_bytes| {
+            on_progress(Progress { stage: "loading".to_owned(), done_bytes, total_bytes });
+        };
+        let backend = self.device.backend()?;
+        let model =
+            GptOss::load(backend, &self.checkpoint, placement, *rank, layout.ep, limits, &mut on_bytes)?;
+        on_progress(Progress { stage: "connecting".to_owned(), done_bytes: 0, total_bytes: 0 });
+        let group = GroupId { cell: *cell, term: fence.term, epoch: fence.epoch };
+        let payload_max = payload_max(request, &self.device.report(&self.checkpoint), &self.checkpoint);
+        let deadline = Instant::now() + GATHER_WAIT;
+        let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline)?;
+        let runner = Runner::new(model, collectives, *limits, *fence);
+        let allocated = runner.allocated();
+        self.runner = Some(runner);
+        Ok(allocated)
+    }
+
+    fn run(&mut self, plan: &StepPlan, progress: &ProgressCell) -> StepReply {
+        let fence = plan.header.fence;
+        let Some(runner) = &mut self.runner else {
+            let message = "this worker has no epoch".to_owned();
+            return Err(StepFailure { fence, message, blamed: Vec::new() });
+        };
+        progress.begin(fence.step);
+        runner.run(plan, progress).map_err(|error| {
+            let blamed = match &error {
+                StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
+                _ => Vec::new(),
+            };
+            StepFailure { fence, message: error.to_string(), blamed }
+        })
+    }
+
+    fn release(&mut self) {
+        self.runner = None;
+    }
+}
+
+/// Most bytes from one rank to another in one exchange.
+fn payload_max(request: &Prepare, backend: &BackendReport, checkpoint: &Checkpoint) -> u32 {
+    let config = checkpoint.config();
+    let wire = u64::from(config.hidden) * u64::from(backend.wire_bytes);
+    let (rows, top_k) = (u64::from(request.limits.step_rows_max), u64::from(config.top_k));
+    u32::try_from(rows * (4 * top_k + wire).max(top_k * wire)).unwrap_or(u32::MAX)
+}
