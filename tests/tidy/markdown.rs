@@ -32,7 +32,7 @@ fn resolve(root: &Path, file: &str, text: &str, target: &str) -> Result<(), Stri
         return Ok(());
     }
     let (path, fragment) = target.split_once('#').map_or((target, None), |(path, part)| (path, Some(part)));
-    let folder = Path::new(file).parent().unwrap_or(Path::new(""));
+    let folder = Path::new(file).parent().unwrap_or_else(|| Path::new(""));
     let Some(inside) = normal(&folder.join(path)) else {
         return Err("leaves the repository: link to a file in it".into());
     };
