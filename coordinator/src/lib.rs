@@ -1,4 +1,6 @@
 //! Decides what the workers do, and speaks HTTP to the world.
 
+pub mod api;
 pub mod engine_client;
 pub mod harmony;
+pub mod metrics;

@@ -1,0 +1,83 @@
+//! Whether the server lives, and whether it can serve.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::App;
+use super::error::ApiError;
+use crate::engine_client::{CellState, CellStatus};
+
+/// `/livez`: steps advance, or there is nothing to do. Anything else needs a restart.
+pub(super) async fn livez(State(app): State<App>) -> Response {
+    if !app.engine().is_answered() {
+        return ApiError::unavailable("stalled", "the engine does not answer").into_response();
+    }
+    let status = app.engine().status();
+    let still = status.progress_at.elapsed();
+    if status.is_busy() && still > app.config().limits.stall_max {
+        let CellStatus { running, waiting, steps, .. } = status;
+        let still = still.as_secs();
+        let message =
+            format!("no step for {still} s after step {steps}, while {running} sequences run and {waiting} wait");
+        return ApiError::unavailable("stalled", message).into_response();
+    }
+    Json(json!({"status": "ok"})).into_response()
+}
+
+/// `/readyz`: requests can be served now.
+pub(super) async fn readyz(State(app): State<App>) -> Response {
+    match not_ready(&app.engine().status()) {
+        Some(error) => error.into_response(),
+        None => Json(json!({"status": "ok"})).into_response(),
+    }
+}
+
+/// `/health`: as `/readyz`, with what the workers are doing.
+pub(super) async fn health(State(app): State<App>) -> Response {
+    let status = app.engine().status();
+    let error = not_ready(&status);
+    let workers: Vec<_> =
+        status.workers.iter().map(|worker| json!({"rank": worker.rank.0, "state": worker.state.name()})).collect();
+    let mut body = json!({
+        "status": state_name(&status.state),
+        "model": app.config().served_model_name,
+        "epoch": status.epoch.0,
+        "workers": workers,
+    });
+    let Some(error) = error else { return Json(body).into_response() };
+    if let (Some(body), Ok(envelope)) = (body.as_object_mut(), serde_json::to_value(error.envelope())) {
+        body.extend(envelope.as_object().cloned().unwrap_or_default());
+    }
+    let mut response = error.into_response();
+    *response.body_mut() = body.to_string().into();
+    response
+}
+
+/// `/metrics`: Prometheus's text format.
+pub(super) async fn metrics(State(app): State<App>) -> Response {
+    let text = app.metrics().render(&app.engine().status());
+    (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+const fn state_name(state: &CellState) -> &'static str {
+    match state {
+        CellState::Loading(_) => "loading",
+        CellState::Ready => "ok",
+        CellState::Draining => "draining",
+        CellState::Failed(_) => "failed",
+    }
+}
+
+fn not_ready(status: &CellStatus) -> Option<ApiError> {
+    let message = match &status.state {
+        CellState::Ready => return None,
+        CellState::Loading(reason) => format!("the model is loading: {reason}"),
+        CellState::Draining => "the server is shutting down".to_owned(),
+        CellState::Failed(reason) => format!("the cell has failed: {reason}"),
+    };
+    Some(ApiError::unavailable(state_name(&status.state), message))
+}
