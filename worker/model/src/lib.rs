@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod collectives;
 pub mod nano;
+pub mod synth;
 pub mod weights;
 pub mod rope;
 pub mod gpt_oss;

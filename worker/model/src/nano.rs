@@ -112,6 +112,6 @@ fn expand() -> Vec<Full> {
 
 fn write(tensors: &[Full], to: &mut impl Write) -> std::io::Result<()> {
     let stated = tensors.iter().map(|full| (full.name.as_str(), full.dtype, full.shape.as_slice()));
-    to.write_all(&header::text(stated))?;
+    to.write_all(&header::text(Some("pt"), stated))?;
     tensors.iter().try_for_each(|full| to.write_all(&full.bytes))
 }

@@ -38,6 +38,12 @@ pub enum CheckpointError {
         /// The system's reason.
         error: io::Error,
     },
+    /// A directory that is in use for something else.
+    #[error("{} is not empty and does not hold random weights made here; give a new directory", path.display())]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A file that cannot be what its name says.
     #[error("{} has {bytes} bytes, but at most {most} are possible; download the file again", path.display())]
     TooLong {

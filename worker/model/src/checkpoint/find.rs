@@ -68,3 +68,76 @@ fn hub_cache(environment: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> 
     };
     path("HF_HUB_CACHE").or_else(|| path("HF_HOME").or_else(home).map(|home| home.join("hub")))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::fs;
+
+    use super::*;
+
+    const MODEL: &str = "openai/gpt-oss-20b";
+
+    /// Opens a model where only `variable` is set.
+    fn open_where(variable: &str, value: &Path, model: &str) -> Result<String, String> {
+        let environment = |asked: &str| (asked == variable).then(|| value.as_os_str().to_owned());
+        open_with(model, &environment).map(|c| c.name().to_owned()).map_err(|error| error.to_string())
+    }
+
+    /// A cache with one model.
+    fn cached(hub: &Path) {
+        let repository = hub.join("models--openai--gpt-oss-20b");
+        let snapshot = repository.join("snapshots/5be1");
+        fs::create_dir_all(repository.join("refs")).unwrap();
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::write(repository.join("refs/main"), "5be1\n").unwrap();
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-a");
+        for entry in fs::read_dir(fixture).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), snapshot.join(entry.file_name())).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_model_is_found_in_the_cache_wherever_that_is() {
+        for (variable, hub) in [
+            ("HF_HUB_CACHE", "."),
+            ("HF_HOME", "hub"),
+            ("XDG_CACHE_HOME", "huggingface/hub"),
+            ("HOME", ".cache/huggingface/hub"),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            cached(&root.path().join(hub));
+            assert_eq!(open_where(variable, root.path(), MODEL).as_deref(), Ok(MODEL), "{variable}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_is_nowhere_is_an_error_that_says_where_it_was_looked_for() {
+        let root = tempfile::tempdir().unwrap();
+        let error = open_where("HF_HUB_CACHE", root.path(), MODEL).unwrap_err();
+        let head = root.path().join("models--openai--gpt-oss-20b/refs/main");
+        assert_eq!(
+            error,
+            format!(
+                "no model `openai/gpt-oss-20b`: looked at openai/gpt-oss-20b, {}; give `nano`, a checkpoint \
+                 directory, or the id of a model in the local Hugging Face cache (download one with \
+                 `hf download openai/gpt-oss-20b`)",
+                head.display()
+            )
+        );
+        let error = open_where("HF_HUB_CACHE", root.path(), "../no/../such").unwrap_err();
+        assert!(error.contains("looked at ../no/../such;"), "{error}");
+    }
+
+    #[test]
+    fn a_revision_does_not_lead_out_of_the_cache() {
+        let root = tempfile::tempdir().unwrap();
+        cached(root.path());
+        let head = root.path().join("models--openai--gpt-oss-20b/refs/main");
+        fs::write(head, "../snapshots/5be1").unwrap();
+        let error = open_where("HF_HUB_CACHE", root.path(), MODEL).unwrap_err();
+        assert!(error.starts_with("no model"), "{error}");
+    }
+}

@@ -325,10 +325,13 @@ pub(crate) fn parse(file: &[u8]) -> Result<BTreeMap<String, Entry>, HeaderError>
     Ok(stated.into_iter().map(|(name, stated)| (name, entry(stated))).collect())
 }
 
-/// The head of a file that holds these tensors one after the other, padded to 8 bytes.
-pub(crate) fn text<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>) -> Vec<u8> {
+/// The head of a file that holds these tensors one after the other, padded to 8 bytes. `format` is the name of the
+/// framework whose layout the numbers have; files may leave it out.
+pub(crate) fn text<'a>(format: Option<&str>, tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>) -> Vec<u8> {
     let mut object = serde_json::Map::new();
-    object.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
+    if let Some(format) = format {
+        object.insert("__metadata__".to_owned(), serde_json::json!({"format": format}));
+    }
     let mut begin = 0;
     for (name, dtype, shape) in tensors {
         let end = begin + shape.iter().map(|&n| n as u64).product::<u64>() * u64::from(dtype.bits()) / 8;

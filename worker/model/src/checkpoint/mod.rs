@@ -29,7 +29,7 @@ use phalanx_proto::ModelConfig;
 use contents::{Contents, Located, Shard};
 
 pub use config::parse as parse_config;
-pub(crate) use contents::Image;
+pub(crate) use contents::{Image, read_json};
 pub use error::CheckpointError;
 pub use find::open;
 pub use header::{Dtype, HeaderError};

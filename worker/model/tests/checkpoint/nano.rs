@@ -1,7 +1,5 @@
 //! The demo model: in memory, and as a directory.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
