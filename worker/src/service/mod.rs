@@ -1,0 +1,200 @@
+//! The worker as a coordinator sees it: joins, prepares an epoch, runs its steps, says how it is.
+//!
+//! One OS thread owns the [`Host`], and with it the model; calls reach it through a bounded queue and never wait
+//! within it. So [`Health`] answers while a step works or hangs, and a call that is given up leaves nothing behind.
+
+mod accept;
+mod calls;
+mod thread;
+
+use std::error::Error;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use phalanx_proto::{CellId, Fence, StepPlan, Term};
+use phalanx_wire::token::{CheckToken, check_listener};
+use phalanx_wire::v1::worker_server::WorkerServer;
+use phalanx_wire::{
+    ClusterToken, Description, Health, Prepare, Progress, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, StepReply, TokenError,
+    WorkerState,
+};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tracing::{error, info};
+
+use crate::progress::ProgressCell;
+use calls::Calls;
+use thread::ModelThread;
+
+/// Plans that a coordinator may send ahead on one stream.
+pub const STEPS_IN_FLIGHT: usize = 8;
+/// Streams of steps at once: the coordinator's, and some that have been given up but not yet ended.
+const STREAMS_MAX: usize = 4;
+/// Calls at once on one connection.
+const CALLS_MAX: u32 = 16;
+/// Bytes of a call's headers.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
+/// A connection on which nothing came for this long is asked whether it still lives.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_millis(500);
+/// It then has this long to answer.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How long calls may take to end when the worker ends.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Why an epoch could not be made ready; its chain of causes is told to the coordinator.
+pub type HostError = Box<dyn Error + Send + Sync>;
+
+/// What a worker is made of: a model that can be loaded and stepped. Owned by one thread.
+pub trait Host: Send + 'static {
+    /// What a coordinator is told when it joins. Asked once.
+    fn describe(&self) -> Description;
+
+    /// Makes an epoch ready in place of the one there was: loads, connects to the other ranks.
+    /// Returns the bytes of weights, KV and buffers held.
+    ///
+    /// # Errors
+    /// What does not load, or which rank cannot be reached. There is no epoch afterwards.
+    fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError>;
+
+    /// Runs a step: the one after the last, or the last one again. Says in `progress` where it is.
+    ///
+    /// # Errors
+    /// The epoch is over on this rank.
+    fn run(&mut self, plan: &StepPlan, progress: &ProgressCell) -> StepReply;
+
+    /// Drops the epoch, its memory and its connections.
+    fn release(&mut self);
+}
+
+/// Why a worker does not serve, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// It may not listen there.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The system refuses something.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The server failed.
+    #[error("the worker's server failed: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// A defect: the process must not go on.
+    #[error("the model thread panicked: {0}; please report this")]
+    Panicked(String),
+}
+
+/// The coordinator that a worker belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owner {
+    cell: CellId,
+    term: Term,
+    instance: u64,
+}
+
+/// What a worker is at. Written by the model thread only.
+#[derive(Clone, Debug, Default)]
+struct Status {
+    state: WorkerState,
+    /// The last step applied.
+    fence: Fence,
+    last_error: Option<String>,
+}
+
+/// What calls and model thread both see.
+struct Shared {
+    description: Description,
+    owner: Mutex<Option<Owner>>,
+    status: Mutex<Status>,
+    progress: ProgressCell,
+}
+
+impl Shared {
+    fn owner(&self) -> MutexGuard<'_, Option<Owner>> {
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn health(&self) -> Health {
+        let Status { state, fence, last_error } = self.status().clone();
+        Health { state, fence, progress: self.progress.get(), last_error }
+    }
+}
+
+/// Serves `host` on `listener` until `shutdown` completes. Beyond loopback a token is needed.
+///
+/// # Errors
+/// A listener beyond loopback without a token; a server that fails; a model thread that panics, after which the
+/// process should end with an error.
+pub async fn serve(
+    listener: TcpListener,
+    host: impl Host,
+    token: Option<ClusterToken>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let system = |what| move |source| ServeError::System { what, source };
+    let address = listener.local_addr().map_err(system("tell the listener's address"))?;
+    check_listener(address, token.as_ref())?;
+
+    let shared = Arc::new(Shared {
+        description: host.describe(),
+        owner: Mutex::default(),
+        status: Mutex::default(),
+        progress: ProgressCell::default(),
+    });
+    let (commands, queue) = mpsc::channel(STREAMS_MAX * STEPS_IN_FLIGHT);
+    let (ended, mut thread) = oneshot::channel();
+    let model = ModelThread::new(host, Arc::clone(&shared));
+    let body = move || drop(ended.send(model.run(queue)));
+    std::thread::Builder::new().name("model".to_owned()).spawn(body).map_err(system("start the model thread"))?;
+
+    let (close, closing) = watch::channel(());
+    let calls = Calls::new(shared, commands, closing.clone());
+    let worker = WorkerServer::new(calls)
+        .max_decoding_message_size(REQUEST_BYTES_MAX)
+        .max_encoding_message_size(REPLY_BYTES_MAX);
+    let server = Server::builder()
+        .max_concurrent_streams(CALLS_MAX)
+        .http2_max_pending_accept_reset_streams(Some(CALLS_MAX as usize))
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_service(InterceptedService::new(worker, CheckToken::new(token)))
+        .serve_with_incoming_shutdown(accept::connections(listener), closed(closing));
+    let mut server = std::pin::pin!(server);
+
+    info!(%address, "worker listens");
+    let outcome = tokio::select! {
+        served = &mut server => return Ok(served?),
+        outcome = &mut thread => outcome,
+        () = shutdown => Ok(Ok(())),
+    };
+    // Streams of steps end now, then their connections, then the queue of the model thread.
+    drop(close);
+    let all_ended = tokio::time::timeout(GRACE, server).await;
+    if all_ended.is_err() {
+        info!("connections are still open; leaving them");
+    }
+    match outcome {
+        Ok(Err(panic)) => {
+            error!(%panic, "the model thread panicked");
+            Err(ServeError::Panicked(panic))
+        }
+        // The sender lives as long as the thread's body, which always sends.
+        Ok(Ok(())) | Err(_) => Ok(()),
+    }
+}
+
+/// Completes when the worker ends.
+async fn closed(mut closing: watch::Receiver<()>) {
+    while closing.changed().await.is_ok() {}
+}

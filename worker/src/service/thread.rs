@@ -1,0 +1,224 @@
+//! The thread that owns the model. It does one thing after another, in the order asked.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use phalanx_proto::{Fence, Outputs, StepPlan, Term};
+use phalanx_wire::{Prepare, PrepareEvent, StepFailure, StepReply, WireError, WorkerState, logit_rows_max};
+use tokio::sync::mpsc::{OwnedPermit, Receiver, Sender};
+use tokio::sync::oneshot;
+use tonic::Status;
+use tracing::{info, warn};
+
+use super::{Host, HostError, Shared};
+
+type Event = Result<PrepareEvent, Status>;
+
+/// What the thread is asked to do. Every answer has its place already, so giving it never waits.
+pub(super) enum Command {
+    Prepare { request: Prepare, events: Sender<Event>, last: OwnedPermit<Event> },
+    Step { plan: Result<StepPlan, WireError>, reply: OwnedPermit<Result<StepReply, Status>> },
+    Release { term: Term, done: oneshot::Sender<()> },
+}
+
+/// What a panic said. The host is not touched again.
+pub(super) type Panic = String;
+
+pub(super) struct ModelThread<H> {
+    host: H,
+    shared: Arc<Shared>,
+}
+
+impl<H: Host> ModelThread<H> {
+    pub(super) const fn new(host: H, shared: Arc<Shared>) -> Self {
+        Self { host, shared }
+    }
+
+    /// Does what it is asked until nobody can ask any more.
+    pub(super) fn run(mut self, mut commands: Receiver<Command>) -> Result<(), Panic> {
+        while let Some(command) = commands.blocking_recv() {
+            match command {
+                Command::Prepare { request, events, last } => self.prepare(&request, &events, last)?,
+                Command::Step { plan, reply } => self.step(plan, reply)?,
+                Command::Release { term, done } => self.release(term, done)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, request: &Prepare, events: &Sender<Event>, last: OwnedPermit<Event>) -> Result<(), Panic> {
+        // Whoever asked may have given up while others were served.
+        if events.is_closed() {
+            return Ok(());
+        }
+        if let Err(why) = self.may_prepare(request.fence) {
+            last.send(Err(Status::failed_precondition(why)));
+            return Ok(());
+        }
+        info!(fence = %request.fence, rank = %request.rank, "preparing");
+        self.set(WorkerState::Loading, request.fence, None);
+        // Progress that nobody has read yet is as good as the newest.
+        let on_progress = |progress| drop(events.try_send(Ok(PrepareEvent::Progress(progress))));
+        let host = &mut self.host;
+        match catch(|| host.prepare(request, &on_progress)) {
+            Ok(Ok(allocated_bytes)) => {
+                info!(allocated_bytes, "ready");
+                self.set(WorkerState::Ready, request.fence, None);
+                last.send(Ok(PrepareEvent::Ready { allocated_bytes }));
+                Ok(())
+            }
+            Ok(Err(error)) => {
+                self.prepare_failed(request.fence, chain(&error), last);
+                Ok(())
+            }
+            Err(panic) => {
+                self.prepare_failed(request.fence, format!("the worker panicked: {panic}"), last);
+                Err(panic)
+            }
+        }
+    }
+
+    fn prepare_failed(&self, fence: Fence, error: String, last: OwnedPermit<Event>) {
+        warn!(%error, "cannot prepare");
+        self.set(WorkerState::Failed, fence, Some(error.clone()));
+        last.send(Err(Status::failed_precondition(error)));
+    }
+
+    /// An epoch comes after every one that was prepared for its coordinator, and before a coordinator's successor.
+    fn may_prepare(&self, fence: Fence) -> Result<(), String> {
+        let owner = *self.shared.owner();
+        if owner.is_none_or(|owner| owner.term != fence.term) {
+            return Err(format!("{fence}: the worker has meanwhile been released or taken over"));
+        }
+        let ours = self.shared.status().fence;
+        if (fence.term, fence.epoch) <= (ours.term, ours.epoch) {
+            return Err(format!("{fence} is prepared after {ours}: use a higher epoch"));
+        }
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        plan: Result<StepPlan, WireError>,
+        reply: OwnedPermit<Result<StepReply, Status>>,
+    ) -> Result<(), Panic> {
+        let refused = |fence, message| StepFailure { fence, message, blamed: Vec::new() };
+        let plan = match plan {
+            Ok(plan) => plan,
+            Err(error) => {
+                let ours = self.shared.status().fence;
+                warn!(%error, "plan refused");
+                reply.send(Ok(Err(refused(ours, format!("the plan is refused: {error}")))));
+                return Ok(());
+            }
+        };
+        let fence = plan.header.fence;
+        if let Err(why) = self.may_step(&plan) {
+            warn!(%fence, %why, "plan refused");
+            reply.send(Ok(Err(refused(fence, why))));
+            return Ok(());
+        }
+        self.shared.status().state = WorkerState::Stepping;
+        self.shared.progress.begin(fence.step);
+        let (host, progress) = (&mut self.host, &self.shared.progress);
+        let (outcome, end) = match catch(|| host.run(&plan, progress)) {
+            Ok(outcome) => (outcome, Ok(())),
+            Err(panic) => (Err(refused(fence, format!("the worker panicked: {panic}"))), Err(panic)),
+        };
+        match &outcome {
+            Ok(_) => self.set(WorkerState::Ready, fence, None),
+            Err(failure) => {
+                warn!(%failure, "the epoch is over");
+                let mut status = self.shared.status();
+                status.state = WorkerState::Failed;
+                status.last_error = Some(failure.to_string());
+            }
+        }
+        reply.send(Ok(outcome));
+        end
+    }
+
+    /// A step is the one after the last, or the last one again, of the epoch prepared.
+    fn may_step(&self, plan: &StepPlan) -> Result<(), String> {
+        let fence = plan.header.fence;
+        let owner = *self.shared.owner();
+        if let Some(owner) = owner
+            && owner.term > fence.term
+        {
+            return Err(format!("the worker belongs to term {} now", owner.term.0));
+        }
+        let status = self.shared.status();
+        match status.state {
+            WorkerState::Ready => {}
+            WorkerState::Failed => {
+                let why = status.last_error.as_deref().unwrap_or("it failed");
+                return Err(format!("the epoch is over, prepare another: {why}"));
+            }
+            WorkerState::Idle | WorkerState::Loading | WorkerState::Stepping => {
+                return Err("no epoch has been prepared".to_owned());
+            }
+        }
+        let ours = status.fence;
+        let repeated = fence == ours && ours.step.0 > 0;
+        if fence != ours.next() && !repeated {
+            return Err(format!("the last step here is of {ours}"));
+        }
+        let all_logits = plan.rows.iter().filter(|rows| rows.outputs == Outputs::AllLogits);
+        let asked: usize = all_logits.map(|rows| rows.tokens.rows()).sum();
+        let max = logit_rows_max(self.shared.description.config.vocab);
+        if asked > max {
+            return Err(format!("the logits of {asked} rows do not fit a reply: ask for {max} at most in a step"));
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, term: Term, done: oneshot::Sender<()>) -> Result<(), Panic> {
+        let mut owner = self.shared.owner();
+        // A coordinator that took over meanwhile keeps what it prepared.
+        if owner.is_none_or(|owner| owner.term <= term) {
+            *owner = None;
+            drop(owner);
+            let host = &mut self.host;
+            if let Err(panic) = catch(|| host.release()) {
+                self.set(WorkerState::Failed, Fence::default(), Some(format!("panicked: {panic}")));
+                return Err(panic);
+            }
+            info!("released");
+            self.set(WorkerState::Idle, Fence::default(), None);
+        }
+        // Whoever asked may have given up.
+        let _ = done.send(());
+        Ok(())
+    }
+
+    /// The last error stays readable until the next one, or a new epoch.
+    fn set(&self, state: WorkerState, fence: Fence, error: Option<String>) {
+        let mut status = self.shared.status();
+        status.state = state;
+        status.fence = fence;
+        if error.is_some() || state == WorkerState::Loading {
+            status.last_error = error;
+        }
+    }
+}
+
+fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Panic> {
+    // After a panic the host is never touched again, so it does not matter what state it is in.
+    catch_unwind(AssertUnwindSafe(body)).map_err(|payload| message(&*payload))
+}
+
+fn message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
+}
+
+/// An error with its causes.
+fn chain(error: &HostError) -> String {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        // Some errors tell their cause themselves.
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    })
+}
