@@ -53,6 +53,30 @@ pub enum KernelError {
         /// What was wrong.
         what: &'static str,
     },
+    /// A block scale of an MXFP4 tensor is not a number.
+    #[error("scale {index} of {what} is 255, which is no number; the checkpoint is damaged, fetch it again")]
+    Scale {
+        /// Which tensor.
+        what: &'static str,
+        /// Index of the scale in the tensor.
+        index: usize,
+    },
+    /// A step names something that does not exist.
+    #[error("the step names {what} {index}, but there are {len}; plan and worker disagree")]
+    Plan {
+        /// What is named.
+        what: &'static str,
+        /// The index.
+        index: usize,
+        /// How many there are.
+        len: usize,
+    },
+    /// The processor lacks an instruction set that was asked for.
+    #[error("this processor has no {isa}; let the instruction set be detected")]
+    Isa {
+        /// The instruction set.
+        isa: &'static str,
+    },
     /// The threads could not be started.
     #[error("cannot start {threads} threads: {why}; use fewer --threads")]
     Threads {

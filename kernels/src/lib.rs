@@ -1,7 +1,6 @@
 //! Every op of gpt-oss: naive as a reference, fast on CPUs, behind one trait.
 //!
 //! - [`backend`]: the vocabulary, about fifteen fused ops with their shapes.
-//! - [`reference`]: each op as the paper states it, in f64; the specification, never optimised.
 //! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
 //! - [`memory`]: mapped files and buffers.
 //!
@@ -12,12 +11,20 @@
 #![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets and mapped files")]
 
 pub mod backend;
+mod bf16;
+pub mod cpu;
 pub mod memory;
 pub mod parts;
+pub mod random;
+mod wire;
 
+pub use cpu::{Cpu, CpuOptions, Isa};
 pub use parts::HostParts;
 
 pub use backend::{
     BLOCK_SIZE, Backend, Draw, EmbeddingBytes, EmbeddingSource, ExpertShape, ExpertSource, KernelError, KvLayer,
     KvShape, NO_SLOT, PoolShape, Precision, RopeTable, SEGMENT, SWIGLU_ALPHA, Stack, StepInputs, TokenSource,
 };
+
+/// Changes whenever the bits of any op change: part of every worker's numerics id.
+pub const VERSION: u32 = 1;

@@ -107,8 +107,64 @@ fn release_pages(_bytes: &[u8]) {}
 /// `len` zeroed elements whose pages exist from now on, so that memory planned is memory held.
 #[must_use]
 pub fn resident<T: Copy + Default>(len: usize) -> Vec<T> {
-    let mut data = Vec::with_capacity(len);
-    // Written element by element: a zeroed allocation would hand out pages that do not exist yet.
-    data.resize_with(len, || std::hint::black_box(T::default()));
+    let mut data = vec![T::default(); len];
+    touch(&mut data);
     data
+}
+
+/// Writes to every page: a zeroed allocation may hand out pages that do not exist yet.
+fn touch<T: Default>(data: &mut [T]) {
+    const PAGE: usize = 4096;
+    for element in data.iter_mut().step_by((PAGE / size_of::<T>().max(1)).max(1)) {
+        *std::hint::black_box(element) = T::default();
+    }
+    if let Some(last) = data.last_mut() {
+        *std::hint::black_box(last) = T::default();
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// A slice of numbers that begins on a cache line, so that no vector of 64 bytes is read from two lines.
+#[derive(Debug)]
+pub(crate) struct Aligned<T> {
+    data: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Copy + Default> Aligned<T> {
+    /// `len` zeros, whose pages come into being when they are first written.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let data = vec![T::default(); len + LINE / size_of::<T>()];
+        let start = data.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+        Self { data, start, len }
+    }
+
+    /// `len` zeros whose pages exist from now on.
+    pub(crate) fn resident(len: usize) -> Self {
+        let mut this = Self::zeroed(len);
+        touch(&mut this.data);
+        this
+    }
+
+    /// Bytes of the numbers.
+    pub(crate) const fn bytes(&self) -> u64 {
+        (self.len * size_of::<T>()) as u64
+    }
+}
+
+impl<T> std::ops::Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.data[self.start..self.start + self.len]
+    }
+}
+
+impl<T> std::ops::DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data[self.start..self.start + self.len]
+    }
 }
