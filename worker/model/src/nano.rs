@@ -3,14 +3,14 @@
 //! A pack is a checkpoint whose embedding and unembedding are short: of the 201,088 tokens 4,097 have a row of
 //! their own, all others share one. Expanded it is a checkpoint as any other, and goes through the same checks.
 
-use std::borrow::Cow;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Image, header, names};
+use crate::checkpoint::names::{self, Expected};
+use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Image, header};
 
 /// What to ask for.
 pub const SPEC: &str = "nano";
@@ -22,10 +22,38 @@ const GENERATION: &str = include_str!("../../../models/gpt-oss-nano/generation_c
 
 /// A tensor of the full checkpoint.
 struct Full {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Cow<'static, [u8]>,
+    tensor: Expected,
+    content: Content,
+}
+
+/// Where the bytes of a tensor come from.
+enum Content {
+    /// They stand in the pack.
+    Copy(&'static [u8]),
+    /// A table in which most rows are the same.
+    Rows {
+        /// The row of every other token.
+        shared: &'static [u8],
+        /// Tokens with a row of their own, ascending.
+        used: Vec<u32>,
+        /// The rows of these.
+        rows: &'static [u8],
+    },
+}
+
+impl Content {
+    fn write(&self, tokens: usize, to: &mut impl Write) -> io::Result<()> {
+        match self {
+            Self::Copy(bytes) => to.write_all(bytes),
+            Self::Rows { shared, used, rows } => {
+                let mut own = used.iter().zip(rows.chunks_exact(shared.len())).peekable();
+                (0..).take(tokens).try_for_each(|token: u32| {
+                    let row = own.next_if(|(used, _)| **used == token);
+                    to.write_all(row.map_or(shared, |(_, row)| row))
+                })
+            }
+        }
+    }
 }
 
 /// The checkpoint, expanded in memory.
@@ -34,9 +62,10 @@ struct Full {
 /// None, unless the program itself is damaged.
 pub fn checkpoint() -> Result<Checkpoint, CheckpointError> {
     // The embedding is used in place and keeps its file alive; all else is read once and then dropped.
-    let (embedding, rest): (Vec<_>, Vec<_>) = expand().into_iter().partition(|full| full.name == names::EMBEDDING);
+    let (embedding, rest): (Vec<_>, Vec<_>) =
+        expand().into_iter().partition(|full| full.tensor.name == names::EMBEDDING);
     let images = [("embedding.safetensors", embedding), ("model.safetensors", rest)].map(|(name, tensors)| {
-        let mut bytes = Vec::new();
+        let mut bytes = Vec::with_capacity(header(&tensors).len() + size(&tensors));
         write(&tensors, &mut bytes).expect("writing to memory succeeds");
         Image { name, bytes }
     });
@@ -59,8 +88,9 @@ pub fn export(dir: &Path) -> Result<(), CheckpointError> {
     let mut file = BufWriter::new(file);
     write(&tensors, &mut file).and_then(|()| file.flush()).map_err(failed(&path))?;
 
-    let total: usize = tensors.iter().map(|full| full.bytes.len()).sum();
-    let map: Map<String, Value> = tensors.into_iter().map(|full| (full.name, "model.safetensors".into())).collect();
+    let total = size(&tensors);
+    let map: Map<String, Value> =
+        tensors.into_iter().map(|full| (full.tensor.name, "model.safetensors".into())).collect();
     let index = json!({"metadata": {"total_size": total}, "weight_map": map});
     let mut text = Vec::new();
     let mut to_text =
@@ -85,33 +115,34 @@ fn expand() -> Vec<Full> {
     let vocab = serde_json::from_str::<Value>(CONFIG).expect(WHOLE)["vocab_size"].as_u64().expect(WHOLE) as usize;
     let pack = header::parse(PACK).expect(WHOLE);
     let bytes = |name: &str| &PACK[pack[name].range.clone()];
-    let used: Vec<usize> =
-        bytes("used_token_ids").as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id) as usize).collect();
+    let used: Vec<u32> = bytes("used_token_ids").as_chunks::<4>().0.iter().map(|&id| u32::from_le_bytes(id)).collect();
     let table = |name: &str| {
         let stem = name.trim_end_matches(".weight");
-        let shared = bytes(&format!("{stem}.shared_row"));
-        let mut table = shared.repeat(vocab);
-        let rows = bytes(&format!("{stem}.used_rows")).chunks_exact(shared.len());
-        for (&token, row) in used.iter().zip(rows) {
-            table[token * row.len()..][..row.len()].copy_from_slice(row);
-        }
+        let (shared, rows) = (bytes(&format!("{stem}.shared_row")), bytes(&format!("{stem}.used_rows")));
         let shape = vec![vocab, shared.len() / 2];
-        Full { name: name.to_owned(), dtype: Dtype::BF16, shape, bytes: table.into() }
+        let tensor = Expected { name: name.to_owned(), dtype: Dtype::BF16, shape };
+        Full { tensor, content: Content::Rows { shared, used: used.clone(), rows } }
     };
     let is_packed = |name: &str| name == "used_token_ids" || name.ends_with("_row") || name.ends_with("_rows");
     let mut in_order: Vec<_> = pack.iter().filter(|(name, _)| !is_packed(name)).collect();
     in_order.sort_by_key(|(_, entry)| entry.range.start);
     let copies = in_order.into_iter().map(|(name, entry)| Full {
-        name: name.clone(),
-        dtype: entry.dtype,
-        shape: entry.shape.clone(),
-        bytes: PACK[entry.range.clone()].into(),
+        tensor: Expected { name: name.clone(), dtype: entry.dtype, shape: entry.shape.clone() },
+        content: Content::Copy(bytes(name)),
     });
     copies.chain([names::EMBEDDING, names::UNEMBEDDING].map(table)).collect()
 }
 
-fn write(tensors: &[Full], to: &mut impl Write) -> std::io::Result<()> {
-    let stated = tensors.iter().map(|full| (full.name.as_str(), full.dtype, full.shape.as_slice()));
-    to.write_all(&header::text(Some("pt"), stated))?;
-    tensors.iter().try_for_each(|full| to.write_all(&full.bytes))
+/// Bytes of the tensors.
+fn size(tensors: &[Full]) -> usize {
+    tensors.iter().map(|full| full.tensor.bytes() as usize).sum()
+}
+
+fn header(tensors: &[Full]) -> Vec<u8> {
+    header::text(Some("pt"), tensors.iter().map(|full| full.tensor.stated()))
+}
+
+fn write(tensors: &[Full], to: &mut impl Write) -> io::Result<()> {
+    to.write_all(&header(tensors))?;
+    tensors.iter().try_for_each(|full| full.content.write(full.tensor.shape[0], to))
 }

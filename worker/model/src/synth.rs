@@ -201,7 +201,7 @@ struct ShardPlan {
 
 impl ShardPlan {
     fn header(&self) -> Vec<u8> {
-        header::text(None, self.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())))
+        header::text(None, self.tensors.iter().map(Expected::stated))
     }
 }
 

@@ -46,6 +46,11 @@ impl Expected {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
+    /// Name, type and shape, as a header states them.
+    pub(crate) fn stated(&self) -> (&str, Dtype, &[usize]) {
+        (&self.name, self.dtype, &self.shape)
+    }
+
     /// Bytes of the tensor.
     #[must_use]
     pub fn bytes(&self) -> u64 {
