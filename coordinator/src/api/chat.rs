@@ -27,12 +27,7 @@ pub(super) async fn completions(
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let bytes = body::read_json(request, &app.config().limits).await?;
-    let (request, prompt) = {
-        let app = app.clone();
-        // Encoding a long prompt takes too long for a thread that others' tokens wait for.
-        let read = tokio::task::spawn_blocking(move || read(&app, &bytes));
-        read.await.map_err(|_| ApiError::internal("the request could not be read, please report this"))??
-    };
+    let (request, prompt) = read(app.clone(), bytes).await?;
     let prompt_tokens = u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX);
     let max_tokens = max_tokens(&request, prompt_tokens, app.config())?;
     let seed = request.seed.unwrap_or_else(random);
@@ -62,12 +57,17 @@ pub(super) async fn completions(
     Ok(Json(Completion { head, choices, usage: total_usage(usages) }).into_response())
 }
 
-/// Parses the body and renders the prompt.
-fn read(app: &App, bytes: &[u8]) -> Result<(ChatRequest, Prompt), ApiError> {
-    let request = ChatRequest::parse(&body::parse_json(bytes)?, app.config())?;
-    models::check(app, &request.model)?;
-    let prompt = harmony::prompt(app.tokenizer(), &request.messages);
-    Ok((request, prompt))
+/// Parses the body and renders the prompt, on a thread where nobody's tokens wait for it.
+async fn read(app: App, bytes: Vec<u8>) -> Result<(ChatRequest, Prompt), ApiError> {
+    let permit = app.encoders().acquire_owned().await.expect("the semaphore is never closed");
+    let read = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        let request = ChatRequest::parse(&body::parse_json(&bytes)?, app.config())?;
+        models::check(&app, &request.model)?;
+        let prompt = harmony::prompt(app.tokenizer(), &request.messages);
+        Ok((request, prompt))
+    });
+    read.await.map_err(|_| ApiError::internal("the request could not be read, please report this"))?
 }
 
 /// Most tokens of each choice. What cannot fit the context is refused here, before it takes a place in the queue.

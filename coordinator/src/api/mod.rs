@@ -18,6 +18,7 @@ mod server;
 mod stream;
 mod types;
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{get, post};
 use phalanx_proto::TokenId;
+use tokio::sync::Semaphore;
 
 pub use auth::ApiKeys;
 pub use server::serve;
@@ -134,6 +136,8 @@ struct Shared {
     engine: EngineClient,
     metrics: Arc<Metrics>,
     tokenizer: Tokenizer,
+    /// Encoding keeps a core busy, so no more prompts are encoded at once than there are cores.
+    encoders: Arc<Semaphore>,
 }
 
 impl App {
@@ -141,7 +145,9 @@ impl App {
     #[must_use]
     pub fn new(config: ApiConfig, engine: EngineClient, metrics: Arc<Metrics>) -> Self {
         metrics.expect_routes(&ROUTES);
-        Self(Arc::new(Shared { config, engine, metrics, tokenizer: Tokenizer::shared() }))
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let encoders = Arc::new(Semaphore::new(cores));
+        Self(Arc::new(Shared { config, engine, metrics, tokenizer: Tokenizer::shared(), encoders }))
     }
 
     fn config(&self) -> &ApiConfig {
@@ -158,6 +164,10 @@ impl App {
 
     fn tokenizer(&self) -> Tokenizer {
         self.0.tokenizer
+    }
+
+    fn encoders(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.0.encoders)
     }
 }
 
@@ -185,7 +195,7 @@ pub fn router(app: App) -> Router {
 /// Gives the request its id, and counts the answer.
 async fn identify(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
-    let id = given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX && id.is_ascii());
+    let id = given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX);
     let id = id.map_or_else(|| random_id("req_"), str::to_owned);
     let route = route_of(request.uri().path());
     request.extensions_mut().insert(RequestId(id.clone()));
