@@ -1,6 +1,7 @@
 //! Every op of gpt-oss: naive as a reference, fast on CPUs, behind one trait.
 //!
 //! - [`backend`]: the vocabulary, about fifteen fused ops with their shapes.
+//! - [`reference`]: each op as the paper states it, in f64; the specification, never optimised.
 //! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
 //! - [`memory`]: mapped files and buffers.
 //!
@@ -16,10 +17,12 @@ pub mod cpu;
 pub mod memory;
 pub mod parts;
 pub mod random;
+pub mod reference;
 mod wire;
 
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use parts::HostParts;
+pub use reference::Reference;
 
 pub use backend::{
     BLOCK_SIZE, Backend, Draw, EmbeddingBytes, EmbeddingSource, ExpertShape, ExpertSource, KernelError, KvLayer,

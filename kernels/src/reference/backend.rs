@@ -1,0 +1,449 @@
+//! The reference functions as a backend.
+
+use super::{attention, exchange, linear, mxfp4, rms_norm, rope, router, sample, swiglu};
+use crate::memory::Source;
+use crate::{
+    BLOCK_SIZE, Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer, KvShape,
+    NO_SLOT, Precision, RopeTable, Stack, StepInputs, TokenSource, bf16, wire,
+};
+
+/// Every op by its reference function, on one thread; for tests of models and of other backends.
+///
+/// It trusts its plan: a step that names what does not exist panics.
+#[derive(Debug, Default)]
+pub struct Reference {
+    precision: Precision,
+    top_k: usize,
+    inputs: StepInputs,
+    rope: Option<RopeTable>,
+    tokens: Vec<u32>,
+    sampled: Vec<u32>,
+    error: Option<KernelError>,
+    allocated: u64,
+}
+
+impl Reference {
+    /// A backend that rounds as `precision` says.
+    #[must_use]
+    pub fn new(precision: Precision) -> Self {
+        Self { precision, ..Self::default() }
+    }
+
+    /// What an expert's matrix takes for `x`.
+    fn operand(&self, x: &[f32]) -> Vec<f64> {
+        match self.precision {
+            Precision::Exact => x.iter().copied().map(f64::from).collect(),
+            Precision::Fast => mxfp4::round_to_int8(x),
+        }
+    }
+
+    /// What the KV memory keeps of a number.
+    fn kept(&self, value: f32) -> f32 {
+        match self.precision {
+            Precision::Exact => value,
+            Precision::Fast => bf16::widen(bf16::narrow(value)),
+        }
+    }
+
+    fn block(&self, layer: KvLayer, row: usize, position: u32) -> (usize, usize) {
+        let table = &self.inputs.tables[layer.pool][self.inputs.sequences[row] as usize];
+        (table[position as usize / BLOCK_SIZE] as usize, position as usize % BLOCK_SIZE)
+    }
+}
+
+/// f32 `[n, cols]`.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    cols: usize,
+    values: Vec<f32>,
+}
+
+impl Rows {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.cols..(row + 1) * self.cols]
+    }
+
+    fn iter(&self) -> std::slice::ChunksExact<'_, f32> {
+        self.values.chunks_exact(self.cols)
+    }
+}
+
+/// `[rows, cols]` and `[rows]`.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+/// `[V, H]`
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    cols: usize,
+    table: Vec<f32>,
+}
+
+/// Decoded matrices.
+#[derive(Clone, Debug)]
+struct Expert {
+    gate_up: Vec<f64>,
+    gate_up_bias: Vec<f32>,
+    down: Vec<f64>,
+    down_bias: Vec<f32>,
+}
+
+/// The expert slots of one layer.
+#[derive(Clone, Debug)]
+pub struct Experts {
+    shape: ExpertShape,
+    slots: Vec<Option<Expert>>,
+}
+
+/// Key and value of every position of every block, `[Nkv * D]` each.
+#[derive(Clone, Debug)]
+pub struct Kv {
+    shape: KvShape,
+    /// By pool, layer, block, position.
+    pools: Vec<Vec<Vec<[KeyValue; BLOCK_SIZE]>>>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct KeyValue {
+    key: Vec<f32>,
+    value: Vec<f32>,
+}
+
+/// Experts and weights of each row, `[T, K]`.
+#[derive(Clone, Debug)]
+pub struct Routes {
+    top_k: usize,
+    rows: Vec<Vec<(u32, f32)>>,
+}
+
+/// Received rows, by (rank, record, choice).
+#[derive(Clone, Debug)]
+pub struct Work {
+    ranks: usize,
+    items: Vec<Item>,
+}
+
+#[derive(Clone, Debug)]
+struct Item {
+    rank: usize,
+    slot: usize,
+    row: Vec<f32>,
+    activations: Vec<f32>,
+}
+
+/// A matrix by an operand that may be rounded.
+fn multiply(x: &[f64], weight: &[f64], bias: &[f32]) -> Vec<f32> {
+    let dot = |row: &[f64]| x.iter().zip(row).map(|(x, weight)| x * weight).sum::<f64>();
+    weight.chunks_exact(x.len()).zip(bias).map(|(row, &bias)| (dot(row) + f64::from(bias)) as f32).collect()
+}
+
+fn need(what: &'static str, got: usize, need: usize) -> Result<(), KernelError> {
+    if got == need { Ok(()) } else { Err(KernelError::Size { what, got, need }) }
+}
+
+/// Decodes `[rows, cols]` after checking the sizes.
+fn decode(
+    what: [&'static str; 2],
+    blocks: Source<'_>,
+    scales: Source<'_>,
+    [rows, cols]: [usize; 2],
+) -> Result<Vec<f64>, KernelError> {
+    need(what[0], blocks.bytes().len(), rows * cols / 2)?;
+    need(what[1], scales.bytes().len(), rows * cols / mxfp4::BLOCK)?;
+    match scales.bytes().iter().position(|&scale| scale == u8::MAX) {
+        Some(index) => Err(KernelError::Scale { what: what[1], index }),
+        None => Ok(mxfp4::decode(blocks.bytes(), scales.bytes())),
+    }
+}
+
+impl Backend for Reference {
+    type Rows = Rows;
+    type Vector = Vec<f32>;
+    type Dense = Dense;
+    type Embedding = Embedding;
+    type Experts = Experts;
+    type Places = Vec<(u32, u32)>;
+    type Kv = Kv;
+    type Routes = Routes;
+    type Work = Work;
+    type Parts = HostParts;
+
+    fn rows(&mut self, rows: usize, cols: usize) -> Rows {
+        self.allocated += (rows * cols * 4) as u64;
+        Rows { cols, values: Vec::with_capacity(rows * cols) }
+    }
+
+    fn routes(&mut self, _rows: usize, top_k: usize) -> Routes {
+        self.top_k = top_k;
+        Routes { top_k, rows: Vec::new() }
+    }
+
+    fn work(&mut self, _received: usize, _choices: usize, _shape: ExpertShape) -> Work {
+        Work { ranks: 0, items: Vec::new() }
+    }
+
+    fn parts(&mut self, ranks: usize, _bytes_max: usize) -> HostParts {
+        HostParts::new(ranks)
+    }
+
+    fn kv(&mut self, shape: &KvShape) -> Kv {
+        let block = || std::array::from_fn(|_| KeyValue::default());
+        let layer = |blocks| std::iter::repeat_with(block).take(blocks).collect();
+        let pools = shape.pools.iter().map(|pool| (0..pool.layers).map(|_| layer(pool.blocks)).collect()).collect();
+        Kv { shape: shape.clone(), pools }
+    }
+
+    fn token_slots(&mut self, slots: usize) {
+        self.tokens = vec![0; slots];
+    }
+
+    fn vector(&mut self, source: Source<'_>) -> Result<Vec<f32>, KernelError> {
+        need("a vector of bf16", source.bytes().len() % 2, 0)?;
+        Ok(bf16::values(source.bytes()).collect())
+    }
+
+    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Dense, KernelError> {
+        let mut dense = Dense { weight: Vec::new(), bias: Vec::new() };
+        for matrix in stack {
+            let bytes = matrix.weight.bytes();
+            let rows = bytes.len() / (2 * cols);
+            need("a weight matrix", bytes.len(), rows * cols * 2)?;
+            dense.weight.extend(bf16::values(bytes));
+            match matrix.bias {
+                Some(bias) => {
+                    need("a bias", bias.bytes().len(), rows * 2)?;
+                    dense.bias.extend(bf16::values(bias.bytes()));
+                }
+                None => dense.bias.resize(dense.bias.len() + rows, 0.0),
+            }
+        }
+        self.allocated += ((dense.weight.len() + dense.bias.len()) * 4) as u64;
+        Ok(dense)
+    }
+
+    fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Embedding, KernelError> {
+        need("the embedding", table.table().len() % (cols * 2), 0)?;
+        Ok(Embedding { cols, table: bf16::values(table.table()).collect() })
+    }
+
+    fn experts(&mut self, slots: usize, shape: ExpertShape) -> Experts {
+        Experts { shape, slots: vec![None; slots] }
+    }
+
+    fn load_expert(
+        &mut self,
+        experts: &mut Experts,
+        slot: usize,
+        source: &ExpertSource<'_>,
+    ) -> Result<(), KernelError> {
+        let ExpertShape { hidden, intermediate, .. } = experts.shape;
+        let gate_up_name = ["gate_up_proj_blocks of an expert", "gate_up_proj_scales of an expert"];
+        let gate_up = decode(gate_up_name, source.gate_up_blocks, source.gate_up_scales, [2 * intermediate, hidden])?;
+        let down_name = ["down_proj_blocks of an expert", "down_proj_scales of an expert"];
+        let down = decode(down_name, source.down_blocks, source.down_scales, [hidden, intermediate])?;
+        need("gate_up_proj_bias of an expert", source.gate_up_bias.bytes().len(), 4 * intermediate)?;
+        need("down_proj_bias of an expert", source.down_bias.bytes().len(), 2 * hidden)?;
+        self.allocated += ((gate_up.len() + down.len()) * 8) as u64;
+        experts.slots[slot] = Some(Expert {
+            gate_up,
+            gate_up_bias: bf16::values(source.gate_up_bias.bytes()).collect(),
+            down,
+            down_bias: bf16::values(source.down_bias.bytes()).collect(),
+        });
+        Ok(())
+    }
+
+    fn places(&mut self, places: &[(u32, u32)]) -> Vec<(u32, u32)> {
+        places.to_vec()
+    }
+
+    fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {
+        self.sampled.clear();
+        self.inputs = inputs.clone();
+        self.rope = Some(rope.clone());
+    }
+
+    fn copy_block(&mut self, kv: &mut Kv, pool: usize, from: u32, to: u32) {
+        for layer in &mut kv.pools[pool] {
+            layer[to as usize] = layer[from as usize].clone();
+        }
+    }
+
+    fn embed(&mut self, table: &Embedding, out: &mut Rows) {
+        let token = |source: &TokenSource| match *source {
+            TokenSource::Given(token) => token,
+            TokenSource::Sampled(slot) => self.tokens[slot as usize],
+        };
+        let tokens = self.inputs.tokens.iter().map(|source| token(source) as usize);
+        out.values = tokens.flat_map(|t| &table.table[t * table.cols..(t + 1) * table.cols]).copied().collect();
+    }
+
+    fn norm(&mut self, x: &Rows, weight: &Vec<f32>, eps: f32, out: &mut Rows) {
+        out.values = x.iter().flat_map(|row| rms_norm::rms_norm(row, weight, eps)).collect();
+    }
+
+    fn project(&mut self, x: &Rows, weight: &Dense, out: &mut Rows) {
+        out.values = x.iter().flat_map(|row| linear::linear(row, &weight.weight, &weight.bias)).collect();
+    }
+
+    fn rotate_and_store(&mut self, qkv: &mut Rows, kv: &mut Kv, layer: KvLayer) {
+        let Some(table) = &self.rope else { return };
+        let (dim, width) = (kv.shape.head_dim, kv.shape.kv_heads * kv.shape.head_dim);
+        for (row, values) in qkv.values.chunks_exact_mut(qkv.cols).enumerate() {
+            let position = self.inputs.positions[row];
+            let keys_end = values.len() - width;
+            values[..keys_end].chunks_exact_mut(dim).for_each(|head| rope::rotate(head, position, table));
+            let keep = |values: &[f32]| values.iter().map(|&value| self.kept(value)).collect();
+            let (block, at) = self.block(layer, row, position);
+            kv.pools[layer.pool][layer.layer][block][at] =
+                KeyValue { key: keep(&values[keys_end - width..keys_end]), value: keep(&values[keys_end..]) };
+        }
+    }
+
+    fn attend(&mut self, qkv: &Rows, kv: &Kv, layer: KvLayer, sinks: &Vec<f32>, window: Option<u32>, out: &mut Rows) {
+        let dim = kv.shape.head_dim;
+        let group = sinks.len() / kv.shape.kv_heads;
+        out.values.clear();
+        for (row, values) in qkv.iter().enumerate() {
+            let stored: Vec<&KeyValue> = attention::visible(self.inputs.positions[row], window)
+                .map(|position| self.block(layer, row, position))
+                .map(|(block, at)| &kv.pools[layer.pool][layer.layer][block][at])
+                .collect();
+            for (head, &sink) in sinks.iter().enumerate() {
+                let of_head = head / group * dim..(head / group + 1) * dim;
+                let keys: Vec<&[f32]> = stored.iter().map(|stored| &stored.key[of_head.clone()]).collect();
+                let of_values: Vec<&[f32]> = stored.iter().map(|stored| &stored.value[of_head.clone()]).collect();
+                let q = &values[head * dim..(head + 1) * dim];
+                out.values.extend(attention::attend(q, &keys, &of_values, sink));
+            }
+        }
+    }
+
+    fn project_add(&mut self, x: &Rows, weight: &Dense, residual: &mut Rows) {
+        let added = x.iter().flat_map(|row| linear::linear(row, &weight.weight, &weight.bias));
+        residual.values.iter_mut().zip(added).for_each(|(residual, added)| *residual += added);
+    }
+
+    fn route(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) {
+        let logits = x.iter().map(|row| linear::linear(row, &router.weight, &router.bias));
+        routes.rows = logits.map(|logits| router::route(&logits, routes.top_k)).collect();
+    }
+
+    fn dispatch(&mut self, x: &Rows, routes: &Routes, places: &Vec<(u32, u32)>, out: &mut HostParts) {
+        out.clear();
+        for (row, chosen) in x.iter().zip(&routes.rows) {
+            let chosen: Vec<_> = chosen.iter().map(|&(expert, _)| places[expert as usize]).collect();
+            for (rank, part) in (0..).zip(&mut out.by_rank) {
+                part.extend(exchange::record(self.precision, row, &chosen, rank).into_iter().flatten());
+            }
+        }
+    }
+
+    fn receive(&mut self, received: &HostParts, experts: &Experts, work: &mut Work) {
+        let record = self.dispatch_record(self.top_k, experts.shape.hidden);
+        work.ranks = received.by_rank.len();
+        work.items.clear();
+        for (rank, bytes) in received.by_rank.iter().enumerate() {
+            let filled = |slot: usize| matches!(experts.slots.get(slot), Some(Some(_)));
+            let records = bytes.chunks_exact(record).map(|bytes| exchange::parse(self.precision, bytes, self.top_k));
+            let items: Vec<Item> = records
+                .flat_map(|(slots, row)| {
+                    let held = slots.into_iter().filter(|&slot| slot != NO_SLOT);
+                    held.map(|slot| Item { rank, slot: slot as usize, row: row.clone(), activations: Vec::new() })
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let what = if !bytes.len().is_multiple_of(record) {
+                "a part that is not made of whole records"
+            } else if !items.iter().all(|item| filled(item.slot)) {
+                "a row for an expert slot that is empty"
+            } else {
+                work.items.extend(items);
+                continue;
+            };
+            self.error.get_or_insert(KernelError::Received { rank, what });
+        }
+    }
+
+    fn gate_up(&mut self, experts: &Experts, work: &mut Work) {
+        for item in &mut work.items {
+            let Some(expert) = &experts.slots[item.slot] else { continue };
+            let y = multiply(&self.operand(&item.row), &expert.gate_up, &expert.gate_up_bias);
+            item.activations = swiglu::swiglu(&y, experts.shape.limit);
+        }
+    }
+
+    fn down(&mut self, experts: &Experts, work: &Work, out: &mut HostParts) {
+        out.by_rank = vec![Vec::new(); work.ranks];
+        for item in &work.items {
+            let Some(expert) = &experts.slots[item.slot] else { continue };
+            let y = multiply(&self.operand(&item.activations), &expert.down, &expert.down_bias);
+            out.by_rank[item.rank].extend(exchange::to_wire(self.precision, &y));
+        }
+    }
+
+    fn combine(&mut self, returned: &HostParts, routes: &Routes, places: &Vec<(u32, u32)>, residual: &mut Rows) {
+        let record = self.combine_record(residual.cols);
+        let mut results: Vec<_> = returned.by_rank.iter().map(|part| part.chunks_exact(record)).collect();
+        for (residual, chosen) in residual.values.chunks_exact_mut(residual.cols).zip(&routes.rows) {
+            let mut sum = vec![0.0; residual.len()];
+            for &(expert, weight) in chosen {
+                let rank = places[expert as usize].0 as usize;
+                let Some(bytes) = results[rank].next() else {
+                    self.error.get_or_insert(KernelError::Received { rank, what: "fewer results than rows" });
+                    return;
+                };
+                let row = exchange::from_wire(self.precision, bytes);
+                sum.iter_mut().zip(row).for_each(|(sum, y)| *sum += f64::from(weight) * f64::from(y));
+            }
+            residual.iter_mut().zip(sum).for_each(|(residual, sum)| *residual = (f64::from(*residual) + sum) as f32);
+        }
+    }
+
+    fn gather(&mut self, x: &Rows, rows: &[u32], out: &mut Rows) {
+        out.values = rows.iter().flat_map(|&row| x.row(row as usize)).copied().collect();
+    }
+
+    fn sample(&mut self, logits: &Rows, draws: &[Draw]) {
+        for (row, draw) in logits.iter().zip(draws) {
+            let token = sample::sample(row, draw);
+            self.tokens[draw.slot as usize] = token;
+            self.sampled.push(token);
+        }
+    }
+
+    fn set_token(&mut self, slot: u32, token: u32) {
+        self.tokens[slot as usize] = token;
+    }
+
+    fn sampled(&mut self) -> Vec<u32> {
+        self.sampled.clone()
+    }
+
+    fn read(&mut self, rows: &Rows) -> Vec<f32> {
+        rows.values.clone()
+    }
+
+    fn write(&mut self, rows: &mut Rows, values: &[f32]) {
+        rows.values = values.to_vec();
+    }
+
+    fn finish(&mut self) -> Result<(), KernelError> {
+        self.error.take().map_or(Ok(()), Err)
+    }
+
+    fn dispatch_record(&self, top_k: usize, hidden: usize) -> usize {
+        wire::dispatch_record(self.precision, top_k, hidden)
+    }
+
+    fn combine_record(&self, hidden: usize) -> usize {
+        hidden * wire::bytes(self.precision)
+    }
+
+    fn allocated(&self) -> u64 {
+        self.allocated
+    }
+}
