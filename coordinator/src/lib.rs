@@ -4,3 +4,4 @@ pub mod api;
 pub mod engine_client;
 pub mod harmony;
 pub mod metrics;
+pub mod workers;

@@ -117,6 +117,7 @@ fn description() -> Description {
             memory: Bytes(1 << 30),
         },
         data_address: "127.0.0.1:7001".parse().unwrap(),
+        memory_pool: "here".to_owned(),
     }
 }
 

@@ -90,11 +90,13 @@ pub struct Description {
     pub backend: BackendReport,
     /// Where other ranks connect to. An unspecified IP stands for the one that the coordinator reached it by.
     pub data_address: SocketAddr,
+    /// Names the memory that `backend` has; workers that name the same share it. Empty if nobody else has it.
+    pub memory_pool: String,
 }
 
 impl From<Description> for v1::JoinReply {
     fn from(description: Description) -> Self {
-        let Description { version, numerics, config, model, backend, data_address } = description;
+        let Description { version, numerics, config, model, backend, data_address, memory_pool } = description;
         Self {
             version,
             numerics: numerics.0,
@@ -102,6 +104,7 @@ impl From<Description> for v1::JoinReply {
             model,
             backend: Some(backend.into()),
             data_address: data_address.to_string(),
+            memory_pool,
         }
     }
 }
@@ -117,6 +120,7 @@ impl TryFrom<v1::JoinReply> for Description {
             model: name("model", reply.model)?,
             backend: present("backend", reply.backend)?.try_into()?,
             data_address: address("data_address", &reply.data_address)?,
+            memory_pool: name("memory_pool", reply.memory_pool)?,
         })
     }
 }

@@ -90,6 +90,12 @@ impl ClusterToken {
         Arc::from(self.0.as_bytes())
     }
 
+    /// The secret itself, to hand it to a process that needs it.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
     fn header(&self) -> MetadataValue<Ascii> {
         let text = format!("Bearer {}", self.0);
         let mut value = MetadataValue::try_from(text).expect("`parse` lets only printable ASCII through");

@@ -145,6 +145,7 @@ fn description() -> Description {
             memory: Bytes(1 << 34),
         },
         data_address: "127.0.0.1:7001".parse().unwrap(),
+        memory_pool: "here".to_owned(),
     }
 }
 

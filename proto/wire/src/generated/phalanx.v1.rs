@@ -505,6 +505,9 @@ pub struct JoinReply {
     /// Where other ranks connect to.
     #[prost(string, tag = "6")]
     pub data_address: ::prost::alloc::string::String,
+    /// Names the memory that the backend has; workers that name the same share it. Empty: nobody else does.
+    #[prost(string, tag = "7")]
+    pub memory_pool: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrepareRequest {

@@ -1,0 +1,13 @@
+//! The workers of a cell, as the coordinator sees them.
+//!
+//! [`WorkerHandle`] makes the calls to one worker, [`form_cell`] makes a cell of several, and what steps the cell
+//! afterwards knows only a [`CellLink`]: plans go out, [`CellEvent`]s come back.
+
+mod cell;
+mod handle;
+mod link;
+
+pub use cell::{CellError, CellOptions, Forming, Workers, form_cell, release_all};
+pub use handle::{Who, WorkerError, WorkerHandle};
+pub use link::{CellEvent, CellLink, ChannelLink, LinkError, PLANS_AHEAD_MAX, RankPort};
+pub use phalanx_wire::{ClusterToken, Health, Progress, StepFailure, StepReply, TokenError};
