@@ -29,13 +29,13 @@ impl Children {
     ///
     /// # Errors
     /// A worker does not start; its own words are on standard error.
-    pub async fn start(count: u32, model: &str, device: &Device, token: &ClusterToken, log: &str) -> Result<Self> {
+    pub async fn start(count: u32, model: &str, device: &Device, token: &ClusterToken) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file to start workers")?;
         let mut starting = Vec::new();
         for _ in 0..count {
             let mut command = Command::new(&program);
             command
-                .args(["--log", log, "worker", "--child", "--model", model])
+                .args(["worker", "--child", "--model", model])
                 .args(["--precision", &device.precision.to_string(), "--threads", &device.threads.to_string()])
                 .env("PHALANX_CLUSTER_TOKEN", token.reveal())
                 .env_remove("PHALANX_CLUSTER_TOKEN_FILE")

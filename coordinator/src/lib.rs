@@ -1,6 +1,7 @@
 //! Decides what the workers do, and speaks HTTP to the world.
 
 pub mod api;
+pub mod driver;
 pub mod engine_client;
 pub mod harmony;
 pub mod metrics;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use phalanx_model::checkpoint::{self, Inspection};
+use phalanx_model::checkpoint;
+use phalanx_model::checkpoint::inspect::Inspection;
 use phalanx_model::synth::{self, Shape};
-use phalanx_model::{Checkpoint, nano};
+use phalanx_model::{Checkpoint, CheckpointError, nano};
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{
     BackendReport, Layout, Limits, MemoryPlan, ModelConfig, Placement, Sampling, SeqId, TokenId,
@@ -59,7 +60,7 @@ pub struct InspectArgs {
 pub struct SynthArgs {
     /// `120b`, `20b`, or a config.json
     #[arg(long, value_name = "SHAPE")]
-    shape: String,
+    shape: Shape,
     /// Layers instead of the shape's own
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     layers: Option<u32>,
@@ -92,6 +93,7 @@ pub struct RunArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// How they compute
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -149,7 +151,7 @@ fn memory_plans(config: &ModelConfig, workers: u32, limits: &Limits, report: &Ba
 fn inspect(args: &InspectArgs) -> Result<ExitCode> {
     let checkpoint = match checkpoint::open(&args.model) {
         Ok(checkpoint) => checkpoint,
-        Err(error) if std::path::Path::new(&args.model).is_dir() => return inspect_defective(args, &error),
+        Err(error) if std::path::Path::new(&args.model).is_dir() => return inspect_defective(args, error),
         Err(error) => return Err(error.into()),
     };
     let config = checkpoint.config();
@@ -163,7 +165,7 @@ fn inspect(args: &InspectArgs) -> Result<ExitCode> {
         value["memory"] = plans.iter().map(plan_json).collect();
         say_json(&value)?;
     } else {
-        say(&inspection)?;
+        say_inspection(&inspection)?;
         say(format_args!("memory of each of {} workers (MiB):", args.workers))?;
         for plan in &plans {
             say(format_args!("  rank {}: {:.1}", plan.rank, mib(plan.total().0)))?;
@@ -181,14 +183,49 @@ fn plan_json(plan: &MemoryPlan) -> serde_json::Value {
 }
 
 /// Shows what can be seen of a checkpoint that does not open, and all its defects.
-fn inspect_defective(args: &InspectArgs, error: &phalanx_model::CheckpointError) -> Result<ExitCode> {
+fn inspect_defective(args: &InspectArgs, error: CheckpointError) -> Result<ExitCode> {
     let (inspection, _) = Inspection::of_directory(std::path::Path::new(&args.model));
     if args.json {
         say_json(&serde_json::to_value(&inspection)?)?;
     } else {
-        say(&inspection)?;
+        say_inspection(&inspection)?;
     }
-    Err(anyhow::Error::new(error.clone()).context("the checkpoint has defects"))
+    Err(anyhow::Error::new(error))
+}
+
+fn say_inspection(inspection: &Inspection) -> Result<()> {
+    say(&inspection.name)?;
+    if let Some(model) = &inspection.model {
+        let context = model.context;
+        say(format_args!("  {} layers ({} with a window of {}), context {context}", model.layers, model.sliding_layers, model.window))?;
+        say(format_args!("  hidden {}, {} query and {} key-value heads of {}", model.hidden, model.heads, model.kv_heads, model.head_dim))?;
+        say(format_args!("  {} experts of {}, {} for a token; vocabulary {}", model.experts, model.intermediate, model.experts_per_token, model.vocab))?;
+        say(format_args!("  {:.2} B parameters, {:.2} B of them active for a token", model.parameters as f64 / 1e9, model.active_parameters as f64 / 1e9))?;
+        let bytes = &model.bytes;
+        say("bytes (MiB):")?;
+        for (what, bytes) in [
+            ("attention", bytes.attention),
+            ("router", bytes.router),
+            ("experts", bytes.experts),
+            ("norms", bytes.norms),
+            ("embedding", bytes.embedding),
+            ("unembedding", bytes.unembedding),
+            ("total", bytes.total),
+        ] {
+            say(format_args!("    {what:<16}{:>10.1}", mib(bytes)))?;
+        }
+    }
+    for file in &inspection.files {
+        say(format_args!("file {} {:.1} MiB", file.name, mib(file.bytes)))?;
+    }
+    say(format_args!("{} tensors (--json lists them)", inspection.tensors.len()))?;
+    for name in &inspection.unused {
+        say(format_args!("not part of the model: {name}"))?;
+    }
+    for defect in &inspection.defects {
+        say(format_args!("defect: {defect}"))?;
+    }
+    Ok(())
 }
 
 fn mib(bytes: u64) -> f64 {
@@ -196,9 +233,8 @@ fn mib(bytes: u64) -> f64 {
 }
 
 fn synth(args: &SynthArgs) -> Result<ExitCode> {
-    let shape = Shape::parse(&args.shape)?;
     let bar = byte_bar("writing");
-    synth::write(&shape, args.layers, args.seed, &args.dir, &mut |done, total| advance(&bar, done, total))?;
+    synth::write(&args.shape, args.layers, args.seed, &args.dir, &mut |done, total| advance(&bar, done, total))?;
     bar.finish_and_clear();
     say(format_args!("{}: random weights, seed {}", args.dir.display(), args.seed))?;
     Ok(ExitCode::SUCCESS)

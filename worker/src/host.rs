@@ -11,7 +11,7 @@ use phalanx_wire::{Description, Prepare, Progress, StepFailure, StepReply, VERSI
 
 use crate::collectives::GroupId;
 use crate::collectives::tcp::{self, Listener, Tcp};
-use crate::device::Device;
+use crate::device::{Device, memory_pool};
 use crate::progress::ProgressCell;
 use crate::runner::{Runner, StepError};
 use crate::service::{Host, HostError};
@@ -48,6 +48,7 @@ impl Host for ModelHost {
             model: self.checkpoint.name().to_owned(),
             backend: self.device.report(&self.checkpoint),
             data_address: self.data_address,
+            memory_pool: memory_pool(),
         }
     }
 

@@ -1,0 +1,180 @@
+//! Real clusters: processes that are asked, drained and killed.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/server.rs"]
+#[allow(dead_code, reason = "other test binaries use the rest")]
+mod server;
+
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use server::{Serve, chat, kill, runs, until};
+
+const QUESTION: &str = "What is 17 + 18?";
+
+fn phalanx() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_phalanx"))
+}
+
+#[test]
+fn chat_thinks_answers_and_leaves_no_process_behind() {
+    let mark = format!("PHALANX_TEST_MARK={}", std::process::id());
+    let (name, value) = mark.split_once('=').unwrap();
+    let out = phalanx().args(["chat", QUESTION]).env(name, value).stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines.len() >= 3, "thinking, answer and speed: {text}");
+    assert!(lines[lines.len() - 2].contains("35"), "{text}");
+    assert!(lines[lines.len() - 1].contains("tokens/s"), "{text}");
+    let left = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let environ = std::fs::read(entry.ok()?.path().join("environ")).ok()?;
+        environ.split(|&b| b == 0).any(|var| var == mark.as_bytes()).then_some(())
+    });
+    assert_eq!(left.count(), 0, "a process was left behind");
+}
+
+#[test]
+fn an_interrupted_chat_leaves_no_process_behind() {
+    let mut child = phalanx()
+        .args(["chat", "--workers", "3"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut workers = Vec::new();
+    until("three workers run", || {
+        workers = server::children(child.id());
+        workers.len() == 3
+    });
+    kill(child.id(), "INT");
+    until("chat ends", || child.try_wait().unwrap().is_some());
+    until("the workers end", || !workers.iter().any(|&pid| runs(pid)));
+}
+
+#[test]
+fn workers_do_not_outlive_a_killed_server() {
+    let serve = Serve::start(&["--workers", "2"]);
+    let workers = serve.workers();
+    assert_eq!(workers.len(), 2);
+    serve.signal("KILL");
+    until("the workers end", || !workers.iter().any(|&pid| runs(pid)));
+}
+
+#[test]
+fn a_server_tells_its_state_and_drains() {
+    let mut serve = Serve::start(&["--workers", "2", "--served-model-name", "tiny"]);
+    for path in ["/health", "/livez", "/readyz"] {
+        assert_eq!(serve.get(path).0, 200, "{path}");
+    }
+    let (_, models) = serve.get("/v1/models");
+    assert!(models.contains("\"tiny\""), "{models}");
+    let ask = json!({"model": "tiny", "messages": [{"role": "user", "content": "Tell me a story."}],
+                     "stream": true, "temperature": 0});
+    let mut stream = serve.stream(&ask);
+    let first = stream.next().unwrap();
+    assert!(first.contains("chat.completion.chunk"), "{first}");
+    serve.signal("TERM");
+    let rest: Vec<String> = stream.collect();
+    assert_eq!(rest.last().map(String::as_str), Some("[DONE]"), "the stream is finished before the server ends");
+    assert!(rest.iter().any(|data| data.contains("\"finish_reason\":\"stop\"")));
+    assert_eq!(serve.ended(), Some(0));
+}
+
+#[test]
+fn metrics_count_what_the_workers_exchange() {
+    let serve = Serve::start(&["--workers", "2"]);
+    let (status, answer) = serve.post("/v1/chat/completions", &chat(QUESTION));
+    assert_eq!(status, 200, "{answer}");
+    assert!(answer["choices"][0]["message"]["content"].as_str().unwrap().contains("35"), "{answer}");
+    let (_, metrics) = serve.get("/metrics");
+    let value = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert!(value("phalanx_exchange_rows_total{kind=\"dispatch\"") > 0.0);
+    assert!(value("phalanx_exchange_bytes_total{direction=\"sent\"") > 0.0);
+    let completion = answer["usage"]["completion_tokens"].as_f64().unwrap();
+    assert_eq!(value("vllm:generation_tokens_total"), completion);
+}
+
+#[test]
+fn a_killed_worker_is_named_and_nothing_hangs() {
+    let mut serve = Serve::start(&["--workers", "3"]);
+    // Streams that would go on for long: nano is asked to repeat itself at random.
+    let ask = json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": "Tell me a story."}],
+                     "stream": true, "temperature": 2.0, "seed": 1, "n": 8});
+    let mut streams: Vec<_> = (0..2).map(|_| serve.stream(&ask)).collect();
+    for stream in &mut streams {
+        stream.next().unwrap();
+    }
+    kill(serve.workers()[1], "KILL");
+    for stream in streams {
+        let rest: Vec<String> = stream.collect();
+        let last: Value = serde_json::from_str(rest.last().unwrap()).unwrap_or_default();
+        let message = last["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains("worker 1"), "the last event names the worker: {rest:?}");
+    }
+    let (status, ready) = serve.get("/readyz");
+    assert_eq!(status, 503);
+    assert!(ready.contains("worker 1"), "{ready}");
+    let (status, refused) = serve.post("/v1/chat/completions", &chat(QUESTION));
+    assert_eq!(status, 503, "{refused}");
+    assert!(refused["error"]["message"].as_str().unwrap().contains("worker 1"), "{refused}");
+    serve.signal("TERM");
+    assert_eq!(serve.ended(), Some(0));
+}
+
+#[test]
+fn a_coordinator_serves_with_workers_that_run_already() {
+    let token = "a-token-for-this-test";
+    let worker = |token: &str| {
+        let mut child = phalanx()
+            .args(["worker", "--threads", "1", "--cluster-token", token])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
+        let address = line.split(" on ").nth(1).and_then(|rest| rest.split(';').next()).unwrap().to_owned();
+        (Ended(child), address)
+    };
+    let (one, two) = (worker(token), worker(token));
+    let coordinator = |token: &str| {
+        let mut command = phalanx();
+        command
+            .args(["coordinator", "--listen", "127.0.0.1:0", "--cluster-token", token])
+            .args(["--worker", &one.1, "--worker", &two.1])
+            .stdout(Stdio::piped());
+        command
+    };
+    let refused = coordinator("another-token-of-another").output().unwrap();
+    assert!(!refused.status.success());
+
+    let mut served = Ended(coordinator(token).spawn().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(served.0.stdout.as_mut().unwrap()), &mut line).unwrap();
+    let url = line.split(" on ").nth(1).and_then(|rest| rest.split("/v1").next()).unwrap();
+    let out = phalanx().args(["chat", "--url", url, QUESTION]).output().unwrap();
+    assert!(String::from_utf8_lossy(&out.stdout).contains("35"), "{out:?}");
+}
+
+#[test]
+fn beyond_loopback_a_token_is_needed() {
+    for args in [vec!["worker", "--listen", "0.0.0.0:0"], vec!["worker", "--data-listen", "0.0.0.0:0"]] {
+        let out = phalanx().args(&args).stdin(Stdio::null()).output().unwrap();
+        assert!(!out.status.success(), "{args:?}");
+        assert!(String::from_utf8_lossy(&out.stderr).contains("cluster token"), "{out:?}");
+    }
+}
+
+/// A process that ends with its test.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
