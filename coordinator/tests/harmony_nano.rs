@@ -25,7 +25,7 @@ fn conversation(row: &Value) -> Vec<Message> {
     let owned = |key: &str| row[key].as_str().map(str::to_owned);
     let default = SystemContent::default();
     let mut messages = vec![Message::System(SystemContent {
-        model_identity: owned("model_identity").unwrap_or(default.model_identity.clone()),
+        model_identity: owned("model_identity").unwrap_or_else(|| default.model_identity.clone()),
         current_date: owned("current_date"),
         reasoning_effort: row["reasoning_effort"].as_str().unwrap().parse().unwrap(),
         ..default

@@ -236,13 +236,16 @@ fn call() -> impl Strategy<Value = Message> {
     })
 }
 
+fn assistant() -> impl Strategy<Value = Message> {
+    prop_oneof![(channel(), text()).prop_map(|(channel, text)| Message::assistant(channel, text)), call()]
+}
+
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
         1 => system(),
         1 => developer(),
         3 => text().prop_map(Message::user),
-        2 => (channel(), text()).prop_map(|(channel, text)| Message::assistant(channel, text)),
-        2 => call(),
+        4 => assistant(),
         2 => (name(), text()).prop_map(|(name, text)| Message::tool_result(&name, text)),
     ]
 }
@@ -441,10 +444,7 @@ fn rendered_conversations_parse_alike(oracle: &HarmonyEncoding) {
 
 /// A turn with one token dropped, doubled or put in, at a place given in per mille.
 fn mutated_turn() -> impl Strategy<Value = (Vec<TokenId>, Start)> {
-    let messages = prop::collection::vec(
-        message().prop_filter("only the assistant's", |m| matches!(m, Message::Assistant(_))),
-        1..4,
-    );
+    let messages = prop::collection::vec(assistant(), 1..4);
     let control =
         vec![special::START, special::CHANNEL, special::CONSTRAIN, special::MESSAGE, special::END, special::RETURN];
     (messages, any::<bool>(), 0..1000usize, 0..4, prop::sample::select(control)).prop_map(
