@@ -387,15 +387,21 @@ impl Backend for Reference {
 
     fn combine(&mut self, returned: &HostParts, routes: &Routes, places: &Vec<(u32, u32)>, residual: &mut Rows) {
         let record = self.combine_record(residual.cols);
+        let rank_of = |expert: u32| places[expert as usize].0 as usize;
+        for (rank, part) in returned.by_rank.iter().enumerate() {
+            let results = routes.rows.iter().flatten().filter(|&&(expert, _)| rank_of(expert) == rank).count();
+            if part.len() != results * record {
+                let what =
+                    if part.len() < results * record { "fewer results than rows" } else { "more results than rows" };
+                self.error.get_or_insert(KernelError::Received { rank, what });
+                return;
+            }
+        }
         let mut results: Vec<_> = returned.by_rank.iter().map(|part| part.chunks_exact(record)).collect();
         for (residual, chosen) in residual.values.chunks_exact_mut(residual.cols).zip(&routes.rows) {
             let mut sum = vec![0.0; residual.len()];
             for &(expert, weight) in chosen {
-                let rank = places[expert as usize].0 as usize;
-                let Some(bytes) = results[rank].next() else {
-                    self.error.get_or_insert(KernelError::Received { rank, what: "fewer results than rows" });
-                    return;
-                };
+                let bytes = results[rank_of(expert)].next().expect("counted above");
                 let row = exchange::from_wire(self.precision, bytes);
                 sum.iter_mut().zip(row).for_each(|(sum, y)| *sum += f64::from(weight) * f64::from(y));
             }

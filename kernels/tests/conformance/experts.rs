@@ -1,0 +1,303 @@
+//! Routing, exchange and the experts.
+
+use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
+use phalanx_kernels::{ExpertShape, HostParts, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
+
+use crate::compare::{close, same};
+use crate::data::{Expert, Random, Tensor, rope_table};
+use crate::{Make, Tested, tolerances};
+
+/// What an expert should make of a row, before the wire.
+pub(crate) fn expected_expert(precision: Precision, expert: &Expert, limit: f32, x: &[f32]) -> Vec<f32> {
+    let multiply = |x: &[f32], blocks: &[u8], scales: &[u8], bias: &[f32]| {
+        let weight = mxfp4::decode(blocks, scales);
+        let Precision::Fast = precision else { return linear(x, &weight, bias) };
+        let x = mxfp4::round_to_int8(x);
+        let rows = weight.chunks(x.len()).zip(bias);
+        rows.map(|(row, &b)| (row.iter().zip(&x).map(|(w, x)| w * x).sum::<f64>() + f64::from(b)) as f32).collect()
+    };
+    let y = multiply(x, &expert.gate_up_blocks, &expert.gate_up_scales, &expert.gate_up_bias.values);
+    let activations = swiglu(&y, limit);
+    multiply(&activations, &expert.down_blocks, &expert.down_scales, &expert.down_bias.values)
+}
+
+pub(crate) fn step(rows: usize) -> StepInputs {
+    StepInputs {
+        tokens: vec![TokenSource::Given(0); rows],
+        positions: vec![0; rows],
+        sequences: vec![0; rows],
+        tables: Vec::new(),
+    }
+}
+
+/// The (experts, weights) that a backend chooses for logits that are the rows themselves.
+fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usize) -> Vec<Vec<(u32, f32)>> {
+    let n = logits.len() / experts;
+    let hidden = experts.max(top_k).next_multiple_of(2);
+    let mut b = make.backend();
+    // The unit matrix as router.
+    let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
+    let unit = Tensor::new(&unit);
+    let router = b.dense(hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
+    let mut routes = b.routes(n, top_k);
+    let mut x = b.rows(n, hidden);
+    let padded: Vec<f32> = logits
+        .chunks(experts)
+        .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, hidden - experts)))
+        .collect();
+    b.begin(&step(n), &rope_table(8));
+    b.write(&mut x, &padded);
+    b.route(&x, &router, &mut routes);
+    // Every expert on this rank: the record's slots tell the choice.
+    let places: Vec<(u32, u32)> = (0..experts as u32).map(|expert| (0, expert)).collect();
+    let places = b.places(&places);
+    let record = b.dispatch_record(top_k, hidden);
+    let mut parts = b.parts(1, n * top_k * record);
+    b.dispatch(&x, &routes, &places, &mut parts);
+    let slots: Vec<Vec<u32>> =
+        parts.by_rank[0].chunks(record).map(|bytes| exchange::parse(make.precision, bytes, top_k).0).collect();
+    // Unit rows as results: column k of the residual becomes the k-th weight.
+    let mut results = HostParts::new(1);
+    for i in 0..n * top_k {
+        let row: Vec<f32> = (0..hidden).map(|column| f32::from(u8::from(column == i % top_k))).collect();
+        results.by_rank[0].extend(exchange::to_wire(make.precision, &row));
+    }
+    b.write(&mut x, &vec![0.0; n * hidden]);
+    b.combine(&results, &routes, &places, &mut x);
+    let weights = b.read(&x);
+    b.finish().unwrap();
+    slots
+        .iter()
+        .zip(weights.chunks(hidden))
+        .map(|(slots, weights)| slots.iter().copied().zip(weights.iter().copied()).collect())
+        .collect()
+}
+
+pub(crate) fn routes<B: Tested>(make: &Make<B>) {
+    for (experts, top_k) in [(4, 4), (8, 1), (32, 4), (128, 4), (5, 3)] {
+        let mut logits: Vec<f32> = Random(11).numbers(70 * experts).iter().map(|x| x * 6.0).collect();
+        // Equals: all, and two at the border of the choice.
+        logits[..experts].fill(0.5);
+        logits[experts..2 * experts].fill(-1.0);
+        logits[2 * experts - 1] = 3.0;
+        let got = chosen(make, &logits, experts, top_k);
+        assert_eq!(got.len(), 70);
+        for (row, (logits, got)) in logits.chunks(experts).zip(got).enumerate() {
+            let expected = router::route(logits, top_k);
+            let what = format!("{}, {top_k} of {experts}, row {row}", make.name);
+            let (experts, weights): (Vec<u32>, Vec<f32>) = expected.into_iter().unzip();
+            let (got_experts, got_weights): (Vec<u32>, Vec<f32>) = got.into_iter().unzip();
+            assert_eq!(got_experts, experts, "{what}");
+            close(&what, top_k, &weights, &got_weights, tolerances::ROUTE).unwrap();
+        }
+    }
+}
+
+/// Routes by logits that are chosen so that rank 1 gets nothing, rank 2 one row, rank 0 all.
+pub(crate) fn dispatches<B: Tested>(make: &Make<B>) {
+    let (hidden, experts, top_k, n) = (32, 6, 2, 5);
+    let mut b = make.backend();
+    let mut random = Random(12);
+    let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
+    let unit = Tensor::new(&unit);
+    let router = b.dense(hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
+    let values: Vec<f32> = random.numbers(n * hidden);
+    let mut values = values;
+    // Experts 0 and 1 for every row, 0 and 5 for row 3.
+    for (row, values) in values.chunks_mut(hidden).enumerate() {
+        values[..experts].copy_from_slice(&[9.0, if row == 3 { 1.0 } else { 8.0 }, 0.0, 0.0, 0.0, 4.0]);
+    }
+    let table = [(0, 7), (0, 3), (1, 0), (1, 1), (2, 0), (2, 5)];
+    let places = b.places(&table);
+    let mut routes = b.routes(n, top_k);
+    let mut x = b.rows(n, hidden);
+    let mut parts = b.parts(3, n * 2 * b.dispatch_record(top_k, hidden));
+    for _ in 0..2 {
+        // Twice: buffers are used again.
+        b.begin(&step(n), &rope_table(8));
+        b.write(&mut x, &values);
+        b.route(&x, &router, &mut routes);
+        b.dispatch(&x, &routes, &places, &mut parts);
+        let mut expected = HostParts::new(3);
+        for (row, values) in values.chunks(hidden).enumerate() {
+            let chosen = if row == 3 { [(0, 7), (2, 5)] } else { [(0, 7), (0, 3)] };
+            for (rank, part) in (0..).zip(&mut expected.by_rank) {
+                part.extend(exchange::record(make.precision, values, &chosen, rank).into_iter().flatten());
+            }
+        }
+        assert_eq!(parts, expected, "{}", make.name);
+        assert_eq!(parts.by_rank[1], [], "nothing for a rank whose experts nobody chose");
+        assert_eq!(parts.by_rank[0].len(), n * b.dispatch_record(top_k, hidden), "a row goes to a rank once");
+        b.finish().unwrap();
+    }
+}
+
+/// Records for slots, `[n, K]`, with their rows.
+pub(crate) fn records(precision: Precision, slots: &[Vec<u32>], rows: &[f32]) -> Vec<u8> {
+    let hidden = rows.len() / slots.len().max(1);
+    let record = |(slots, row): (&Vec<u32>, &[f32])| {
+        let slots = slots.iter().flat_map(|slot| slot.to_le_bytes());
+        slots.chain(exchange::to_wire(precision, row)).collect::<Vec<u8>>()
+    };
+    slots.iter().zip(rows.chunks(hidden.max(1))).flat_map(record).collect()
+}
+
+/// Runs experts on what ranks sent; returns what goes back.
+pub(crate) fn work<B: Tested>(
+    make: &Make<B>,
+    shape: ExpertShape,
+    experts: &[Option<&Expert>],
+    top_k: usize,
+    received: &HostParts,
+) -> HostParts {
+    let mut b = make.backend();
+    let rows = received.by_rank.iter().map(|part| part.len() / b.dispatch_record(top_k, shape.hidden)).sum();
+    let ranks = received.by_rank.len();
+    let mut loaded = b.experts(experts.len(), shape);
+    for (slot, expert) in experts.iter().enumerate() {
+        if let Some(expert) = expert {
+            b.load_expert(&mut loaded, slot, &expert.source()).unwrap();
+        }
+    }
+    let _routes = b.routes(0, top_k);
+    let mut work = b.work(rows, top_k, shape);
+    let mut out = b.parts(ranks, rows * top_k * b.combine_record(shape.hidden));
+    b.begin(&step(0), &rope_table(8));
+    b.receive(received, &loaded, &mut work);
+    b.gate_up(&loaded, &mut work);
+    b.down(&loaded, &work, &mut out);
+    b.finish().unwrap();
+    out
+}
+
+pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
+    let top_k = 3;
+    // A block, several groups of tiles, half a group at the end.
+    for (hidden, intermediate) in [(32, 32), (64, 96), (96, 160), (160, 64)] {
+        let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
+        let mut random = Random(13);
+        let made: Vec<Expert> = (0..4).map(|_| Expert::random(&mut random, hidden, intermediate)).collect();
+        // Slot 2 is empty; slot 4 has an expert that nobody chooses; slot 0 has many rows, slot 3 few.
+        let experts = [Some(&made[0]), Some(&made[1]), None, Some(&made[2]), Some(&made[3])];
+        let counts = [1, 0, 21];
+        let mut received = HostParts::new(counts.len());
+        let mut expected = HostParts::new(counts.len());
+        for (rank, &count) in counts.iter().enumerate() {
+            let rows: Vec<f32> = random.numbers(count * hidden);
+            let slots: Vec<Vec<u32>> = (0..count)
+                .map(|row| match row % 7 {
+                    0 => vec![1, NO_SLOT, 0],
+                    3 => vec![NO_SLOT, 3, NO_SLOT],
+                    _ => vec![NO_SLOT, 0, 1],
+                })
+                .collect();
+            received.by_rank[rank] = records(make.precision, &slots, &rows);
+            for (slots, row) in slots.iter().zip(rows.chunks(hidden)) {
+                let row = exchange::from_wire(make.precision, &exchange::to_wire(make.precision, row));
+                for expert in slots.iter().filter_map(|&slot| experts.get(slot as usize).copied().flatten()) {
+                    let result = expected_expert(make.precision, expert, 7.0, &row);
+                    expected.by_rank[rank].extend(exchange::to_wire(make.precision, &result));
+                }
+            }
+        }
+        let got = work(make, shape, &experts, top_k, &received);
+        for (rank, (expected, got)) in expected.by_rank.iter().zip(&got.by_rank).enumerate() {
+            let what = format!("{}, {hidden} to {intermediate}, results for rank {rank}", make.name);
+            let [expected, got] = [expected, got].map(|bytes| exchange::from_wire(make.precision, bytes));
+            close(&what, hidden, &expected, &got, tolerances::expert(make.precision)).unwrap();
+        }
+    }
+}
+
+/// An expert whose gate-up ignores its input and gives these pairs, and whose down is a multiple of the unit matrix.
+fn expert_of_pairs(pairs: &[(f32, f32); 32], down_scale: u8) -> Expert {
+    let bias: Vec<f32> = pairs.iter().flat_map(|&(gate, up)| [gate, up]).collect();
+    // Code 2 is one.
+    let mut down_blocks = vec![0; 32 * 16];
+    (0..32).for_each(|i| down_blocks[i * 16 + i / 2] = if i % 2 == 0 { 0x02 } else { 0x20 });
+    Expert {
+        gate_up_blocks: vec![0; 64 * 16],
+        gate_up_scales: vec![127; 64],
+        gate_up_bias: Tensor::new(&bias),
+        down_blocks,
+        down_scales: vec![down_scale; 32],
+        down_bias: Tensor::new(&[0.0; 32]),
+    }
+}
+
+pub(crate) fn clamps<B: Tested>(make: &Make<B>) {
+    let shape = ExpertShape { hidden: 32, intermediate: 32, limit: 7.0 };
+    // Each activation in an expert of its own block's making: alone beside zeros, so that int8 keeps it.
+    for pair in [(8.0, 0.0), (-8.0, 0.0), (1.0, 9.0), (1.0, -9.0), (7.0, 7.0), (-50.0, 3.0), (1e30, 1e30), (0.0, 5.0)] {
+        let mut pairs = [(0.0, 0.0); 32];
+        pairs[5] = pair;
+        let expert = expert_of_pairs(&pairs, 127);
+        let mut received = HostParts::new(1);
+        received.by_rank[0] = records(make.precision, &[vec![0]], &[1.0; 32]);
+        let got = work(make, shape, &[Some(&expert)], 1, &received);
+        let got = exchange::from_wire(make.precision, &got.by_rank[0]);
+        let expected = swiglu(&expert.gate_up_bias.values, 7.0);
+        let tolerance = tolerances::expert(make.precision);
+        close(&format!("{}, pair {pair:?}", make.name), 32, &expected, &got, tolerance).unwrap();
+    }
+}
+
+pub(crate) fn scales_at_both_ends<B: Tested>(make: &Make<B>) {
+    let shape = ExpertShape { hidden: 32, intermediate: 32, limit: 7.0 };
+    // 2^-127 is a denormal number; 2^127 is the largest scale.
+    for (gate, scale) in [(7.0, 0), (7.0, 1), (1e-30, 254), (1e-30, 253)] {
+        let mut pairs = [(0.0, 0.0); 32];
+        pairs[9] = (gate, 6.0);
+        let expert = expert_of_pairs(&pairs, scale);
+        let mut received = HostParts::new(1);
+        received.by_rank[0] = records(make.precision, &[vec![0]], &[1.0; 32]);
+        let got = work(make, shape, &[Some(&expert)], 1, &received);
+        let got = exchange::from_wire(make.precision, &got.by_rank[0]);
+        let row = [1.0; 32];
+        let expected = expected_expert(make.precision, &expert, 7.0, &row);
+        assert!(expected[9] != 0.0 && expected[9].is_finite());
+        let tolerance = tolerances::expert(make.precision);
+        close(&format!("{}, scale {scale}", make.name), 32, &expected, &got, tolerance).unwrap();
+    }
+}
+
+pub(crate) fn combines<B: Tested>(make: &Make<B>) {
+    let (hidden, experts, top_k, n) = (96, 4, 3, 9);
+    let mut b = make.backend();
+    let mut random = Random(14);
+    let router_weight = random.tensor(experts * hidden, 1.0);
+    let router = b.dense(hidden, &[Stack { weight: router_weight.source(), bias: None }]).unwrap();
+    let table = [(1, 0), (0, 1), (1, 1), (2, 0)];
+    let places = b.places(&table);
+    let mut routes = b.routes(n, top_k);
+    let mut x = b.rows(n, hidden);
+    let values = random.numbers(n * hidden);
+    b.begin(&step(n), &rope_table(8));
+    b.write(&mut x, &values);
+    b.route(&x, &router, &mut routes);
+    let mut returned = HostParts::new(3);
+    let mut expected = Vec::new();
+    for row in values.chunks(hidden) {
+        let mut sum: Vec<f64> = row.iter().copied().map(f64::from).collect();
+        for (expert, weight) in router::route(&linear(row, &router_weight.values, &[0.0; 4]), top_k) {
+            let result = exchange::to_wire(make.precision, &random.numbers(hidden));
+            let result_values = exchange::from_wire(make.precision, &result);
+            sum.iter_mut().zip(result_values).for_each(|(sum, y)| *sum += f64::from(weight) * f64::from(y));
+            returned.by_rank[table[expert as usize].0 as usize].extend(result);
+        }
+        expected.extend(sum.iter().map(|&sum| sum as f32));
+    }
+    b.combine(&returned, &routes, &places, &mut x);
+    close(&make.name, hidden, &expected, &b.read(&x), tolerances::COMBINE + tolerances::ROUTE).unwrap();
+    b.finish().unwrap();
+    // A result too few or too many is an error, and nothing is added.
+    let before = b.read(&x);
+    for change in [|part: &mut Vec<u8>| part.truncate(part.len() - 1), |part: &mut Vec<u8>| part.push(0)] {
+        let mut damaged = returned.clone();
+        change(&mut damaged.by_rank[1]);
+        b.combine(&damaged, &routes, &places, &mut x);
+        let error = b.finish().unwrap_err();
+        assert!(error.to_string().starts_with("rank 1 sent"), "{error}");
+        same(&make.name, hidden, &before, &b.read(&x)).unwrap();
+    }
+}

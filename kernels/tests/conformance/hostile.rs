@@ -1,0 +1,82 @@
+//! Damaged bytes are errors, never panics.
+
+use phalanx_kernels::memory::Source;
+use phalanx_kernels::reference::exchange;
+use phalanx_kernels::{ExpertShape, HostParts, KernelError, NO_SLOT, Stack};
+
+use crate::data::{Expert, Random, rope_table};
+use crate::experts::{records, step, work};
+use crate::{Make, Tested};
+
+pub(crate) fn refuses_damaged_tensors<B: Tested>(make: &Make<B>) {
+    let mut b = make.backend();
+    let is_size = |error: KernelError| matches!(error, KernelError::Size { .. });
+    let bytes = [0; 100];
+    assert!(is_size(b.vector(Source::memory(&bytes[..3])).err().unwrap()));
+    let short = Stack { weight: Source::memory(&bytes[..99]), bias: None };
+    assert!(is_size(b.dense(10, &[short]).err().unwrap()));
+    let bias = Stack { weight: Source::memory(&bytes), bias: Some(Source::memory(&bytes[..8])) };
+    assert!(is_size(b.dense(10, &[bias]).err().unwrap()));
+
+    let shape = ExpertShape { hidden: 64, intermediate: 32, limit: 7.0 };
+    let good = Expert::random(&mut Random(31), 64, 32);
+    let mut experts = b.experts(1, shape);
+    let damages: [fn(&mut Expert); 6] = [
+        |e| e.gate_up_blocks.truncate(100),
+        |e| e.gate_up_scales.push(1),
+        |e| e.gate_up_bias.bytes.truncate(7),
+        |e| e.down_blocks.clear(),
+        |e| e.down_scales.truncate(1),
+        |e| e.down_bias.bytes.push(0),
+    ];
+    for damage in damages {
+        let mut bad = good.clone();
+        damage(&mut bad);
+        assert!(is_size(b.load_expert(&mut experts, 0, &bad.source()).unwrap_err()), "{}", make.name);
+    }
+    let mut bad = good.clone();
+    bad.down_scales[37] = 255;
+    assert_eq!(
+        b.load_expert(&mut experts, 0, &bad.source()),
+        Err(KernelError::Scale { what: "down_proj_scales of an expert", index: 37 })
+    );
+    b.load_expert(&mut experts, 0, &good.source()).unwrap();
+}
+
+pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
+    let shape = ExpertShape { hidden: 32, intermediate: 32, limit: 7.0 };
+    let mut random = Random(32);
+    let expert = Expert::random(&mut random, 32, 32);
+    let rows = random.numbers(2 * 32);
+    let good = records(make.precision, &[vec![0, NO_SLOT], vec![NO_SLOT, 0]], &rows);
+    let mut received = HostParts::new(1);
+    received.by_rank[0].clone_from(&good);
+    let expected = work(make, shape, &[Some(&expert)], 2, &received).by_rank.remove(0);
+
+    let empty = records(make.precision, &[vec![1, NO_SLOT]], &rows[..32]);
+    let beyond = records(make.precision, &[vec![0, 77]], &rows[..32]);
+    for (bad, what) in [
+        (good[..good.len() - 1].to_vec(), "a part that is not made of whole records"),
+        (vec![1, 2, 3], "a part that is not made of whole records"),
+        (empty, "a row for an expert slot that is empty"),
+        (beyond, "a row for an expert slot that is empty"),
+    ] {
+        let mut b = make.backend();
+        let mut experts = b.experts(2, shape);
+        b.load_expert(&mut experts, 0, &expert.source()).unwrap();
+        let _routes = b.routes(0, 2);
+        let mut work = b.work(8, 2, shape);
+        let mut out = b.parts(3, 8 * 2 * b.combine_record(32));
+        b.begin(&step(0), &rope_table(8));
+        b.receive(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] }, &experts, &mut work);
+        b.gate_up(&experts, &mut work);
+        b.down(&experts, &work, &mut out);
+        assert_eq!(b.finish(), Err(KernelError::Received { rank: 1, what }), "{}", make.name);
+        // The rows of the other ranks are as ever.
+        let wire = |bytes: &[u8]| exchange::from_wire(make.precision, bytes);
+        assert_eq!(
+            out.by_rank.iter().map(|part| wire(part)).collect::<Vec<_>>(),
+            [wire(&expected), vec![], wire(&expected)]
+        );
+    }
+}
