@@ -40,7 +40,7 @@ impl MappedFile {
     /// The bytes of `range`, or `None` outside the file.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Option<Source<'_>> {
-        self.map.get(range).map(|bytes| Source { bytes, mapped: true })
+        self.map.get(range).map(|bytes| Source { bytes, map: Some(&self.map) })
     }
 }
 
@@ -48,14 +48,15 @@ impl MappedFile {
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
     bytes: &'a [u8],
-    mapped: bool,
+    /// The whole mapping, if the bytes are part of one.
+    map: Option<&'a [u8]>,
 }
 
 impl<'a> Source<'a> {
     /// Bytes that are in memory anyway.
     #[must_use]
     pub const fn memory(bytes: &'a [u8]) -> Self {
-        Self { bytes, mapped: false }
+        Self { bytes, map: None }
     }
 
     /// The bytes.
@@ -67,42 +68,45 @@ impl<'a> Source<'a> {
     /// Whether the bytes are pages of a file.
     #[must_use]
     pub const fn is_mapped(&self) -> bool {
-        self.mapped
+        self.map.is_some()
     }
 
     /// A part of the bytes, or `None` outside them.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
-        self.bytes.get(range).map(|bytes| Self { bytes, mapped: self.mapped })
+        self.bytes.get(range).map(|bytes| Self { bytes, map: self.map })
     }
 
-    /// Gives the pages back to the system after the bytes have been read. They can be read again, from the
-    /// file. Does nothing for bytes in memory.
+    /// Gives the pages back to the system after the bytes have been read, with those around them that were mapped
+    /// along. They can be read again, from the file. Does nothing for bytes in memory.
     pub fn release(&self) {
-        if self.mapped {
-            release_pages(self.bytes);
+        if let Some(map) = self.map {
+            release_pages(map, self.bytes);
         }
     }
 }
 
+/// A page fault maps the pages around it too; they are released in pieces of this size and alignment.
 #[cfg(unix)]
-fn release_pages(bytes: &[u8]) {
-    const PAGE: usize = 4096;
-    let start = bytes.as_ptr().align_offset(PAGE);
-    let Some(inner) = bytes.get(start..) else { return };
-    let len = inner.len() / PAGE * PAGE;
-    if len == 0 {
-        return;
-    }
-    // SAFETY: the range lies within a live private read-only file mapping (only `MappedFile::slice` sets
-    // `mapped`), starts on a page and has whole pages; dropping such pages only means that the next read
-    // fetches the same bytes from the file.
-    let done = unsafe { rustix::mm::madvise(inner.as_ptr().cast_mut().cast(), len, rustix::mm::Advice::LinuxDontNeed) };
+const RELEASED_BYTES: usize = 2 << 20;
+
+#[cfg(unix)]
+fn release_pages(map: &[u8], bytes: &[u8]) {
+    let map = map.as_ptr_range();
+    let bytes = bytes.as_ptr_range();
+    // The mapping begins on a page, and so does every piece within it.
+    let start = (bytes.start.addr() / RELEASED_BYTES * RELEASED_BYTES).max(map.start.addr());
+    let end = bytes.end.addr().next_multiple_of(RELEASED_BYTES).min(map.end.addr());
+    let first = map.start.cast_mut().wrapping_add(start - map.start.addr());
+    // SAFETY: the range lies within a live private read-only file mapping (only `MappedFile::slice` sets `map`, to
+    // the whole of it) and starts on a page; dropping such pages only means that the next read, by whichever
+    // thread, fetches the same bytes from the file.
+    let done = unsafe { rustix::mm::madvise(first.cast(), end - start, rustix::mm::Advice::LinuxDontNeed) };
     debug_assert!(done.is_ok(), "madvise refused a range of a live mapping: {done:?}");
 }
 
 #[cfg(not(unix))]
-fn release_pages(_bytes: &[u8]) {}
+fn release_pages(_map: &[u8], _bytes: &[u8]) {}
 
 /// `len` zeroed elements whose pages exist from now on, so that memory planned is memory held.
 #[must_use]
@@ -166,5 +170,51 @@ impl<T> std::ops::Deref for Aligned<T> {
 impl<T> std::ops::DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         &mut self.data[self.start..self.start + self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_begin_on_a_cache_line() {
+        for len in [0, 1, 1000] {
+            let (small, large) = (Aligned::<u8>::zeroed(len), Aligned::<f32>::resident(len));
+            assert_eq!((small.len(), large.len()), (len, len));
+            assert_eq!((small.as_ptr().addr() % LINE, large.as_ptr().addr() % LINE), (0, 0));
+            assert_eq!(large.bytes(), 4 * len as u64);
+        }
+    }
+
+    #[test]
+    fn released_bytes_can_be_read_again() {
+        let path = std::env::temp_dir().join(format!("phalanx-mapped-{}", std::process::id()));
+        let content: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(file.len(), content.len());
+        for range in [0..100_000, 5..7, 99_999..100_000, 4096..8192, 50..50, 100_000..100_000] {
+            let source = file.slice(range.clone()).unwrap();
+            assert!(source.is_mapped());
+            assert_eq!(source.bytes(), &content[range.clone()]);
+            source.release();
+            assert_eq!(source.bytes(), &content[range]);
+        }
+        assert!(file.slice(0..100_001).is_none());
+        assert!(file.slice(10..20).unwrap().slice(5..11).is_none());
+    }
+
+    #[test]
+    fn an_empty_file_has_no_bytes() {
+        let path = std::env::temp_dir().join(format!("phalanx-empty-{}", std::process::id()));
+        std::fs::write(&path, []).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(file.is_empty());
+        let source = file.slice(0..0).unwrap();
+        source.release();
+        assert_eq!(source.bytes(), []);
     }
 }

@@ -58,6 +58,11 @@ pub(super) enum Simd {
 }
 
 impl Simd {
+    /// The best of this processor.
+    pub(super) fn detect() -> Self {
+        Self::new(Isa::detect()).unwrap_or(Self::Portable(Portable))
+    }
+
     /// `None` if the processor lacks it.
     pub(super) fn new(isa: Isa) -> Option<Self> {
         match isa {

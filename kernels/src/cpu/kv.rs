@@ -113,6 +113,9 @@ impl Kv {
         first: impl Fn(usize) -> usize,
     ) -> Result<(), KernelError> {
         let blocks = self.blocks(layer)?;
+        if inputs.positions.is_empty() {
+            return Ok(());
+        }
         let pools = inputs.tables.len();
         let tables = inputs.tables.get(layer.pool).ok_or(KernelError::Plan {
             what: "table of pool",
@@ -141,6 +144,9 @@ impl Kv {
         cols: usize,
         offset: usize,
     ) {
+        if inputs.positions.is_empty() {
+            return;
+        }
         let shape = &self.shape;
         let view = Slab::of_layer(shape, layer);
         match &mut self.data {

@@ -191,7 +191,9 @@ impl Cpu {
 
     fn route_rows(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) -> Result<(), KernelError> {
         need("a row of the router's input", x.cols() * 4, router.cols() * 4)?;
-        check("row", x.len().saturating_sub(1), routes.capacity())?;
+        if x.len() > routes.capacity() {
+            return Err(KernelError::Plan { what: "row", index: x.len() - 1, len: routes.capacity() });
+        }
         // Asks for an expert beyond the last if there are fewer than K.
         check("expert", routes.top_k().saturating_sub(1), router.rows())?;
         routes.set_len(x.len());
@@ -213,7 +215,9 @@ impl Cpu {
         let mut tokens = vec![0; draws.len()];
         // A vocabulary's softmax is as dear as a few multiplications an entry.
         let work = logits.values().len() * 8;
-        self.threads.each_chunk(&mut tokens, 1, work, |row, token| token[0] = sample(logits.row(row), &draws[row]));
+        self.threads.each_chunk(&mut tokens, 1, work, |row, token| {
+            token[0] = sample::sample_with(self.simd, logits.row(row), &draws[row]);
+        });
         for (draw, token) in draws.iter().zip(&tokens) {
             let slot = check("token slot", draw.slot as usize, self.tokens.len())?;
             self.tokens[slot] = *token;

@@ -7,35 +7,64 @@
 //! drawn. NaN never wins; where nothing can win, token 0 does.
 
 use super::exp::exp;
+use super::isa::Simd;
+use super::lanes::{Kernel, Lanes};
 use crate::Draw;
 use crate::random::uniform;
 
-/// Draws a token; a function of its arguments alone.
+/// Draws a token; a function of its arguments alone, on every processor.
 #[must_use]
 pub fn sample(logits: &[f32], draw: &Draw) -> u32 {
+    sample_with(Simd::detect(), logits, draw)
+}
+
+/// As [`sample`], with given instructions.
+pub(super) fn sample_with(simd: Simd, logits: &[f32], draw: &Draw) -> u32 {
     let best = greedy(logits);
     let largest = logits.get(best as usize).copied().unwrap_or(f32::NAN);
     // Greedy also where no softmax exists: a temperature that is no number, an infinite or missing maximum.
     if !(draw.temperature > 0.0 && draw.temperature.is_finite() && largest.is_finite()) {
         return best;
     }
-    let weight = |logit: f32| {
-        let weight = exp((logit - largest) / draw.temperature);
-        if weight.is_nan() { 0.0 } else { weight }
-    };
-    let weights: Vec<f32> = logits.iter().map(|&logit| weight(logit)).collect();
-    let kept = if draw.top_p < 1.0 { nucleus(&weights, draw.top_p) } else { Kept { least: 0.0, last: u32::MAX } };
-    let kept = |(id, weight): (u32, &f32)| if kept.keeps(id, *weight) { f64::from(*weight) } else { 0.0 };
-    let sum: f64 = (0..).zip(&weights).map(kept).sum();
+    let mut weights = logits.to_vec();
+    simd.run(Weigh { weights: &mut weights, largest, temperature: draw.temperature });
+    if draw.top_p < 1.0 {
+        let kept = nucleus(&weights, draw.top_p);
+        for (id, weight) in (0..).zip(&mut weights) {
+            if !kept.keeps(id, *weight) {
+                *weight = 0.0;
+            }
+        }
+    }
+    let sum: f64 = weights.iter().copied().map(f64::from).sum();
     let target = uniform(draw.seed, draw.choice, draw.position) * sum;
     let mut running = 0.0;
-    for (id, weight) in (0..).zip(&weights) {
-        running += kept((id, weight));
+    for (id, &weight) in (0..).zip(&weights) {
+        running += f64::from(weight);
         if running > target {
             return id;
         }
     }
     best
+}
+
+/// Turns logits into weights.
+struct Weigh<'a> {
+    weights: &'a mut [f32],
+    largest: f32,
+    temperature: f32,
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        for weight in self.weights {
+            let value = exp((*weight - self.largest) / self.temperature);
+            *weight = if value.is_nan() { 0.0 } else { value };
+        }
+    }
 }
 
 /// The largest logit, the lowest id among equals.

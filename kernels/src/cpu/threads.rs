@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::KernelError;
 
 /// Multiplications below which waking other threads costs more than it gains.
-const WORTH_SHARING: usize = 1 << 16;
+const WORTH_SHARING: usize = 1 << 18;
 
 /// The threads of a backend.
 #[derive(Debug)]

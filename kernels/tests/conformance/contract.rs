@@ -61,6 +61,16 @@ pub(crate) fn chunks_of_any_size<B: Tested>(make: &Make<B>) {
     }
 }
 
+/// A step without rows leaves all as it was; the rank then only serves its experts.
+pub(crate) fn steps_without_rows<B: Tested>(make: &Make<B>) {
+    let mut layers = Layers::new(make, 4);
+    let expected = one_by_one(make, 1, 2);
+    let mut got = layers.step(&[row(1, 0)]);
+    assert_eq!(layers.step(&[]), [], "{}", make.name);
+    got.extend(layers.step(&[row(1, 1)]));
+    same(&make.name, VOCAB, &expected, &got).unwrap();
+}
+
 /// All instruction sets and any number of threads give the same bits, close to the reference.
 #[test]
 fn instruction_sets_and_threads_agree() {

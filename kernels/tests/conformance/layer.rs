@@ -114,7 +114,8 @@ impl<B: Tested> Layers<B> {
             tokens: rows.iter().map(|row| TokenSource::Given(row.2)).collect(),
             positions: rows.iter().map(|row| row.1).collect(),
             sequences: rows.iter().map(|row| row.0).collect(),
-            tables: vec![(0..8).map(table).collect(); 2],
+            // A step without rows has no tables.
+            tables: if rows.is_empty() { Vec::new() } else { vec![(0..8).map(table).collect(); 2] },
         };
         let mut x = b.rows(self.rows, HIDDEN);
         let mut normed = b.rows(self.rows, HIDDEN);

@@ -105,4 +105,5 @@ conformance!(
     hostile::refuses_damaged_records,
     contract::rows_alone_or_together,
     contract::chunks_of_any_size,
+    contract::steps_without_rows,
 );
