@@ -10,6 +10,7 @@ use phalanx_proto::{ConfigError, Limits, MemoryRefused, ModelConfig, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
 use phalanx_worker::device::{Device, cores};
 
+use crate::children::WorkerExited;
 use crate::commands;
 
 /// Exit code of a checkpoint or layout that cannot be used, as of a wrong flag.
@@ -200,8 +201,17 @@ pub fn run() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             commands::complain(&error);
-            if is_bad_input(&error) { ExitCode::from(EXIT_INPUT) } else { ExitCode::FAILURE }
+            exit_code(&error)
         }
+    }
+}
+
+/// A worker's own exit code if one did not start, else by whether the input is at fault.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.chain().find_map(|cause| cause.downcast_ref::<WorkerExited>()) {
+        Some(exited) => ExitCode::from(exited.code.max(1)),
+        None if is_bad_input(error) => ExitCode::from(EXIT_INPUT),
+        None => ExitCode::FAILURE,
     }
 }
 

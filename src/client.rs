@@ -72,7 +72,12 @@ impl ChatClient {
     ///
     /// # Errors
     /// The server refuses, or the stream breaks off.
-    pub fn chat(&self, messages: &[Value], effort: Option<&str>, mut on_piece: impl FnMut(Piece) -> Result<()>) -> Result<()> {
+    pub fn chat(
+        &self,
+        messages: &[Value],
+        effort: Option<&str>,
+        mut on_piece: impl FnMut(Piece) -> Result<()>,
+    ) -> Result<()> {
         let mut request = json!({
             "model": self.model, "messages": messages, "stream": true, "stream_options": {"include_usage": true},
         });

@@ -37,12 +37,8 @@ fn chat_thinks_answers_and_leaves_no_process_behind() {
 
 #[test]
 fn an_interrupted_chat_leaves_no_process_behind() {
-    let mut child = phalanx()
-        .args(["chat", "--workers", "3"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child =
+        phalanx().args(["chat", "--workers", "3"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     let mut workers = Vec::new();
     until("three workers run", || {
         workers = server::children(child.id());

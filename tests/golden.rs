@@ -44,7 +44,8 @@ impl Golden {
             }
         }
         let doc: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
-        let ids = |v: &Value| v.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect();
+        let ids =
+            |v: &Value| v.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect();
         let prompts = doc["prompts"].as_object().unwrap();
         let greedy = prompts.iter().map(|(n, p)| (n.parse().unwrap(), ids(&p["greedy_f32"]))).collect();
         let checkpoint = Arc::new(Checkpoint::open(&dir).unwrap());
@@ -118,9 +119,10 @@ fn exact_greedy_paths_match() {
     for name in ["tiny-a", "tiny-b"] {
         let golden = Golden::open(name);
         let mut cell = Setup::exact(2).start(&golden.checkpoint);
-        let requests = golden.greedy.iter().map(|(&n, path)| {
-            request(n as u64, golden.prompt(n), u32::try_from(path.len()).unwrap(), Want::Tokens)
-        });
+        let requests = golden
+            .greedy
+            .iter()
+            .map(|(&n, path)| request(n as u64, golden.prompt(n), u32::try_from(path.len()).unwrap(), Want::Tokens));
         let given = run(&mut cell, requests);
         for (&n, path) in &golden.greedy {
             assert_eq!(&given.tokens[&SeqId(n as u64)], path, "{name} prompt of {n}");
@@ -166,7 +168,10 @@ fn the_bits_do_not_depend_on_workers_chunks_threads_or_company() {
         for precision in [Setup::exact(1), Setup::fast(1)] {
             let lengths = [1, 7, 33, 100];
             let requests = |first: u64| {
-                (first..).zip(lengths).map(|(seq, n)| request(seq, golden.prompt(n), 0, Want::Logits)).collect::<Vec<_>>()
+                (first..)
+                    .zip(lengths)
+                    .map(|(seq, n)| request(seq, golden.prompt(n), 0, Want::Logits))
+                    .collect::<Vec<_>>()
             };
             let mut base: Option<Vec<Vec<u32>>> = None;
             for (workers, threads) in [(1, 1), (1, 3), (2, 1), (3, 2), (4, 1), (8, 1)] {

@@ -15,8 +15,13 @@ use crate::server::{self, Server, ServerOptions};
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
     /// Address of a worker; once for each, in the order of their ranks
-    #[arg(long = "worker", env = "PHALANX_WORKER_ADDRESSES", value_name = "HOST:PORT", required = true,
-          value_delimiter = ',')]
+    #[arg(
+        long = "worker",
+        env = "PHALANX_WORKER_ADDRESSES",
+        value_name = "HOST:PORT",
+        required = true,
+        value_delimiter = ','
+    )]
     workers: Vec<String>,
     /// Where to listen for HTTP
     #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8000")]

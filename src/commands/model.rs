@@ -12,9 +12,7 @@ use phalanx_model::checkpoint::inspect::Inspection;
 use phalanx_model::synth::{self, Shape};
 use phalanx_model::{Checkpoint, CheckpointError, nano};
 use phalanx_planner::{Event, Request, Want};
-use phalanx_proto::{
-    BackendReport, Layout, Limits, MemoryPlan, ModelConfig, Placement, Sampling, SeqId, TokenId,
-};
+use phalanx_proto::{BackendReport, Layout, Limits, MemoryPlan, ModelConfig, Placement, Sampling, SeqId, TokenId};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -141,7 +139,12 @@ pub fn run(command: ModelCommand) -> Result<ExitCode> {
 }
 
 /// The memory plan of every rank.
-fn memory_plans(config: &ModelConfig, workers: u32, limits: &Limits, report: &BackendReport) -> Result<Vec<MemoryPlan>> {
+fn memory_plans(
+    config: &ModelConfig,
+    workers: u32,
+    limits: &Limits,
+    report: &BackendReport,
+) -> Result<Vec<MemoryPlan>> {
     let layout = Layout::new(workers, 0)?;
     let layers = u32::try_from(config.layers.len()).context("too many layers")?;
     let placement = Placement::contiguous(layers, config.experts, layout);
@@ -197,10 +200,23 @@ fn say_inspection(inspection: &Inspection) -> Result<()> {
     say(&inspection.name)?;
     if let Some(model) = &inspection.model {
         let context = model.context;
-        say(format_args!("  {} layers ({} with a window of {}), context {context}", model.layers, model.sliding_layers, model.window))?;
-        say(format_args!("  hidden {}, {} query and {} key-value heads of {}", model.hidden, model.heads, model.kv_heads, model.head_dim))?;
-        say(format_args!("  {} experts of {}, {} for a token; vocabulary {}", model.experts, model.intermediate, model.experts_per_token, model.vocab))?;
-        say(format_args!("  {:.2} B parameters, {:.2} B of them active for a token", model.parameters as f64 / 1e9, model.active_parameters as f64 / 1e9))?;
+        say(format_args!(
+            "  {} layers ({} with a window of {}), context {context}",
+            model.layers, model.sliding_layers, model.window
+        ))?;
+        say(format_args!(
+            "  hidden {}, {} query and {} key-value heads of {}",
+            model.hidden, model.heads, model.kv_heads, model.head_dim
+        ))?;
+        say(format_args!(
+            "  {} experts of {}, {} for a token; vocabulary {}",
+            model.experts, model.intermediate, model.experts_per_token, model.vocab
+        ))?;
+        say(format_args!(
+            "  {:.2} B parameters, {:.2} B of them active for a token",
+            model.parameters as f64 / 1e9,
+            model.active_parameters as f64 / 1e9
+        ))?;
         let bytes = &model.bytes;
         say("bytes (MiB):")?;
         for (what, bytes) in [

@@ -82,7 +82,10 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let mut broken = 0;
     let mut rows = Vec::new();
     if !args.json {
-        say(format_args!("{:<10}{:>8}  {:<22}{:>8}{:>8}{:>8}", "precision", "workers", "way", "logits", "greedy", "seeded"))?;
+        say(format_args!(
+            "{:<10}{:>8}  {:<22}{:>8}{:>8}{:>8}",
+            "precision", "workers", "way", "logits", "greedy", "seeded"
+        ))?;
     }
     for precision in [PrecisionArg::Exact, PrecisionArg::Fast] {
         let mut base: Option<Outcome> = None;
@@ -92,11 +95,8 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
             for way in WAYS {
                 let outcome = outcome(&mut cell, checkpoint.config().vocab, way, &mut next_seq)?;
                 let base = base.get_or_insert_with(|| outcome.clone());
-                let equal = [
-                    outcome.logits == base.logits,
-                    outcome.greedy == base.greedy,
-                    outcome.seeded == base.seeded,
-                ];
+                let equal =
+                    [outcome.logits == base.logits, outcome.greedy == base.greedy, outcome.seeded == base.seeded];
                 broken += equal.iter().filter(|&&e| !e).count();
                 let precision = Precision::from(precision);
                 if args.json {
@@ -122,7 +122,12 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     Ok(if broken == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn cell(checkpoint: &Arc<Checkpoint>, workers: u32, precision: PrecisionArg, threads: Option<u32>) -> Result<LocalCell> {
+fn cell(
+    checkpoint: &Arc<Checkpoint>,
+    workers: u32,
+    precision: PrecisionArg,
+    threads: Option<u32>,
+) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
     let device = DeviceArgs { precision, threads, isa: None }.device(workers);
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
@@ -142,7 +147,8 @@ fn outcome(cell: &mut LocalCell, vocab: u32, way: Way, next_seq: &mut u64) -> Re
     let mut logits = BTreeMap::<SeqId, LogitsHash>::new();
     let mut tokens = BTreeMap::<SeqId, Vec<u32>>::new();
     let mut run = |requests: Vec<Request>| -> Result<()> {
-        for batch in if way == Way::Together { vec![requests] } else { requests.into_iter().map(|r| vec![r]).collect() } {
+        for batch in if way == Way::Together { vec![requests] } else { requests.into_iter().map(|r| vec![r]).collect() }
+        {
             for request in batch {
                 cell.submit(request)?;
             }
@@ -159,7 +165,9 @@ fn outcome(cell: &mut LocalCell, vocab: u32, way: Way, next_seq: &mut u64) -> Re
     let ids = |n: u64| (first + n * prompts.len() as u64..).zip(&prompts);
     run(ids(0).map(|(seq, prompt)| request(seq, prompt, 0, Want::Logits)).collect())?;
     run(ids(1).map(|(seq, prompt)| request(seq, prompt, GENERATED, Want::Tokens)).collect())?;
-    run(ids(2).map(|(seq, prompt)| Request { sampling: seeded, ..request(seq, prompt, GENERATED, Want::Tokens) }).collect())?;
+    run(ids(2)
+        .map(|(seq, prompt)| Request { sampling: seeded, ..request(seq, prompt, GENERATED, Want::Tokens) })
+        .collect())?;
     *next_seq += 3 * prompts.len() as u64;
     let of = |n| ids(n).flat_map(|(seq, _)| tokens.get(&SeqId(seq)).cloned().unwrap_or_default()).collect();
     let hashes: Vec<String> = logits.into_values().map(LogitsHash::hex).collect();

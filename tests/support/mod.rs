@@ -14,38 +14,38 @@ use phalanx_proto::{Limits, Precision, Sampling, SeqId, TokenId};
 use phalanx_worker::device::Device;
 
 /// A folder of the golden fixtures.
-pub fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 /// How a test's cell is laid out.
 #[derive(Clone, Copy, Debug)]
-pub struct Setup {
-    pub workers: u32,
-    pub precision: Precision,
-    pub threads: u32,
-    pub seqs_max: u32,
-    pub step_rows: u32,
-    pub kv_tokens: u32,
+pub(crate) struct Setup {
+    pub(crate) workers: u32,
+    pub(crate) precision: Precision,
+    pub(crate) threads: u32,
+    pub(crate) seqs_max: u32,
+    pub(crate) step_rows: u32,
+    pub(crate) kv_tokens: u32,
 }
 
 impl Setup {
-    pub fn exact(workers: u32) -> Self {
+    pub(crate) fn exact(workers: u32) -> Self {
         Self { workers, precision: Precision::Exact, threads: 1, seqs_max: 8, step_rows: 256, kv_tokens: 4608 }
     }
 
-    pub fn fast(workers: u32) -> Self {
+    pub(crate) fn fast(workers: u32) -> Self {
         Self { precision: Precision::Fast, ..Self::exact(workers) }
     }
 
-    pub fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
+    pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
         let device = Device { precision: self.precision, threads: self.threads, isa: None };
         LocalCell::start(checkpoint, &CellOptions { workers: self.workers, device, limits }, |_, _| ()).unwrap()
     }
 }
 
-pub fn request(seq: u64, prompt: &[u32], max_tokens: u32, want: Want) -> Request {
+pub(crate) fn request(seq: u64, prompt: &[u32], max_tokens: u32, want: Want) -> Request {
     Request {
         seq: SeqId(seq),
         prompt: prompt.iter().map(|&id| TokenId(id)).collect(),
@@ -58,13 +58,13 @@ pub fn request(seq: u64, prompt: &[u32], max_tokens: u32, want: Want) -> Request
 
 /// What each sequence gave.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Given {
-    pub tokens: BTreeMap<SeqId, Vec<u32>>,
-    pub logits: BTreeMap<SeqId, Vec<f32>>,
+pub(crate) struct Given {
+    pub(crate) tokens: BTreeMap<SeqId, Vec<u32>>,
+    pub(crate) logits: BTreeMap<SeqId, Vec<f32>>,
 }
 
 /// Runs all requests together to their ends.
-pub fn run(cell: &mut LocalCell, requests: impl IntoIterator<Item = Request>) -> Given {
+pub(crate) fn run(cell: &mut LocalCell, requests: impl IntoIterator<Item = Request>) -> Given {
     for request in requests {
         cell.submit(request).unwrap();
     }
@@ -79,6 +79,6 @@ pub fn run(cell: &mut LocalCell, requests: impl IntoIterator<Item = Request>) ->
 }
 
 /// Raw bits, so that equality means equality.
-pub fn bits(logits: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|l| l.to_bits()).collect()
 }

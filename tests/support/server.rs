@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 /// Longest wait for anything that must happen.
-pub const WAIT: Duration = Duration::from_secs(60);
+pub(crate) const WAIT: Duration = Duration::from_secs(60);
 
 /// A running `phalanx serve`.
-pub struct Serve {
-    pub child: Child,
-    pub url: String,
+pub(crate) struct Serve {
+    pub(crate) child: Child,
+    pub(crate) url: String,
 }
 
 impl Serve {
     /// Starts a server on a port of the system's choice.
-    pub fn start(args: &[&str]) -> Self {
+    pub(crate) fn start(args: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_phalanx"))
             .args(["serve", "--listen", "127.0.0.1:0", "--threads", "2"])
             .args(args)
@@ -32,22 +32,22 @@ impl Serve {
     }
 
     /// Process ids of the workers, in the order of their ranks.
-    pub fn workers(&self) -> Vec<u32> {
+    pub(crate) fn workers(&self) -> Vec<u32> {
         children(self.child.id())
     }
 
-    pub fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         kill(self.child.id(), signal);
     }
 
     /// Status and body of a GET.
-    pub fn get(&self, path: &str) -> (u16, String) {
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let mut response = agent().get(format!("{}{path}", self.url)).call().unwrap();
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     }
 
     /// Status and body of a POST.
-    pub fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> (u16, Value) {
         let mut response = agent()
             .post(format!("{}{path}", self.url))
             .header("content-type", "application/json")
@@ -58,7 +58,7 @@ impl Serve {
     }
 
     /// Opens a stream; its lines of data come one by one.
-    pub fn stream(&self, body: &Value) -> impl Iterator<Item = String> + use<> {
+    pub(crate) fn stream(&self, body: &Value) -> impl Iterator<Item = String> + use<> {
         let response = agent()
             .post(format!("{}/v1/chat/completions", self.url))
             .header("content-type", "application/json")
@@ -70,7 +70,7 @@ impl Serve {
     }
 
     /// Waits for the end of the process and returns its exit code.
-    pub fn ended(&mut self) -> Option<i32> {
+    pub(crate) fn ended(&mut self) -> Option<i32> {
         let mut code = None;
         until("the server ends", || {
             code = self.child.try_wait().unwrap();
@@ -80,7 +80,7 @@ impl Serve {
     }
 
     /// What the server has written to standard output since it announced itself.
-    pub fn rest_of_output(&mut self) -> String {
+    pub(crate) fn rest_of_output(&mut self) -> String {
         let mut text = String::new();
         self.child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
         text
@@ -99,7 +99,7 @@ fn agent() -> ureq::Agent {
 }
 
 /// Polls until `done`, for as long as anything may take.
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + WAIT;
     while !done() {
         assert!(Instant::now() < deadline, "waited {WAIT:?} in vain: {what}");
@@ -107,13 +107,13 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-pub fn kill(pid: u32, signal: &str) {
+pub(crate) fn kill(pid: u32, signal: &str) {
     let status = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status().unwrap();
     assert!(status.success());
 }
 
 /// Child processes, oldest first.
-pub fn children(pid: u32) -> Vec<u32> {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let mut found = Vec::new();
     for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
         let text = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
@@ -124,18 +124,18 @@ pub fn children(pid: u32) -> Vec<u32> {
 }
 
 /// Whether the process runs; one that has ended and was not waited for does not.
-pub fn runs(pid: u32) -> bool {
+pub(crate) fn runs(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
 /// Largest memory of a process so far, in bytes.
-pub fn memory_peak(pid: u32) -> u64 {
+pub(crate) fn memory_peak(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
 /// A chat request to nano.
-pub fn chat(text: &str) -> Value {
+pub(crate) fn chat(text: &str) -> Value {
     json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": text}], "temperature": 0})
 }

@@ -60,8 +60,7 @@ impl Host for ModelHost {
             on_progress(Progress { stage: "loading".to_owned(), done_bytes, total_bytes });
         };
         let backend = self.device.backend()?;
-        let model =
-            GptOss::load(backend, &self.checkpoint, placement, *rank, layout.ep, limits, &mut on_bytes)?;
+        let model = GptOss::load(backend, &self.checkpoint, placement, *rank, layout.ep, limits, &mut on_bytes)?;
         on_progress(Progress { stage: "connecting".to_owned(), done_bytes: 0, total_bytes: 0 });
         let group = GroupId { cell: *cell, term: fence.term, epoch: fence.epoch };
         let payload_max = payload_max(request, &self.device.report(&self.checkpoint), &self.checkpoint);

@@ -105,6 +105,7 @@ impl Choice {
                             read = reader.push(token);
                         }
                         self.usage.token(&read);
+                        self.clock.tokens(1, at);
                         FinishReason::Stop
                     }
                 };

@@ -236,8 +236,8 @@ impl<B: Backend> Buffers<B> {
         let (rows, hidden, top_k) = (n(limits.step_rows_max), n(config.hidden), n(config.top_k));
         let received = rows * n(ranks);
         let choices = top_k.min(n(slots));
-        let outgoing =
-            (rows * top_k.min(n(ranks)) * b.dispatch_record(top_k, hidden)).max(received * choices * b.combine_record(hidden));
+        let outgoing = (rows * top_k.min(n(ranks)) * b.dispatch_record(top_k, hidden))
+            .max(received * choices * b.combine_record(hidden));
         let incoming = (received * b.dispatch_record(top_k, hidden)).max(rows * top_k * b.combine_record(hidden));
         Self {
             x: b.rows(rows, hidden),

@@ -5,14 +5,14 @@
 
 pub mod checkpoint;
 pub mod collectives;
+pub mod error;
+pub mod gpt_oss;
 pub mod nano;
+pub mod rope;
 pub mod synth;
 pub mod weights;
-pub mod rope;
-pub mod gpt_oss;
-pub mod error;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
+pub use collectives::{CollectiveError, Collectives, Exchange, ExchangeKind};
 pub use error::{ForwardError, LoadError};
 pub use gpt_oss::{GptOss, Step, Watch};
-pub use collectives::{CollectiveError, Collectives, Exchange, ExchangeKind};

@@ -20,9 +20,8 @@ pub fn default_attention_factor(factor: f64) -> f64 {
 #[must_use]
 pub fn table(rope: &Rope, head_dim: u32) -> RopeTable {
     let half = f64::from(head_dim / 2);
-    let dimension_of = |rotations: f64| {
-        half * (f64::from(rope.original_context) / (rotations * 2.0 * PI)).ln() / rope.theta.ln()
-    };
+    let dimension_of =
+        |rotations: f64| half * (f64::from(rope.original_context) / (rotations * 2.0 * PI)).ln() / rope.theta.ln();
     let (mut low, mut high) = (dimension_of(rope.beta_fast), dimension_of(rope.beta_slow));
     if rope.truncate {
         (low, high) = (low.floor(), high.ceil());

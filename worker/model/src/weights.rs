@@ -28,10 +28,8 @@ pub const fn pool_of(kind: LayerKind) -> Pool {
 /// The KV memory of a rank.
 #[must_use]
 pub fn kv_shape(config: &ModelConfig, limits: &Limits) -> KvShape {
-    let pool = |kind| PoolShape {
-        layers: config.layers_of(kind) as usize,
-        blocks: limits.blocks(pool_of(kind)) as usize,
-    };
+    let pool =
+        |kind| PoolShape { layers: config.layers_of(kind) as usize, blocks: limits.blocks(pool_of(kind)) as usize };
     KvShape {
         pools: vec![pool(LayerKind::Full), pool(LayerKind::Sliding)],
         kv_heads: config.kv_heads as usize,
@@ -212,12 +210,13 @@ fn load_experts<B: Backend>(
     for (expert, slot) in held {
         let sources = tensors.map(|tensor| of_expert(tensor, expert, config.experts));
         let [gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias] = sources;
-        let source =
-            ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
+        let source = ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
         reader.take(&sources, || {
-            backend
-                .load_expert(&mut experts, slot.index(), &source)
-                .map_err(|error| LoadError::Expert { layer, expert, error })
+            backend.load_expert(&mut experts, slot.index(), &source).map_err(|error| LoadError::Expert {
+                layer,
+                expert,
+                error,
+            })
         })?;
     }
     Ok(experts)
@@ -237,7 +236,8 @@ fn share_bytes(checkpoint: &Checkpoint, placement: &Placement, rank: Rank) -> u6
         .sum::<u64>();
     let layers = config.layers.len() as u64;
     let all_experts = expert * u64::from(config.experts) * layers;
-    let held: u64 = (0..).map(LayerIdx).zip(&config.layers).map(|(l, _)| placement.held_by(l, rank).count() as u64).sum();
+    let held: u64 =
+        (0..).map(LayerIdx).zip(&config.layers).map(|(l, _)| placement.held_by(l, rank).count() as u64).sum();
     let embedding = checkpoint.embedding().table().len() as u64;
     checkpoint.total_bytes().saturating_sub(all_experts + embedding) + expert * held
 }

@@ -1,0 +1,220 @@
+//! The command line as users and machines meet it: output, exit codes, errors that name file and tensor.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn phalanx(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_phalanx")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    let out = phalanx(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A copy of a fixture that may be damaged.
+fn copy(name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn logits_have_one_hash_for_any_number_of_workers() {
+    let model = fixture("tiny-b");
+    let model = model.to_str().unwrap();
+    let logits = |workers: &str, more: &[&str]| {
+        let ids = (1..40).map(|id| (id * 7).to_string()).collect::<Vec<_>>().join(",");
+        let args = ["model", "logits", "--model", model, "--prompt-ids", &ids, "--workers", workers, "--json"];
+        json(&[&args[..], more].concat())
+    };
+    let exact = logits("1", &["--precision", "exact"]);
+    assert_eq!(exact["last_logits"].as_array().unwrap().len(), 1000);
+    assert_eq!(exact["bits_sha256"].as_str().unwrap().len(), 64);
+    assert_eq!(exact, logits("8", &["--precision", "exact"]));
+    assert_eq!(exact, logits("3", &["--precision", "exact", "--chunk", "4"]));
+    let fast = logits("1", &[]);
+    assert_ne!(exact["bits_sha256"], fast["bits_sha256"]);
+    assert_eq!(fast, logits("4", &["--precision", "fast"]));
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    let model = fixture("tiny-a");
+    for precision in ["exact", "fast"] {
+        let mut hashes = Vec::new();
+        for isa in ["portable", "avx2", "avx512", "avx512-vnni"] {
+            let args = ["model", "logits", "--model", model.to_str().unwrap(), "--prompt-ids", "1,2,3,4,5", "--json"];
+            let out = phalanx(&[&args[..], &["--precision", precision, "--isa", isa]].concat());
+            if out.status.success() {
+                let value: Value = serde_json::from_slice(&out.stdout).unwrap();
+                hashes.push(value["bits_sha256"].clone());
+            } else {
+                let error = String::from_utf8_lossy(&out.stderr).into_owned();
+                assert!(error.contains("this processor has no"), "{error}");
+            }
+        }
+        assert!(!hashes.is_empty() && hashes.iter().all(|hash| *hash == hashes[0]), "{precision}: {hashes:?}");
+    }
+}
+
+#[test]
+fn generation_goes_on_past_the_end_of_text() {
+    let model = fixture("tiny-a");
+    let golden: Value = serde_json::from_slice(&std::fs::read(model.join("golden.json")).unwrap()).unwrap();
+    let case = &golden["prompts"]["7"];
+    let ids: Vec<String> = case["input_ids"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let args = ["model", "generate", "--model", model.to_str().unwrap(), "--prompt-ids", &ids.join(","), "--json"];
+    let out = json(&[&args[..], &["--max-tokens", "48", "--precision", "exact", "--workers", "2"]].concat());
+    assert_eq!(out["token_ids"], case["greedy_f32"]);
+}
+
+#[test]
+fn verify_finds_every_layout_alike() {
+    let model = fixture("tiny-a");
+    let out = json(&["verify", "--model", model.to_str().unwrap(), "--workers", "1,2,3", "--json"]);
+    assert_eq!(out["equal"], true);
+    assert_eq!(out["rows"].as_array().unwrap().len(), 2 * 3 * 4);
+}
+
+#[test]
+fn bench_offline_reports_speed_and_memory() {
+    let model = fixture("tiny-a");
+    let args = ["bench", "offline", "--model", model.to_str().unwrap(), "--prompt-len", "20", "--gen-len", "8"];
+    let out = json(&[&args[..], &["--batch", "3", "--threads", "2", "--workers", "2", "--json"]].concat());
+    for key in ["pp_tok_s", "tg_tok_s", "load_s", "rss_gb"] {
+        assert!(out[key].as_f64().unwrap() > 0.0, "{key}: {out}");
+    }
+}
+
+#[test]
+fn an_exported_nano_is_the_embedded_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join("nano");
+    assert!(phalanx(&["model", "export", "nano", to.to_str().unwrap()]).status.success());
+    let logits = |model: &str| json(&["model", "logits", "--model", model, "--prompt-ids", "200006,1428", "--json"]);
+    assert_eq!(logits("nano")["bits_sha256"], logits(to.to_str().unwrap())["bits_sha256"]);
+}
+
+#[test]
+fn inspect_plans_the_memory_of_each_worker() {
+    let out = json(&["model", "inspect", "nano", "--workers", "3", "--json"]);
+    assert_eq!(out["model"]["experts"], 16);
+    let totals: Vec<u64> =
+        out["memory"].as_array().unwrap().iter().map(|m| m["total_bytes"].as_u64().unwrap()).collect();
+    assert_eq!(totals.len(), 3);
+    let experts = |rank: usize| out["memory"][rank]["uses"]["expert weights"].as_u64().unwrap();
+    assert_eq!(experts(0) * 5, experts(1) * 6, "six experts and five");
+}
+
+/// Every bad checkpoint gives one clear error and exit code 2, before anything is served.
+#[test]
+fn bad_checkpoints_are_named() {
+    type Damage = fn(&Path);
+    let first = "model-00000-of-00002.safetensors";
+    let cases: [(&str, Damage, &[&str]); 7] = [
+        (
+            "missing shard",
+            |d| std::fs::remove_file(d.join("model-00001-of-00002.safetensors")).unwrap(),
+            &["model-00001-of-00002.safetensors"],
+        ),
+        (
+            "truncated file",
+            |d| {
+                let path = d.join("model-00000-of-00002.safetensors");
+                let bytes = std::fs::read(&path).unwrap();
+                std::fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
+            },
+            &[first],
+        ),
+        (
+            "header bomb",
+            |d| {
+                let path = d.join("model-00000-of-00002.safetensors");
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes[..8].copy_from_slice(&(u64::MAX / 2).to_le_bytes());
+                std::fs::write(&path, &bytes).unwrap();
+            },
+            &[first],
+        ),
+        (
+            "wrong type",
+            |d| replace(&d.join("model-00000-of-00002.safetensors"), "\"BF16\"", "\"F16\" "),
+            &[first, "F16"],
+        ),
+        (
+            "path out of the directory",
+            |d| {
+                replace(
+                    &d.join("model.safetensors.index.json"),
+                    "model-00000-of-00002.safetensors",
+                    "../00-of-00002.safetensors.",
+                )
+            },
+            &["model.safetensors.index.json"],
+        ),
+        (
+            "zero heads",
+            |d| replace(&d.join("config.json"), "\"num_attention_heads\": 8", "\"num_attention_heads\": 0"),
+            &["config.json", "num_attention_heads"],
+        ),
+        ("no configuration", |d| std::fs::remove_file(d.join("config.json")).unwrap(), &["config.json"]),
+    ];
+    for (what, damage, named) in cases {
+        let dir = copy("tiny-a");
+        damage(dir.path());
+        let model = dir.path().to_str().unwrap();
+        for args in [
+            vec!["model", "inspect", model],
+            vec!["model", "logits", "--model", model, "--prompt-ids", "1"],
+            vec!["serve", "--model", model, "--listen", "127.0.0.1:0"],
+        ] {
+            let out = phalanx(&args);
+            let error = String::from_utf8_lossy(&out.stderr).into_owned();
+            assert_eq!(out.status.code(), Some(2), "{what}, {args:?}: {error}");
+            for name in named {
+                assert!(error.contains(name), "{what}, {args:?}: `{name}` is not named in: {error}");
+            }
+            assert!(!error.contains("panicked"), "{what}: {error}");
+        }
+    }
+}
+
+/// Replaces the first place by as many bytes.
+fn replace(path: &Path, from: &str, to: &str) {
+    let bytes = std::fs::read(path).unwrap();
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+    let bytes = [&bytes[..at], to.as_bytes(), &bytes[at + from.len()..]].concat();
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn mistakes_are_explained() {
+    for (args, words) in [
+        (vec!["model", "logits", "--prompt-ids", "201088"], "outside the vocabulary"),
+        (vec!["model", "generate", "--prompt-ids", "1", "--max-tokens", "200000"], "the context has"),
+        (vec!["model", "logits", "--prompt-ids", "one"], "invalid value"),
+        (vec!["serve", "--workers", "0"], "--workers"),
+        (vec!["chat", "--url", "http://127.0.0.1:9", "hello"], "no server answers"),
+        (vec!["serve", "--model", "no/such-model"], "no/such-model"),
+        (vec!["coordinator"], "--worker"),
+    ] {
+        let out = phalanx(&args);
+        let error = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success(), "{args:?}");
+        assert!(error.contains(words), "{args:?}: {error}");
+        assert!(!error.contains("panicked"), "{args:?}: {error}");
+    }
+}
