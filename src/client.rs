@@ -132,6 +132,6 @@ fn body(response: ureq::http::Response<ureq::Body>) -> Result<impl Read> {
     let mut text = String::new();
     reader.take(ERROR_BYTES_MAX).read_to_string(&mut text).unwrap_or_default();
     let envelope: Value = serde_json::from_str(&text).unwrap_or_default();
-    let message = envelope["error"]["message"].as_str().unwrap_or(text.trim());
+    let message = envelope["error"]["message"].as_str().unwrap_or_else(|| text.trim());
     bail!("the server answers {status}: {message}")
 }

@@ -325,11 +325,17 @@ impl Backend for Cpu {
 
     fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {
         self.sampled.clear();
-        self.inputs.clone_from(inputs);
         let rows = inputs.tokens.len();
-        self.note(need("the positions of the step's rows", inputs.positions.len(), rows));
-        self.note(need("the sequences of the step's rows", inputs.sequences.len(), rows));
-        self.angles.set(&inputs.positions, rope);
+        let whole = need("the positions of the step's rows", inputs.positions.len(), rows)
+            .and_then(|()| need("the sequences of the step's rows", inputs.sequences.len(), rows));
+        if whole.is_ok() {
+            self.inputs.clone_from(inputs);
+        } else {
+            // Rows that are not whole are no rows.
+            self.inputs = StepInputs::default();
+        }
+        self.note(whole);
+        self.angles.set(&self.inputs.positions, rope);
     }
 
     fn copy_block(&mut self, kv: &mut Kv, pool: usize, from: u32, to: u32) {

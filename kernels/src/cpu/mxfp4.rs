@@ -286,3 +286,54 @@ fn check_lengths<T>(width: usize, tiles: &[(&[Codes], &[[u8; LANES]])], x: &[&[T
     assert!(tiles.iter().all(|(codes, scales)| codes.len() == width && scales.len() == width), "whole tiles");
     assert!(x.iter().all(|x| x.len() == width), "whole rows");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounded(x: [f32; BLOCK]) -> Int8Block {
+        let mut out = [Int8Block::default()];
+        Int8Block::from_block(&x, &mut out);
+        out[0]
+    }
+
+    fn bytes(block: &Int8Block) -> Vec<i8> {
+        block.quads.iter().flat_map(|quad| quad.to_le_bytes().map(u8::cast_signed)).collect()
+    }
+
+    #[test]
+    fn int8_takes_the_nearest_of_127_steps() {
+        let mut x = [0.0; BLOCK];
+        x[..6].copy_from_slice(&[254.0, -254.0, 3.0, 5.0, -1.0, 2.1]);
+        let block = rounded(x);
+        assert_eq!(bytes(&block)[..7], [127, -127, 2, 2, 0, 1, 0]);
+        assert_eq!(block.half_scale, 1.0);
+        assert_eq!(block.correction, -12 * 5);
+    }
+
+    #[test]
+    fn int8_does_not_hide_what_is_no_number() {
+        let mut x = [1.0; BLOCK];
+        x[7] = f32::NAN;
+        assert!(rounded(x).half_scale.is_nan());
+        x[7] = f32::NEG_INFINITY;
+        assert_eq!(rounded(x).half_scale, f32::INFINITY);
+    }
+
+    #[test]
+    fn int8_takes_the_smallest_numbers_for_zero() {
+        for tiny in [0.0, f32::from_bits(1), f32::MIN_POSITIVE] {
+            let block = rounded([tiny; BLOCK]);
+            assert_eq!((block.quads, block.half_scale, block.correction), ([0; 8], 0.0, 0));
+        }
+    }
+
+    #[test]
+    fn codes_are_laid_out_four_columns_to_the_low_nibbles() {
+        // Column `c` holds code `c`, so the first dword's nibbles are its columns' numbers.
+        let source = [0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, 0, 0, 0, 0, 0, 0, 0, 0];
+        let mut out = [0; DWORDS * LANES];
+        pack_codes(&source, 1, &mut out);
+        assert_eq!((out[0], out[LANES]), (0x7362_5140, 0xfbea_d9c8));
+    }
+}

@@ -15,6 +15,7 @@ mod faults;
 mod hostile;
 mod layer;
 mod memory;
+mod plans;
 mod rows;
 mod sampling;
 mod tolerances;

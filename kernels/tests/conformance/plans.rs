@@ -1,0 +1,106 @@
+//! A step that names what does not exist is an error at its end, never a panic; the next step is as ever.
+
+use phalanx_kernels::{
+    Backend, Cpu, Draw, Isa, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack, StepInputs, TokenSource,
+};
+
+use crate::cpu;
+use crate::data::{Random, Tensor, rope_table};
+
+const LAYER: KvLayer = KvLayer { pool: 0, layer: 0 };
+const DRAW: Draw = Draw { slot: 0, temperature: 0.0, top_p: 1.0, seed: 0, choice: 0, position: 0 };
+
+/// What is named and how.
+type Fault = (&'static str, fn(&mut StepInputs));
+
+/// Two rows of one sequence at positions 30 and 31.
+fn inputs() -> StepInputs {
+    StepInputs {
+        tokens: vec![TokenSource::Given(3), TokenSource::Sampled(1)],
+        positions: vec![30, 31],
+        sequences: vec![0, 0],
+        tables: vec![vec![vec![2, 0]]],
+    }
+}
+
+/// Embeds, stores and attends; four heads and one kv head of 8.
+fn run(b: &mut Cpu, inputs: &StepInputs, window: Option<u32>) -> Result<(), KernelError> {
+    let table = Random(71).tensor(10 * 48, 1.0);
+    let embedding = b.embedding(48, table.embedding()).unwrap();
+    let sinks = b.vector(Tensor::new(&[0.0; 4]).source()).unwrap();
+    let mut kv = b.kv(&KvShape { pools: vec![PoolShape { layers: 1, blocks: 3 }], kv_heads: 1, head_dim: 8 });
+    let (mut qkv, mut out) = (b.rows(2, 48), b.rows(2, 32));
+    b.token_slots(2);
+    b.begin(inputs, &rope_table(8));
+    b.embed(&embedding, &mut qkv);
+    b.rotate_and_store(&mut qkv, &mut kv, LAYER);
+    b.attend(&qkv, &kv, LAYER, &sinks, window, &mut out);
+    b.finish()
+}
+
+#[test]
+fn what_does_not_exist_is_named() {
+    let faults: [Fault; 8] = [
+        ("token 10", |i| i.tokens[0] = TokenSource::Given(10)),
+        ("token slot 2", |i| i.tokens[1] = TokenSource::Sampled(2)),
+        ("sequence 1", |i| i.sequences[1] = 1),
+        ("stretch of a block table 2", |i| i.positions[1] = 32),
+        ("stretch of a block table 268435455", |i| i.positions[0] = u32::MAX),
+        ("KV block 3", |i| i.tables[0][0][1] = 3),
+        ("KV block 4294967295", |i| i.tables[0][0][0] = u32::MAX),
+        ("table of pool 0", |i| i.tables.clear()),
+    ];
+    let mut b = cpu(Isa::detect(), Precision::Fast, 1);
+    for (what, fault) in faults {
+        let mut inputs = inputs();
+        fault(&mut inputs);
+        let error = run(&mut b, &inputs, None).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("the step names {what}, ")), "{error}");
+    }
+    for fault in [|i: &mut StepInputs| i.positions.truncate(1), |i: &mut StepInputs| i.sequences.clear()] {
+        let mut inputs = inputs();
+        fault(&mut inputs);
+        assert!(matches!(run(&mut b, &inputs, None), Err(KernelError::Size { .. })));
+    }
+    run(&mut b, &inputs(), None).unwrap();
+}
+
+#[test]
+fn what_no_row_sees_may_not_exist() {
+    let mut inputs = inputs();
+    inputs.tables[0][0][0] = u32::MAX;
+    run(&mut cpu(Isa::detect(), Precision::Fast, 1), &inputs, Some(15)).unwrap();
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_refused() {
+    let mut b = cpu(Isa::detect(), Precision::Exact, 1);
+    let weight = Random(72).tensor(16 * 8, 1.0);
+    let dense = b.dense(8, &[Stack { weight: weight.source(), bias: None }]).unwrap();
+    let norm = b.vector(Tensor::new(&[1.0; 8]).source()).unwrap();
+    let (mut x, mut narrow, mut few, mut wide) = (b.rows(3, 8), b.rows(3, 6), b.rows(2, 16), b.rows(3, 16));
+    let mut routes = b.routes(3, 17);
+    let mut kv = b.kv(&KvShape { pools: vec![PoolShape { layers: 1, blocks: 3 }], kv_heads: 1, head_dim: 8 });
+    b.token_slots(1);
+    b.begin(&StepInputs::default(), &rope_table(8));
+    b.write(&mut x, &[1.0; 24]);
+    b.finish().unwrap();
+    let mut refused = |act: &mut dyn FnMut(&mut Cpu)| {
+        act(&mut b);
+        assert!(matches!(b.finish(), Err(KernelError::Size { .. } | KernelError::Plan { .. })));
+        b.finish().unwrap();
+    };
+    refused(&mut |b| b.write(&mut narrow, &[1.0; 24]));
+    refused(&mut |b| b.write(&mut narrow, &[1.0; 7]));
+    refused(&mut |b| b.project(&x, &dense, &mut narrow));
+    refused(&mut |b| b.project(&x, &dense, &mut few));
+    refused(&mut |b| b.project_add(&x, &dense, &mut wide));
+    refused(&mut |b| b.norm(&x, &norm, 1e-5, &mut narrow));
+    refused(&mut |b| b.route(&x, &dense, &mut routes));
+    refused(&mut |b| b.gather(&x, &[0, 3], &mut wide));
+    refused(&mut |b| b.sample(&x, &[DRAW]));
+    refused(&mut |b| b.sample(&x, &[DRAW, DRAW, Draw { slot: 1, ..DRAW }]));
+    refused(&mut |b| b.set_token(1, 0));
+    refused(&mut |b| b.copy_block(&mut kv, 1, 0, 0));
+    refused(&mut |b| b.copy_block(&mut kv, 0, 0, 3));
+}
