@@ -1,7 +1,7 @@
 //! Every op of gpt-oss: naive as a reference, fast on CPUs, behind one trait.
 //!
 //! - [`backend`]: the vocabulary, about fifteen fused ops with their shapes.
-//! - [`reference`]: each op as the paper states it, in f64; the specification, never optimised.
+//! - [`mod@reference`]: each op as the paper states it, in f64; the specification, never optimised.
 //! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
 //! - [`memory`]: mapped files and buffers.
 //!

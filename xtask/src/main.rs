@@ -2,7 +2,7 @@
 //!
 //! - [`verify`]: the gate. It reads and never writes, so it may run on any tree.
 //! - [`fix`]: what a machine can mend, mended.
-//! - [`test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
+//! - [`mod@test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
 //!
 //! Absent on purpose: dependencies. A task must build in a second on a machine that has only Rust.
 

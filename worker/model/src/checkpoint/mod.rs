@@ -4,7 +4,7 @@
 //!   is read is loaded.
 //! - [`names`]: every tensor's name, type and shape.
 //! - [`inspect`]: what a directory holds and all that is wrong with it.
-//! - [`find`]: from a name on the command line to a checkpoint.
+//! - `find`: from a name on the command line to a checkpoint.
 //!
 //! Only the index says which file holds a tensor, and it names files beside itself: plain names, without a
 //! separator. A directory entry may be a link to anywhere, as in a Hugging Face cache: whoever owns the directory
