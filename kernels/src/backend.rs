@@ -233,7 +233,7 @@ pub trait Backend: Send + Sized + 'static {
     /// Activations for up to `rows` rows.
     fn rows(&mut self, rows: usize, cols: usize) -> Self::Rows;
 
-    /// Routes for up to `rows` rows of `K` choices.
+    /// Routes for up to `rows` rows of `K` choices. A backend has one `K`: [`Backend::receive`] reads records by it.
     fn routes(&mut self, rows: usize, top_k: usize) -> Self::Routes;
 
     /// Room for `received` rows of which each has up to `choices` slots here.
@@ -374,7 +374,7 @@ pub trait Backend: Send + Sized + 'static {
     /// Waits for all ops of the step.
     ///
     /// # Errors
-    /// What went wrong in any of them; the step's results are then worthless.
+    /// What went wrong first since the last `finish`; the step's results are then worthless.
     fn finish(&mut self) -> Result<(), KernelError>;
 
     // What the backend is.
