@@ -109,7 +109,9 @@ impl Server {
         for worker in &workers {
             handles.push(WorkerHandle::connect(worker, token.as_ref(), deadline).await?);
         }
-        let term = Term(1);
+        // Nothing remembers terms between starts, so the coordinator that starts later reigns: one that is started
+        // again after it was killed finds its workers free to take.
+        let term = Term(SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs()));
         let instance = getrandom::u64().context("the system has no randomness")?;
         let (cell, epoch, survive) = (CellId(0), Epoch(1), 0);
         let cell = CellOptions { cell, term, instance, epoch, survive, prepare_wait: PREPARE_WAIT };

@@ -156,9 +156,12 @@ impl MemoryPlan {
         let received = rows * n(layout.ep);
         let slots = n(config.top_k).min(n(placement.slots_used(rank)));
         let wire = h * n(backend.wire_bytes);
-        let exchange = if slots == 0 { 0 } else { received * slots * (i * 4 + wire) + received * (h * 4 + wire) }
-            + rows * n(config.top_k).min(n(layout.ep)) * wire
-            + rows * n(config.top_k) * wire;
+        // Experts read 32 numbers at a time: as f32 where rows travel so, else as int8 with scale and sum.
+        let operand = |numbers: u64| numbers / 32 * if backend.wire_bytes == 4 { 128 } else { 40 };
+        let exchange =
+            if slots == 0 { 0 } else { received * slots * (operand(i) + wire) + received * (operand(h) + wire) }
+                + rows * n(config.top_k).min(n(layout.ep)) * wire
+                + rows * n(config.top_k) * wire;
 
         // Each thread packs one piece of the checkpoint at a time.
         let piece = (i * h / 32 * 17 * 2).max(n(LOAD_PIECE_BYTES));
