@@ -77,15 +77,6 @@ pub fn memory_available() -> Bytes {
     Bytes(system.map_or(u64::MAX, |kib| kib.saturating_mul(1024)).min(group.unwrap_or(u64::MAX)))
 }
 
-/// Names the memory that [`memory_available`] speaks of: this machine's, or that of a control group of it.
-#[must_use]
-pub fn memory_pool() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-    let machine = read("/proc/sys/kernel/random/boot_id");
-    let limited = read("/sys/fs/cgroup/memory.max").parse::<u64>().is_ok();
-    if limited { format!("{machine}/{}", read("/proc/sys/kernel/hostname")) } else { machine }
-}
-
 /// The largest memory this process has held, in bytes; 0 where the system does not say.
 #[must_use]
 pub fn memory_peak() -> Bytes {

@@ -11,7 +11,8 @@ use phalanx_wire::{Description, Prepare, Progress, StepFailure, StepReply, VERSI
 
 use crate::collectives::GroupId;
 use crate::collectives::tcp::{self, Listener, Tcp};
-use crate::device::{Device, memory_pool};
+use crate::device::Device;
+use crate::process::memory_pool;
 use crate::progress::ProgressCell;
 use crate::runner::{Runner, StepError};
 use crate::service::{Host, HostError};
