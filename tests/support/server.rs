@@ -1,6 +1,6 @@
 //! A real server with real worker processes.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -77,13 +77,6 @@ impl Serve {
             code.is_some()
         });
         code.and_then(|status| status.code())
-    }
-
-    /// What the server has written to standard output since it announced itself.
-    pub(crate) fn rest_of_output(&mut self) -> String {
-        let mut text = String::new();
-        self.child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        text
     }
 }
 
