@@ -45,8 +45,13 @@ fn reference(checkpoint: &Arc<Checkpoint>, prompt: &[u32]) -> Vec<f32> {
     let grant = |pool, index| BlockGrant { pool, index, block: BlockId(index) };
     let blocks = rows.div_ceil(limits.block_size);
     let plan = StepPlan {
-        header: StepHeader { fence: Fence::default().next(), deadline_ms: 60_000, rows_of_rank: vec![rows] },
-        admit: vec![Admission { seq: SeqId(1), sampling: Sampling::GREEDY }],
+        header: StepHeader {
+            fence: Fence::default().next(),
+            deadline_ms: 60_000,
+            rows_of_rank: vec![rows],
+            ..StepHeader::default()
+        },
+        admit: vec![Admission::new(SeqId(1), Sampling::GREEDY)],
         rows: vec![Rows {
             seq: SeqId(1),
             start: Start::At(Position(0)),

@@ -123,8 +123,12 @@ impl<L: CellLink> Driver<L> {
                 prompt: request.prompt,
                 max_tokens: request.max_tokens,
                 sampling: request.sampling,
+                bias: request.bias,
+                constraint: None,
                 stop_tokens: request.stop_tokens,
                 want: Want::Tokens,
+                class: request.class,
+                salt: request.salt,
             };
             self.engine.submit(request).map_err(refusal)
         };
@@ -211,12 +215,13 @@ impl<L: CellLink> Driver<L> {
 
     fn emit(&mut self, event: Event) {
         match event {
-            Event::Token { seq, token } => {
+            Event::Token { seq, token, logprobs } => {
                 if let Some(open) = self.open.get(&seq)
                     && !open.stop_tokens.contains(&token)
                 {
                     // A reader that is gone is noticed before the next step.
-                    open.events.send(GenerateEvent::Tokens(vec![token]));
+                    let logprobs = logprobs.into_iter().collect();
+                    open.events.send(GenerateEvent::Tokens { tokens: vec![token], logprobs });
                 }
             }
             Event::Finished { seq, reason } => {
@@ -228,7 +233,7 @@ impl<L: CellLink> Driver<L> {
                     open.events.send(GenerateEvent::Finished { reason, cached_tokens: 0 });
                 }
             }
-            Event::Logits { .. } => {}
+            Event::Started { .. } | Event::Logits { .. } => {}
         }
     }
 

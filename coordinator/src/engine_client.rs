@@ -7,23 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{Epoch, Rank, Sampling, TokenId};
+use phalanx_planner::Class;
+use phalanx_proto::{Epoch, Rank, Sampling, TokenId, TokenLogprobs};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Longest wait for the engine's answer to a submission.
 pub const SUBMIT_WAIT_MAX: Duration = Duration::from_secs(10);
 /// When to come again after the queue of submissions was full, in milliseconds.
 const RETRY_AFTER_MS: u64 = 1000;
-
-/// How urgent a request is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum PriorityClass {
-    /// Somebody waits for each token.
-    #[default]
-    Interactive,
-    /// Only the whole matters.
-    Batch,
-}
 
 /// One sequence to generate: one choice of one request.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,12 +27,16 @@ pub struct GenerateRequest {
     pub max_tokens: u32,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Added to the logits of these tokens, ascending.
+    pub bias: Vec<(TokenId, f32)>,
     /// Tokens that end the generation; they are named by [`FinishReason::Stop`] and not among the tokens.
     pub stop_tokens: Vec<TokenId>,
     /// On whose behalf.
     pub tenant: String,
     /// How urgent it is.
-    pub class: PriorityClass,
+    pub class: Class,
+    /// Only requests with the same salt share cached prefixes; made of tenant and `cache_salt`.
+    pub salt: u64,
 }
 
 /// Why a generation ended well.
@@ -83,7 +78,12 @@ pub enum EngineError {
 #[derive(Clone, Debug, PartialEq)]
 pub enum GenerateEvent {
     /// The next tokens, at least one.
-    Tokens(Vec<TokenId>),
+    Tokens {
+        /// The tokens.
+        tokens: Vec<TokenId>,
+        /// How likely each was; empty unless asked for.
+        logprobs: Vec<TokenLogprobs>,
+    },
     /// It ended well; the last event.
     Finished {
         /// Why it ended.
@@ -108,7 +108,7 @@ impl GenerateEvent {
     /// Whether no event follows this one.
     #[must_use]
     pub const fn is_last(&self) -> bool {
-        !matches!(self, Self::Tokens(_))
+        !matches!(self, Self::Tokens { .. })
     }
 }
 

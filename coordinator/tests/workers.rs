@@ -272,7 +272,10 @@ async fn refused(fakes: impl IntoIterator<Item = Fake>) -> (CellError, Vec<Runni
 
 fn plan(step: u64) -> StepPlan {
     let fence = Fence { term: OPTIONS.term, epoch: OPTIONS.epoch, step: StepId(step) };
-    StepPlan { header: StepHeader { fence, deadline_ms: 1000, rows_of_rank: vec![0; 3] }, ..StepPlan::default() }
+    StepPlan {
+        header: StepHeader { fence, deadline_ms: 1000, rows_of_rank: vec![0; 3], ..StepHeader::default() },
+        ..StepPlan::default()
+    }
 }
 
 async fn heard(link: &mut ChannelLink) -> CellEvent {

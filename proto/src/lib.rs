@@ -6,6 +6,7 @@
 //! be ([`Limits`], [`MemoryPlan`]). Plain values: no dependency, no clock, no socket.
 
 pub mod config;
+pub mod constraint;
 pub mod fence;
 pub mod ids;
 pub mod layout;
@@ -16,6 +17,7 @@ pub mod plan;
 pub mod result;
 
 pub use config::{ConfigError, LayerKind, ModelConfig, Rope};
+pub use constraint::{ConstraintError, ConstraintStart, ConstraintTable, TableId};
 pub use fence::{Epoch, Fence, StepId, Term};
 pub use ids::{BlockId, Bytes, CellId, ExpertId, ExpertSlot, LayerIdx, Position, Rank, SeqId, TokenId};
 pub use layout::{Layout, LayoutError, Placement};
@@ -23,7 +25,7 @@ pub use limits::Limits;
 pub use memory::{BackendReport, MemoryPlan, MemoryRefused};
 pub use numerics::{DenseType, NumericsId, Precision};
 pub use plan::{
-    Admission, BlockAddress, BlockGrant, KvOp, Outputs, PlanError, Pool, Rows, Sampling, Start, StepHeader, StepPlan,
-    Tier, Tokens,
+    Admission, BlockAddress, BlockGrant, History, KvOp, Outputs, PlanError, Pool, Rows, Sampling, Start, StepHeader,
+    StepPlan, Tier, Tokens,
 };
-pub use result::{ExchangeCounters, Phase, PhaseTimes, RowsResult, StepResult};
+pub use result::{ExchangeCounters, Phase, PhaseTimes, RowsResult, StepResult, TokenLogprobs};

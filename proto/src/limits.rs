@@ -35,12 +35,13 @@ impl Limits {
 
     /// The bounds of a rank that holds `kv_tokens` tokens of context for `seqs_max` sequences. The window pool is
     /// sized so that it never runs out: every sequence's window, partly filled blocks at either end, and the rows
-    /// of a step.
+    /// of a step; and a quarter of the full pool, where windows are kept for prefixes to be used again.
     #[must_use]
     pub fn new(model: &ModelConfig, seqs_max: u32, step_rows_max: u32, kv_tokens: u32) -> Self {
         let size = Self::BLOCK_SIZE;
         let full_blocks = kv_tokens.div_ceil(size).max(1);
-        let window_blocks = seqs_max * (model.window.div_ceil(size) + 2) + step_rows_max.div_ceil(size);
+        let live = seqs_max * (model.window.div_ceil(size) + 2) + step_rows_max.div_ceil(size);
+        let window_blocks = live + full_blocks / 4;
         let context = model.context.min(full_blocks.saturating_mul(size));
         Self { seqs_max, step_rows_max, block_size: size, full_blocks, window_blocks, context }
     }

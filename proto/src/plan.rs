@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use crate::fence::Fence;
+use crate::constraint::{ConstraintError, ConstraintStart, ConstraintTable};
+use crate::fence::{Fence, StepId};
 use crate::ids::{BlockId, Position, SeqId, TokenId};
 use crate::limits::Limits;
 
@@ -58,32 +59,118 @@ pub struct BlockGrant {
     pub block: BlockId,
 }
 
-/// How a sequence's tokens are chosen. The choice at a position is a function of these, the logits and
-/// the position; never of the batch or of the order of calls.
+/// How a sequence's tokens are chosen. The choice at a position is a function of these, of the logits, of the tokens
+/// before it and of the position; never of the batch or of the order of calls.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 takes the most likely token; otherwise logits are divided by it.
     pub temperature: f32,
+    /// Keeps this many most likely tokens; 0 keeps all.
+    pub top_k: u32,
     /// Keeps the smallest set of most likely tokens with at least this probability; 1 keeps all.
     pub top_p: f32,
+    /// Keeps tokens with at least this share of the most likely one's probability; 0 keeps all.
+    pub min_p: f32,
+    /// Subtracted from the logit of every token generated already.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of every token generated already, once for each time.
+    pub frequency_penalty: f32,
+    /// Divides the logits above 0, and multiplies those below, of every token of prompt and answer; 1 changes none.
+    pub repetition_penalty: f32,
     /// Seed of the request.
     pub seed: u64,
     /// Which of the request's choices this is.
     pub choice: u32,
+    /// How many of the most likely tokens are reported with each token; none: nothing is.
+    pub logprobs: Option<u32>,
 }
 
 impl Sampling {
     /// Always the most likely token; the lowest id among equals.
-    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, seed: 0, choice: 0 };
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        repetition_penalty: 1.0,
+        seed: 0,
+        choice: 0,
+        logprobs: None,
+    };
+
+    /// Most alternatives reported with a token.
+    pub const LOGPROBS_MAX: u32 = 20;
+
+    /// Most by which a penalty may change a logit, either way.
+    pub const PENALTY_MAX: f32 = 100.0;
+
+    /// Whether the tokens before a position have a say in what is chosen there.
+    #[must_use]
+    pub fn looks_back(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    }
+
+    /// Checks that every number is one that can be sampled with.
+    ///
+    /// # Errors
+    /// The first field out of range, and its range.
+    pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
+        let penalty = -Self::PENALTY_MAX..=Self::PENALTY_MAX;
+        let checks = [
+            (self.temperature.is_finite() && self.temperature >= 0.0, "temperature", "must be 0 or above"),
+            (self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "must be above 0 and at most 1"),
+            ((0.0..=1.0).contains(&self.min_p), "min_p", "must be between 0 and 1"),
+            (penalty.contains(&self.presence_penalty), "presence_penalty", "must be between -100 and 100"),
+            (penalty.contains(&self.frequency_penalty), "frequency_penalty", "must be between -100 and 100"),
+            (
+                self.repetition_penalty > 0.0 && self.repetition_penalty <= Self::PENALTY_MAX,
+                "repetition_penalty",
+                "must be above 0 and at most 100",
+            ),
+            (self.logprobs.is_none_or(|n| n <= Self::LOGPROBS_MAX), "logprobs", "must be at most 20"),
+        ];
+        checks.into_iter().find(|(right, ..)| !right).map_or(Ok(()), |(_, field, range)| Err((field, range)))
+    }
 }
 
 /// A sequence that begins to live on a rank.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Admission {
     /// The sequence.
     pub seq: SeqId,
     /// How its tokens are chosen.
     pub sampling: Sampling,
+    /// Added to the logits of these tokens, ascending and each at most once.
+    pub bias: Vec<(TokenId, f32)>,
+    /// What its tokens must obey, and where in it the first token to sample stands.
+    pub constraint: Option<ConstraintStart>,
+    /// Positions whose keys and values are in the blocks granted with the first rows already.
+    pub cached: u32,
+    /// The tokens before the first that is sampled, if the choice depends on them; else empty.
+    pub history: History,
+}
+
+impl Admission {
+    /// Most biases of a sequence.
+    pub const BIAS_MAX: usize = 1024;
+
+    /// A sequence that brings nothing but its way to choose.
+    #[must_use]
+    pub const fn new(seq: SeqId, sampling: Sampling) -> Self {
+        let history = History { prompt: Vec::new(), generated: Vec::new() };
+        Self { seq, sampling, bias: Vec::new(), constraint: None, cached: 0, history }
+    }
+}
+
+/// The tokens of a sequence so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// Those it was given.
+    pub prompt: Vec<TokenId>,
+    /// Those it has sampled before it came to this rank.
+    pub generated: Vec<TokenId>,
 }
 
 /// Where a run of rows begins.
@@ -153,6 +240,8 @@ pub struct StepHeader {
     pub fence: Fence,
     /// Milliseconds after which a wait within the step counts as a failure.
     pub deadline_ms: u32,
+    /// The coordinator has every result up to this step: they need not be kept any longer.
+    pub applied: StepId,
     /// Rows of each rank in this step, `[ep]`.
     pub rows_of_rank: Vec<u32>,
 }
@@ -162,6 +251,8 @@ pub struct StepHeader {
 pub struct StepPlan {
     /// The part common to all ranks.
     pub header: StepHeader,
+    /// Tables that admissions may name from now on.
+    pub tables: Vec<ConstraintTable>,
     /// Sequences to forget, before anything else.
     pub release: Vec<SeqId>,
     /// Sequences that begin to live on this rank.
@@ -212,7 +303,13 @@ pub enum PlanError {
     Sampling {
         /// The sequence.
         seq: SeqId,
+        /// The parameter.
+        field: &'static str,
+        /// Its range.
+        range: &'static str,
     },
+    /// A constraint table that is not one.
+    Constraint(ConstraintError),
     /// A KV operation on a block that does not exist, between pools, or outside device memory.
     KvOp {
         /// The operation.
@@ -230,7 +327,8 @@ impl fmt::Display for PlanError {
             }
             Self::Empty { seq } => write!(f, "sequence {seq} has a run without rows"),
             Self::Twice { seq } => write!(f, "sequence {seq} appears twice in a step"),
-            Self::Sampling { seq } => write!(f, "sequence {seq} has a temperature or top_p out of range"),
+            Self::Sampling { seq, field, range } => write!(f, "{field} of sequence {seq} {range}"),
+            Self::Constraint(error) => error.fmt(f),
             Self::KvOp { op } => write!(f, "{op:?} is impossible on this rank"),
         }
     }
@@ -258,11 +356,12 @@ impl StepPlan {
         bound("admissions", self.admit.len(), limits.seqs_max)?;
         bound("releases", self.release.len(), limits.seqs_max)?;
         bound("KV operations", self.kv_ops.len(), limits.full_blocks.saturating_add(limits.window_blocks))?;
+        bound("tables", self.tables.len(), ConstraintTable::TABLES_MAX)?;
+        for table in &self.tables {
+            table.check(vocab).map_err(PlanError::Constraint)?;
+        }
         for admission in &self.admit {
-            let s = &admission.sampling;
-            if !(s.temperature.is_finite() && s.temperature >= 0.0 && s.top_p > 0.0 && s.top_p <= 1.0) {
-                return Err(PlanError::Sampling { seq: admission.seq });
-            }
+            check_admission(admission, limits, vocab)?;
         }
         for &op in &self.kv_ops {
             let KvOp::Copy { from, to } = op;
@@ -293,4 +392,28 @@ impl StepPlan {
         }
         Ok(())
     }
+}
+
+fn check_admission(admission: &Admission, limits: &Limits, vocab: u32) -> Result<(), PlanError> {
+    let seq = admission.seq;
+    admission.sampling.check().map_err(|(field, range)| PlanError::Sampling { seq, field, range })?;
+    let History { prompt, generated } = &admission.history;
+    let (len, max) = (prompt.len().saturating_add(generated.len()), limits.context as usize);
+    if len > max {
+        return Err(PlanError::TooMany { what: "tokens of a sequence", asked: len, max });
+    }
+    let (len, max) = (admission.bias.len(), Admission::BIAS_MAX);
+    if len > max {
+        return Err(PlanError::TooMany { what: "biases of a sequence", asked: len, max });
+    }
+    let mut tokens = prompt.iter().chain(generated).chain(admission.bias.iter().map(|(token, _)| token));
+    if let Some(&token) = tokens.find(|token| token.0 >= vocab) {
+        return Err(PlanError::Token { seq, token });
+    }
+    let ascending = admission.bias.is_sorted_by(|a, b| a.0 < b.0);
+    if !ascending || admission.bias.iter().any(|(_, bias)| bias.is_nan() || bias.abs() > Sampling::PENALTY_MAX) {
+        let range = "must name ascending tokens and be between -100 and 100";
+        return Err(PlanError::Sampling { seq, field: "bias", range });
+    }
+    Ok(())
 }

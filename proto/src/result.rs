@@ -3,6 +3,15 @@
 use crate::fence::Fence;
 use crate::ids::{Position, Rank, SeqId, TokenId};
 
+/// How likely a token was, by the model's own logits.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// Natural logarithm of the token's probability.
+    pub logprob: f32,
+    /// The most likely tokens with theirs, in descending order; as many as were asked for.
+    pub top: Vec<(TokenId, f32)>,
+}
+
 /// What a run of rows gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowsResult {
@@ -12,6 +21,8 @@ pub struct RowsResult {
     pub position: Position,
     /// Tokens sampled, in order.
     pub tokens: Vec<TokenId>,
+    /// How likely each of them was; empty unless asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Logits if asked for, `[rows, V]`.
     pub logits: Vec<f32>,
 }

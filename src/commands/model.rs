@@ -12,7 +12,7 @@ use phalanx_model::checkpoint::inspect::Inspection;
 use phalanx_model::synth::{self, Shape};
 use phalanx_model::{Checkpoint, CheckpointError, nano};
 use phalanx_planner::{Event, Request, Want};
-use phalanx_proto::{BackendReport, Layout, Limits, MemoryPlan, ModelConfig, Placement, Sampling, SeqId, TokenId};
+use phalanx_proto::{BackendReport, Layout, Limits, MemoryPlan, ModelConfig, Placement, SeqId, TokenId};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -269,14 +269,8 @@ fn cell_for(run: &RunArgs, tokens: usize, rows: u32) -> Result<(Arc<Checkpoint>,
 /// A greedy request that nothing stops.
 #[must_use]
 pub fn request(seq: u64, prompt: &[u32], max_tokens: u32, want: Want) -> Request {
-    Request {
-        seq: SeqId(seq),
-        prompt: prompt.iter().map(|&id| TokenId(id)).collect(),
-        max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_tokens: Vec::new(),
-        want,
-    }
+    let prompt = prompt.iter().map(|&id| TokenId(id)).collect();
+    Request { want, ..Request::greedy(SeqId(seq), prompt, max_tokens) }
 }
 
 /// The hash over raw f32 logits, little endian.

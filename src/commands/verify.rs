@@ -143,7 +143,7 @@ fn prompts(vocab: u32) -> Vec<Vec<u32>> {
 
 fn outcome(cell: &mut LocalCell, vocab: u32, way: Way, next_seq: &mut u64) -> Result<Outcome> {
     cell.set_chunk_max(if let Way::Chunks(rows) = way { rows } else { u32::MAX });
-    let seeded = Sampling { temperature: 1.0, top_p: 0.95, seed: 17, choice: 0 };
+    let seeded = Sampling { temperature: 1.0, top_p: 0.95, seed: 17, ..Sampling::GREEDY };
     let mut logits = BTreeMap::<SeqId, LogitsHash>::new();
     let mut tokens = BTreeMap::<SeqId, Vec<u32>>::new();
     let mut run = |requests: Vec<Request>| -> Result<()> {
@@ -154,8 +154,8 @@ fn outcome(cell: &mut LocalCell, vocab: u32, way: Way, next_seq: &mut u64) -> Re
             }
             cell.run(|event| match event {
                 Event::Logits { seq, logits: l } => logits.entry(seq).or_default().add(&l),
-                Event::Token { seq, token } => tokens.entry(seq).or_default().push(token.0),
-                Event::Finished { .. } => {}
+                Event::Token { seq, token, .. } => tokens.entry(seq).or_default().push(token.0),
+                Event::Started { .. } | Event::Finished { .. } => {}
             })?;
         }
         Ok(())

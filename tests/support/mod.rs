@@ -10,7 +10,7 @@ use std::sync::Arc;
 use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
-use phalanx_proto::{Limits, Precision, Sampling, SeqId, TokenId};
+use phalanx_proto::{Limits, Precision, SeqId, TokenId};
 use phalanx_worker::device::Device;
 
 /// A folder of the golden fixtures.
@@ -46,14 +46,8 @@ impl Setup {
 }
 
 pub(crate) fn request(seq: u64, prompt: &[u32], max_tokens: u32, want: Want) -> Request {
-    Request {
-        seq: SeqId(seq),
-        prompt: prompt.iter().map(|&id| TokenId(id)).collect(),
-        max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_tokens: Vec::new(),
-        want,
-    }
+    let prompt = prompt.iter().map(|&id| TokenId(id)).collect();
+    Request { want, ..Request::greedy(SeqId(seq), prompt, max_tokens) }
 }
 
 /// What each sequence gave.
@@ -70,9 +64,9 @@ pub(crate) fn run(cell: &mut LocalCell, requests: impl IntoIterator<Item = Reque
     }
     let mut given = Given::default();
     cell.run(|event| match event {
-        Event::Token { seq, token } => given.tokens.entry(seq).or_default().push(token.0),
+        Event::Token { seq, token, .. } => given.tokens.entry(seq).or_default().push(token.0),
         Event::Logits { seq, logits } => given.logits.entry(seq).or_default().extend(logits),
-        Event::Finished { .. } => {}
+        Event::Started { .. } | Event::Finished { .. } => {}
     })
     .unwrap();
     given

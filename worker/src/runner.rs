@@ -278,11 +278,23 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
                 let wanted: Vec<u32> = (first_row..first_row + count).collect();
                 let position = Position(inputs.positions[first_row as usize] + 1);
                 let logits = self.model.logits(&wanted);
-                result.rows.push(RowsResult { seq: rows.seq, position, tokens: Vec::new(), logits });
+                result.rows.push(RowsResult {
+                    seq: rows.seq,
+                    position,
+                    tokens: Vec::new(),
+                    logprobs: Vec::new(),
+                    logits,
+                });
             } else if rows.outputs != Outputs::None {
                 let first = if rows.outputs == Outputs::Sample { first_row + count - 1 } else { first_row };
                 let position = Position(inputs.positions[first as usize] + 1);
-                result.rows.push(RowsResult { seq: rows.seq, position, tokens: Vec::new(), logits: Vec::new() });
+                result.rows.push(RowsResult {
+                    seq: rows.seq,
+                    position,
+                    tokens: Vec::new(),
+                    logprobs: Vec::new(),
+                    logits: Vec::new(),
+                });
             }
             first_row += count;
         }
@@ -316,6 +328,6 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
 }
 
 fn draw(sequence: &Sequence, position: u32) -> Draw {
-    let Sampling { temperature, top_p, seed, choice } = sequence.sampling;
+    let Sampling { temperature, top_p, seed, choice, .. } = sequence.sampling;
     Draw { slot: sequence.slot, temperature, top_p, seed, choice, position }
 }

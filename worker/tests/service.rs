@@ -201,7 +201,10 @@ fn fence(term: u64, epoch: u64, step: u64) -> Fence {
 }
 
 fn plan(fence: Fence, what: u32) -> StepPlan {
-    StepPlan { header: StepHeader { fence, deadline_ms: what, rows_of_rank: vec![0; 4] }, ..StepPlan::default() }
+    StepPlan {
+        header: StepHeader { fence, deadline_ms: what, rows_of_rank: vec![0; 4], ..StepHeader::default() },
+        ..StepPlan::default()
+    }
 }
 
 /// Both ends of a stream of steps.

@@ -6,7 +6,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use phalanx_proto::{Fence, Limits, ModelConfig, Rank, Sampling, SeqId, StepPlan, StepResult, TokenId};
+use phalanx_proto::{
+    ConstraintStart, ConstraintTable, Fence, Limits, ModelConfig, Rank, Sampling, SeqId, StepPlan, StepResult, TokenId,
+    TokenLogprobs,
+};
 
 use crate::blocks::FreeBlocks;
 use crate::invariants;
@@ -22,6 +25,16 @@ pub enum Want {
     Logits,
 }
 
+/// How urgent a request is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// Somebody waits for each token.
+    #[default]
+    Interactive,
+    /// Only the whole matters: it takes what is left, and gives way when room is short.
+    Batch,
+}
+
 /// A request as the engine sees it: one sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -33,20 +46,49 @@ pub struct Request {
     pub max_tokens: u32,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Added to the logits of these tokens, ascending.
+    pub bias: Vec<(TokenId, f32)>,
+    /// What its tokens must obey.
+    pub constraint: Option<ConstraintStart>,
     /// Tokens that end the sequence.
     pub stop_tokens: Vec<TokenId>,
     /// What is wanted.
     pub want: Want,
+    /// How urgent it is.
+    pub class: Class,
+    /// Only requests with the same salt share cached prefixes.
+    pub salt: u64,
+}
+
+impl Request {
+    /// An interactive request for `max_tokens` tokens after `prompt`, sampled greedily; the rest is neutral.
+    #[must_use]
+    pub const fn greedy(seq: SeqId, prompt: Vec<TokenId>, max_tokens: u32) -> Self {
+        Self {
+            seq,
+            prompt,
+            max_tokens,
+            sampling: Sampling::GREEDY,
+            bias: Vec::new(),
+            constraint: None,
+            stop_tokens: Vec::new(),
+            want: Want::Tokens,
+            class: Class::Interactive,
+            salt: 0,
+        }
+    }
 }
 
 /// Why a request is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Too many requests wait.
-    #[error("{waiting} requests wait already; try again later")]
+    /// Too many requests, or tokens of their prompts, wait.
+    #[error("{waiting} requests with {tokens} tokens wait already; try again later")]
     QueueFull {
         /// How many.
         waiting: usize,
+        /// Tokens of their prompts.
+        tokens: u64,
     },
     /// Prompt and answer exceed the context.
     #[error("the prompt has {prompt} tokens and asks for {max_tokens} more, the context has {context}")]
@@ -105,6 +147,8 @@ pub enum Event {
         seq: SeqId,
         /// The token.
         token: TokenId,
+        /// How likely it was, if asked for.
+        logprobs: Option<TokenLogprobs>,
     },
     /// Logits of consecutive positions of its prompt, `[n, V]`.
     Logits {
@@ -113,6 +157,13 @@ pub enum Event {
         /// The numbers.
         logits: Vec<f32>,
     },
+    /// It left the queue for the first time.
+    Started {
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens of its prompt whose keys and values were in the prefix cache.
+        cached: u32,
+    },
     /// It ended; its blocks are free.
     Finished {
         /// The sequence.
@@ -120,6 +171,29 @@ pub enum Event {
         /// Why.
         reason: FinishReason,
     },
+}
+
+/// What an engine has done since it was made, and what it holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Sequences that wait, by class in the order of [`Class`].
+    pub waiting: [usize; 2],
+    /// Tokens of their prompts.
+    pub waiting_tokens: u64,
+    /// Sequences that live on a rank.
+    pub running: usize,
+    /// Share of the blocks for full layers that sequences hold, from 0 to 1.
+    pub kv_usage: f64,
+    /// Share of them that only the prefix cache holds.
+    pub cache_usage: f64,
+    /// Sequences sent back to the queue for want of blocks, so far.
+    pub preemptions: u64,
+    /// Tokens of prompts looked up in the prefix cache, so far.
+    pub prefix_queries: u64,
+    /// Tokens found there, so far.
+    pub prefix_hits: u64,
+    /// Rows of the fullest rank over the mean of all ranks in the last step; 1 is level.
+    pub imbalance: f64,
 }
 
 /// What an engine decides with.
@@ -135,6 +209,16 @@ pub struct EngineConfig {
     pub vocab: u32,
     /// Requests that may wait.
     pub queue_max: usize,
+    /// Tokens of prompts that may wait.
+    pub queue_tokens_max: u64,
+    /// Steps that may be under way at once.
+    pub depth: u32,
+    /// Whether keys and values are kept for prompts that begin alike.
+    pub prefix_cache: bool,
+    /// Names the arithmetic: keys and values of another are never used.
+    pub numerics: u64,
+    /// Tables that constraints may name.
+    pub tables: Vec<ConstraintTable>,
     /// Rows of one sequence in one step at most.
     pub chunk_max: u32,
     /// Milliseconds that ranks may wait for each other within a step.
@@ -151,6 +235,11 @@ impl EngineConfig {
             window: model.window,
             vocab: model.vocab,
             queue_max: 1024,
+            queue_tokens_max: 16 << 20,
+            depth: 2,
+            prefix_cache: true,
+            numerics: 0,
+            tables: Vec::new(),
             chunk_max: limits.step_rows_max,
             deadline_ms: 120_000,
         }
@@ -225,7 +314,7 @@ impl Engine {
             return Err(Refused::ContextLength { prompt, max_tokens, context });
         }
         if self.waiting.len() >= self.config.queue_max {
-            return Err(Refused::QueueFull { waiting: self.waiting.len() });
+            return Err(Refused::QueueFull { waiting: self.waiting.len(), tokens: 0 });
         }
         if self.sequences.contains_key(&request.seq) {
             return Err(Refused::Twice(request.seq));
@@ -277,8 +366,9 @@ impl Engine {
             if !rows.logits.is_empty() {
                 events.push(Event::Logits { seq: rows.seq, logits: rows.logits });
             }
+            let mut logprobs = rows.logprobs.into_iter();
             for token in rows.tokens {
-                self.append(rows.seq, token, &mut events);
+                self.append(rows.seq, token, logprobs.next(), &mut events);
             }
         }
         if let Some(flight) = &self.flight
@@ -292,11 +382,11 @@ impl Engine {
     }
 
     /// Appends a sampled token, and ends the sequence where its request says so.
-    fn append(&mut self, seq: SeqId, token: TokenId, events: &mut Vec<Event>) {
+    fn append(&mut self, seq: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>, events: &mut Vec<Event>) {
         // A sequence cancelled during the step is gone.
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         sequence.tokens.push(token);
-        events.push(Event::Token { seq, token });
+        events.push(Event::Token { seq, token, logprobs });
         let reason = if sequence.request.stop_tokens.contains(&token) {
             FinishReason::Stop(token)
         } else if sequence.generated() >= sequence.request.max_tokens {
@@ -346,6 +436,12 @@ impl Engine {
         self.give_back(seq);
         self.waiting.push_front(seq);
         self.preemptions += 1;
+    }
+
+    /// What the engine has done and holds.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats { preemptions: self.preemptions, ..Stats::default() }
     }
 
     fn check(&self) {

@@ -15,4 +15,4 @@ pub mod router;
 pub mod schedule;
 pub mod sequence;
 
-pub use engine::{ApplyError, Engine, EngineConfig, Event, FinishReason, Refused, Request, Want};
+pub use engine::{ApplyError, Class, Engine, EngineConfig, Event, FinishReason, Refused, Request, Stats, Want};

@@ -31,7 +31,8 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let count = |plan: &StepPlan| u32::try_from(plan.row_count()).expect("rows are bounded by the limits");
     let rows_of_rank: Vec<u32> = plans.iter().map(count).collect();
     for (plan, rank) in plans.iter_mut().zip(&mut engine.ranks) {
-        plan.header = StepHeader { fence, deadline_ms: engine.config.deadline_ms, rows_of_rank: rows_of_rank.clone() };
+        let (deadline_ms, applied) = (engine.config.deadline_ms, engine.fence.step);
+        plan.header = StepHeader { fence, deadline_ms, applied, rows_of_rank: rows_of_rank.clone() };
         plan.release = std::mem::take(&mut rank.release);
     }
     engine.fence = fence;
@@ -176,7 +177,7 @@ fn admissions(engine: &mut Engine, rows: &[Rows]) -> Vec<Admission> {
         if let State::Running(home) = &mut sequence.state
             && !std::mem::replace(&mut home.admitted, true)
         {
-            admit.push(Admission { seq: rows.seq, sampling: sequence.request.sampling });
+            admit.push(Admission::new(rows.seq, sequence.request.sampling));
         }
     }
     admit

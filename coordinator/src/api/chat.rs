@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use futures::future::try_join_all;
+use phalanx_planner::Class;
 use phalanx_proto::{Sampling, TokenId};
 
 use super::auth::Tenant;
@@ -15,7 +16,7 @@ use super::error::ApiError;
 use super::request::ChatRequest;
 use super::types::{Completion, CompletionChoice, FunctionCall, Head, Message, ToolCall, Usage};
 use super::{ApiConfig, App, RequestId, body, models, random, random_id, stream};
-use crate::engine_client::{EngineError, GenerateRequest, PriorityClass};
+use crate::engine_client::{EngineError, GenerateRequest};
 use crate::harmony::{self, Prompt, TurnDelta, special};
 
 /// Answers in one piece, or with a stream of pieces.
@@ -37,10 +38,12 @@ pub(super) async fn completions(
         request_id: format!("{request_id}/{choice}"),
         prompt: prompt.tokens.clone(),
         max_tokens,
-        sampling: Sampling { temperature: request.temperature, top_p: request.top_p, seed, choice },
+        sampling: Sampling { temperature: request.temperature, top_p: request.top_p, seed, choice, ..Sampling::GREEDY },
+        bias: Vec::new(),
         stop_tokens: stop_tokens(app.config()),
         tenant: tenant.clone(),
-        class: PriorityClass::Interactive,
+        class: Class::Interactive,
+        salt: 0,
     };
     let generations = try_join_all((0..request.choices).map(|choice| app.engine().submit(sequence(choice)))).await?;
     let choices = generations.into_iter().map(|generation| {

@@ -76,7 +76,7 @@ impl Choice {
         let Stamped { at, event } = self.generation.next().await?;
         let mut reader = self.reader.take()?;
         match event {
-            GenerateEvent::Tokens(tokens) => {
+            GenerateEvent::Tokens { tokens, .. } => {
                 self.clock.tokens(tokens.len() as u64, at);
                 let mut deltas = Vec::new();
                 for token in tokens {

@@ -37,7 +37,7 @@ async fn defaults_are_openais() {
     let body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "seed": 5});
     let request = submitted(&mut server, body).await;
     assert_eq!(request.prompt, rendered(&[system(), Message::user("Hi")]));
-    assert_eq!(request.sampling, Sampling { temperature: 1.0, top_p: 1.0, seed: 5, choice: 0 });
+    assert_eq!(request.sampling, Sampling { temperature: 1.0, seed: 5, ..Sampling::GREEDY });
     assert_eq!(request.max_tokens as usize, CONTEXT as usize - request.prompt.len());
     assert_eq!(request.stop_tokens, special::STOP);
 }

@@ -84,7 +84,9 @@ pub(crate) async fn start(
             tokio::spawn(async move {
                 for play in plays.unwrap_or_default() {
                     match play {
-                        Play::Tokens(tokens) => drop(events.send(GenerateEvent::Tokens(tokens))),
+                        Play::Tokens(tokens) => {
+                            events.send(GenerateEvent::Tokens { tokens, logprobs: Vec::new() });
+                        }
                         Play::Wait(gate) => gate.notified().await,
                         Play::UntilCancelled => {
                             while !events.is_cancelled() {

@@ -1,9 +1,9 @@
 //! Plans and what came of them.
 
 use phalanx_proto::{
-    Admission, BlockAddress, BlockGrant, BlockId, Epoch, ExchangeCounters, Fence, KvOp, Layout, Outputs, Phase,
-    PhaseTimes, Pool, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start, StepHeader, StepId, StepPlan,
-    StepResult, Term, Tier, TokenId, Tokens,
+    Admission, BlockAddress, BlockGrant, BlockId, ConstraintStart, ConstraintTable, Epoch, ExchangeCounters, Fence,
+    History, KvOp, Layout, Outputs, Phase, PhaseTimes, Pool, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
+    StepHeader, StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
 };
 
 use crate::control::{StepFailure, StepReply, TEXT_BYTES_MAX, cut};
@@ -132,8 +132,20 @@ impl TryFrom<v1::BlockGrant> for BlockGrant {
 
 impl From<Sampling> for v1::Sampling {
     fn from(sampling: Sampling) -> Self {
-        let Sampling { temperature, top_p, seed, choice } = sampling;
-        Self { temperature, top_p, seed, choice }
+        let Sampling { temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, .. } = sampling;
+        let Sampling { repetition_penalty, seed, choice, logprobs, .. } = sampling;
+        Self {
+            temperature,
+            top_p,
+            seed,
+            choice,
+            top_k,
+            min_p,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logprobs,
+        }
     }
 }
 
@@ -141,21 +153,68 @@ impl TryFrom<v1::Sampling> for Sampling {
     type Error = WireError;
 
     fn try_from(sampling: v1::Sampling) -> Result<Self, WireError> {
-        let v1::Sampling { temperature, top_p, seed, choice } = sampling;
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return Err(WireError::invalid("temperature", format!("is {temperature}, but must be 0 or above")));
-        }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            return Err(WireError::invalid("top_p", format!("is {top_p}, but must be above 0 and at most 1")));
-        }
-        Ok(Self { temperature, top_p, seed, choice })
+        let v1::Sampling { temperature, top_p, seed, choice, top_k, min_p, presence_penalty, .. } = sampling;
+        let v1::Sampling { frequency_penalty, repetition_penalty, logprobs, .. } = sampling;
+        let sampling = Self {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            seed,
+            choice,
+            logprobs,
+        };
+        sampling.check().map_err(|(field, range)| WireError::invalid(field, range))?;
+        Ok(sampling)
+    }
+}
+
+/// Two columns of equal length, row by row.
+fn rows<A, B>(field: &'static str, a: Vec<A>, b: Vec<B>) -> Result<Vec<(A, B)>, WireError> {
+    if a.len() != b.len() {
+        return Err(WireError::invalid(field, format!("has columns of {} and {} rows", a.len(), b.len())));
+    }
+    Ok(a.into_iter().zip(b).collect())
+}
+
+impl From<ConstraintTable> for v1::ConstraintTable {
+    fn from(table: ConstraintTable) -> Self {
+        let ConstraintTable { id, runs, classes, next } = table;
+        let (first, class) = runs.into_iter().map(|(token, class)| (token.0, class)).unzip();
+        Self { id: id.0, first, class, classes, next }
+    }
+}
+
+impl TryFrom<v1::ConstraintTable> for ConstraintTable {
+    type Error = WireError;
+
+    fn try_from(table: v1::ConstraintTable) -> Result<Self, WireError> {
+        let v1::ConstraintTable { id, first, class, classes, next } = table;
+        let runs = rows("runs", first, class)?.into_iter().map(|(token, class)| (TokenId(token), class)).collect();
+        Ok(Self { id: TableId(id), runs, classes, next })
     }
 }
 
 impl From<Admission> for v1::Admission {
     fn from(admission: Admission) -> Self {
-        let Admission { seq, sampling } = admission;
-        Self { seq: seq.0, sampling: Some(sampling.into()) }
+        let Admission { seq, sampling, bias, constraint, cached, history } = admission;
+        let (bias_tokens, bias_values) = bias.into_iter().map(|(token, bias)| (token.0, bias)).unzip();
+        let constraint =
+            constraint.map(|ConstraintStart { table, state }| v1::ConstraintStart { table: table.0, state });
+        let History { prompt, generated } = history;
+        Self {
+            seq: seq.0,
+            sampling: Some(sampling.into()),
+            bias_tokens,
+            bias_values,
+            constraint,
+            cached,
+            prompt: ids(prompt),
+            generated: ids(generated),
+        }
     }
 }
 
@@ -163,8 +222,18 @@ impl TryFrom<v1::Admission> for Admission {
     type Error = WireError;
 
     fn try_from(admission: v1::Admission) -> Result<Self, WireError> {
-        let sampling = present("sampling", admission.sampling)?.try_into()?;
-        Ok(Self { seq: SeqId(admission.seq), sampling })
+        let v1::Admission { seq, sampling, bias_tokens, bias_values, constraint, cached, prompt, generated } =
+            admission;
+        let bias = rows("bias", short("bias", bias_tokens, Self::BIAS_MAX)?, bias_values)?;
+        let start = |start: v1::ConstraintStart| ConstraintStart { table: TableId(start.table), state: start.state };
+        Ok(Self {
+            seq: SeqId(seq),
+            sampling: present("sampling", sampling)?.try_into()?,
+            bias: bias.into_iter().map(|(token, bias)| (TokenId(token), bias)).collect(),
+            constraint: constraint.map(start),
+            cached,
+            history: History { prompt: token_ids(prompt), generated: token_ids(generated) },
+        })
     }
 }
 
@@ -219,9 +288,11 @@ impl TryFrom<v1::Rows> for Rows {
 
 impl From<StepPlan> for v1::StepPlan {
     fn from(plan: StepPlan) -> Self {
-        let StepPlan { header: StepHeader { fence, deadline_ms, rows_of_rank }, release, admit, kv_ops, rows } = plan;
+        let StepPlan { header, tables, release, admit, kv_ops, rows } = plan;
+        let StepHeader { fence, deadline_ms, applied, rows_of_rank } = header;
         Self {
-            header: Some(v1::StepHeader { fence: Some(fence.into()), deadline_ms, rows_of_rank }),
+            header: Some(v1::StepHeader { fence: Some(fence.into()), deadline_ms, applied: applied.0, rows_of_rank }),
+            tables: tables.into_iter().map(Into::into).collect(),
             release: release.into_iter().map(|seq| seq.0).collect(),
             admit: admit.into_iter().map(Into::into).collect(),
             kv_ops: kv_ops.into_iter().map(Into::into).collect(),
@@ -239,8 +310,10 @@ impl TryFrom<v1::StepPlan> for StepPlan {
             header: StepHeader {
                 fence: fence(header.fence)?,
                 deadline_ms: header.deadline_ms,
+                applied: StepId(header.applied),
                 rows_of_rank: short("rows_of_rank", header.rows_of_rank, Layout::RANKS_MAX as usize)?,
             },
+            tables: all(plan.tables)?,
             release: plan.release.into_iter().map(SeqId).collect(),
             admit: all(plan.admit)?,
             kv_ops: all(plan.kv_ops)?,
@@ -249,11 +322,29 @@ impl TryFrom<v1::StepPlan> for StepPlan {
     }
 }
 
+impl From<TokenLogprobs> for v1::TokenLogprobs {
+    fn from(logprobs: TokenLogprobs) -> Self {
+        let (top_tokens, top_logprobs) = logprobs.top.into_iter().map(|(token, logprob)| (token.0, logprob)).unzip();
+        Self { logprob: logprobs.logprob, top_tokens, top_logprobs }
+    }
+}
+
+impl TryFrom<v1::TokenLogprobs> for TokenLogprobs {
+    type Error = WireError;
+
+    fn try_from(logprobs: v1::TokenLogprobs) -> Result<Self, WireError> {
+        let v1::TokenLogprobs { logprob, top_tokens, top_logprobs } = logprobs;
+        let top = rows("top", short("top", top_tokens, Sampling::LOGPROBS_MAX as usize)?, top_logprobs)?;
+        Ok(Self { logprob, top: top.into_iter().map(|(token, logprob)| (TokenId(token), logprob)).collect() })
+    }
+}
+
 impl From<RowsResult> for v1::RowsResult {
     fn from(rows: RowsResult) -> Self {
-        let RowsResult { seq, position, tokens, logits } = rows;
+        let RowsResult { seq, position, tokens, logprobs, logits } = rows;
         let logits = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
-        Self { seq: seq.0, position: position.0, tokens: ids(tokens), logits }
+        let logprobs = logprobs.into_iter().map(Into::into).collect();
+        Self { seq: seq.0, position: position.0, tokens: ids(tokens), logits, logprobs }
     }
 }
 
@@ -269,6 +360,7 @@ impl TryFrom<v1::RowsResult> for RowsResult {
             seq: SeqId(rows.seq),
             position: Position(rows.position),
             tokens: token_ids(rows.tokens),
+            logprobs: all(rows.logprobs)?,
             logits: numbers.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
         })
     }

@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use phalanx_proto::{
-    Admission, BackendReport, BlockAddress, BlockGrant, BlockId, Bytes, CellId, Epoch, ExchangeCounters, Fence, KvOp,
-    LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId, Outputs, PhaseTimes, Placement, Pool, Position, Rank,
-    Rope, Rows, RowsResult, Sampling, SeqId, Start, StepHeader, StepId, StepPlan, StepResult, Term, Tier, TokenId,
-    Tokens,
+    Admission, BackendReport, BlockAddress, BlockGrant, BlockId, Bytes, CellId, ConstraintStart, ConstraintTable,
+    Epoch, ExchangeCounters, Fence, History, KvOp, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId,
+    Outputs, PhaseTimes, Placement, Pool, Position, Rank, Rope, Rows, RowsResult, Sampling, SeqId, Start, StepHeader,
+    StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
 };
 use phalanx_wire::{
     Description, Health, Join, Prepare, PrepareEvent, Progress, StepFailure, StepProgress, StepReply, WireError,
@@ -38,11 +38,50 @@ fn kv_op() -> impl Strategy<Value = KvOp> {
     (address(), address()).prop_map(|(from, to)| KvOp::Copy { from, to })
 }
 
+fn sampling() -> impl Strategy<Value = Sampling> {
+    let kept = (0f32..4.0, any::<u32>(), 0.001f32..=1.0, 0f32..=1.0);
+    let penalties = (-2f32..2.0, -2f32..2.0, 0.1f32..3.0);
+    (kept, penalties, any::<u64>(), any::<u32>(), proptest::option::of(0u32..=20)).prop_map(
+        |((temperature, top_k, top_p, min_p), penalties, seed, choice, logprobs)| Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            presence_penalty: penalties.0,
+            frequency_penalty: penalties.1,
+            repetition_penalty: penalties.2,
+            seed,
+            choice,
+            logprobs,
+        },
+    )
+}
+
 fn admission() -> impl Strategy<Value = Admission> {
-    let parts = (any::<u64>(), 0f32..4.0, 0.001f32..=1.0, any::<u64>(), any::<u32>());
-    parts.prop_map(|(seq, temperature, top_p, seed, choice)| Admission {
-        seq: SeqId(seq),
-        sampling: Sampling { temperature, top_p, seed, choice },
+    let bias = vec((any::<u32>().prop_map(TokenId), -100f32..100.0), 0..4);
+    let constraint = proptest::option::of((any::<u32>(), any::<u32>()));
+    let constraint =
+        constraint.prop_map(|start| start.map(|(table, state)| ConstraintStart { table: TableId(table), state }));
+    let history = (tokens(), tokens()).prop_map(|(prompt, generated)| History { prompt, generated });
+    (any::<u64>(), sampling(), bias, constraint, any::<u32>(), history).prop_map(
+        |(seq, sampling, bias, constraint, cached, history)| Admission {
+            seq: SeqId(seq),
+            sampling,
+            bias,
+            constraint,
+            cached,
+            history,
+        },
+    )
+}
+
+fn table() -> impl Strategy<Value = ConstraintTable> {
+    let runs = vec((any::<u32>().prop_map(TokenId), any::<u32>()), 0..4);
+    (any::<u32>(), runs, any::<u32>(), vec(any::<u32>(), 0..4)).prop_map(|(id, runs, classes, next)| ConstraintTable {
+        id: TableId(id),
+        runs,
+        classes,
+        next,
     })
 }
 
@@ -67,11 +106,17 @@ fn rows() -> impl Strategy<Value = Rows> {
 }
 
 fn plan() -> impl Strategy<Value = StepPlan> {
-    let header = (fence(), any::<u32>(), vec(any::<u32>(), 0..5));
-    let header = header.prop_map(|(fence, deadline_ms, rows_of_rank)| StepHeader { fence, deadline_ms, rows_of_rank });
+    let header = (fence(), any::<u32>(), any::<u64>(), vec(any::<u32>(), 0..5));
+    let header = header.prop_map(|(fence, deadline_ms, applied, rows_of_rank)| StepHeader {
+        fence,
+        deadline_ms,
+        applied: StepId(applied),
+        rows_of_rank,
+    });
     let release = vec(any::<u64>().prop_map(SeqId), 0..4);
-    (header, release, vec(admission(), 0..4), vec(kv_op(), 0..4), vec(rows(), 0..4))
-        .prop_map(|(header, release, admit, kv_ops, rows)| StepPlan { header, release, admit, kv_ops, rows })
+    (header, vec(table(), 0..3), release, vec(admission(), 0..4), vec(kv_op(), 0..4), vec(rows(), 0..4)).prop_map(
+        |(header, tables, release, admit, kv_ops, rows)| StepPlan { header, tables, release, admit, kv_ops, rows },
+    )
 }
 
 fn rank() -> impl Strategy<Value = Rank> {
@@ -79,11 +124,14 @@ fn rank() -> impl Strategy<Value = Rank> {
 }
 
 fn reply() -> impl Strategy<Value = StepReply> {
-    let rows = (any::<u64>(), any::<u32>(), tokens(), vec(-1e30f32..1e30, 0..5));
-    let rows = rows.prop_map(|(seq, position, tokens, logits)| RowsResult {
+    let top = vec((any::<u32>().prop_map(TokenId), -1e30f32..0.0), 0..4);
+    let logprobs = vec((-1e30f32..0.0, top).prop_map(|(logprob, top)| TokenLogprobs { logprob, top }), 0..3);
+    let rows = (any::<u64>(), any::<u32>(), tokens(), logprobs, vec(-1e30f32..1e30, 0..5));
+    let rows = rows.prop_map(|(seq, position, tokens, logprobs, logits)| RowsResult {
         seq: SeqId(seq),
         position: Position(position),
         tokens,
+        logprobs,
         logits,
     });
     let exchange = any::<[u64; 4]>().prop_map(|[dispatch_rows, combine_rows, bytes_sent, bytes_received]| {
@@ -305,19 +353,26 @@ fn what_cannot_be_is_refused_by_name() {
     assert!(prepare(|m| m.limits.as_mut().unwrap().full_blocks = u32::MAX).contains("`full_blocks`"));
     assert!(prepare(|m| drop(m.peers.pop())).contains("`peers` has 2 entries for 3 ranks"));
 
-    let sampling = |temperature, top_p| v1::Sampling { temperature, top_p, seed: 0, choice: 0 };
+    let sampling = |temperature, top_p| v1::Sampling { temperature, top_p, ..Sampling::GREEDY.into() };
     for (temperature, top_p) in [(f32::NAN, 1.0), (-1.0, 1.0), (f32::INFINITY, 1.0), (1.0, 0.0), (1.0, f32::NAN)] {
         refused::<_, Sampling>(sampling(temperature, top_p));
     }
-    let odd = v1::RowsResult { seq: 0, position: 0, tokens: Vec::new(), logits: vec![0; 7] };
+    let odd = v1::Sampling { repetition_penalty: 0.0, ..Sampling::GREEDY.into() };
+    assert!(refused::<_, Sampling>(odd).contains("`repetition_penalty`"));
+    let odd = v1::RowsResult { logits: vec![0; 7], ..v1::RowsResult::default() };
     assert!(refused::<_, RowsResult>(odd).contains("`logits` has 7 bytes"));
+    let odd = v1::ConstraintTable { first: vec![0], ..v1::ConstraintTable::default() };
+    assert!(refused::<_, ConstraintTable>(odd).contains("`runs` has columns of 1 and 0 rows"));
+    let mut odd = v1::Admission::from(Admission::new(SeqId(1), Sampling::GREEDY));
+    odd.bias_tokens = vec![1; 1025];
+    assert!(refused::<_, Admission>(odd).contains("`bias`"));
 }
 
 #[test]
 fn logits_keep_their_bits() {
     let logits = vec![f32::NAN, -0.0, f32::NEG_INFINITY, f32::MIN_POSITIVE / 2.0];
     let bits: Vec<u32> = logits.iter().map(|logit| logit.to_bits()).collect();
-    let rows = RowsResult { seq: SeqId(1), position: Position(2), tokens: Vec::new(), logits };
+    let rows = RowsResult { seq: SeqId(1), position: Position(2), tokens: Vec::new(), logprobs: Vec::new(), logits };
     let back = RowsResult::try_from(across(v1::RowsResult::from(rows))).unwrap();
     assert_eq!(back.logits.iter().map(|logit| logit.to_bits()).collect::<Vec<_>>(), bits);
 }

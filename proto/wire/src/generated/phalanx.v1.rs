@@ -216,14 +216,67 @@ pub struct Sampling {
     pub seed: u64,
     #[prost(uint32, tag = "4")]
     pub choice: u32,
+    #[prost(uint32, tag = "5")]
+    pub top_k: u32,
+    #[prost(float, tag = "6")]
+    pub min_p: f32,
+    #[prost(float, tag = "7")]
+    pub presence_penalty: f32,
+    #[prost(float, tag = "8")]
+    pub frequency_penalty: f32,
+    #[prost(float, tag = "9")]
+    pub repetition_penalty: f32,
+    /// How many of the most likely tokens are reported with each token.
+    #[prost(uint32, optional, tag = "10")]
+    pub logprobs: ::core::option::Option<u32>,
+}
+/// A finite automaton over classes of tokens.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConstraintTable {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+    /// First token of each run of tokens of one class.
+    #[prost(uint32, repeated, tag = "2")]
+    pub first: ::prost::alloc::vec::Vec<u32>,
+    /// Class of each run.
+    #[prost(uint32, repeated, tag = "3")]
+    pub class: ::prost::alloc::vec::Vec<u32>,
+    #[prost(uint32, tag = "4")]
+    pub classes: u32,
+    /// The state that each class leads to, row after row of states; all ones where it is refused.
+    #[prost(uint32, repeated, tag = "5")]
+    pub next: ::prost::alloc::vec::Vec<u32>,
+}
+/// Where a sequence enters a constraint.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConstraintStart {
+    #[prost(uint32, tag = "1")]
+    pub table: u32,
+    #[prost(uint32, tag = "2")]
+    pub state: u32,
 }
 /// A sequence that begins to live on a rank.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Admission {
     #[prost(uint64, tag = "1")]
     pub seq: u64,
     #[prost(message, optional, tag = "2")]
     pub sampling: ::core::option::Option<Sampling>,
+    /// Two columns: tokens and what is added to their logits.
+    #[prost(uint32, repeated, tag = "3")]
+    pub bias_tokens: ::prost::alloc::vec::Vec<u32>,
+    #[prost(float, repeated, tag = "4")]
+    pub bias_values: ::prost::alloc::vec::Vec<f32>,
+    #[prost(message, optional, tag = "5")]
+    pub constraint: ::core::option::Option<ConstraintStart>,
+    /// Positions whose keys and values exist already.
+    #[prost(uint32, tag = "6")]
+    pub cached: u32,
+    /// The tokens before the first that is sampled, where the choice depends on them.
+    #[prost(uint32, repeated, tag = "7")]
+    pub prompt: ::prost::alloc::vec::Vec<u32>,
+    #[prost(uint32, repeated, tag = "8")]
+    pub generated: ::prost::alloc::vec::Vec<u32>,
 }
 /// Nothing to say besides that it is so.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -280,6 +333,9 @@ pub struct StepHeader {
     pub deadline_ms: u32,
     #[prost(uint32, repeated, tag = "3")]
     pub rows_of_rank: ::prost::alloc::vec::Vec<u32>,
+    /// The coordinator has every result up to this step.
+    #[prost(uint64, tag = "4")]
+    pub applied: u64,
 }
 /// What one rank does in one step.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -294,9 +350,21 @@ pub struct StepPlan {
     pub kv_ops: ::prost::alloc::vec::Vec<KvOp>,
     #[prost(message, repeated, tag = "5")]
     pub rows: ::prost::alloc::vec::Vec<Rows>,
+    #[prost(message, repeated, tag = "6")]
+    pub tables: ::prost::alloc::vec::Vec<ConstraintTable>,
+}
+/// How likely a token was. Two columns for the most likely tokens.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TokenLogprobs {
+    #[prost(float, tag = "1")]
+    pub logprob: f32,
+    #[prost(uint32, repeated, tag = "2")]
+    pub top_tokens: ::prost::alloc::vec::Vec<u32>,
+    #[prost(float, repeated, tag = "3")]
+    pub top_logprobs: ::prost::alloc::vec::Vec<f32>,
 }
 /// What a run of rows gave.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RowsResult {
     #[prost(uint64, tag = "1")]
     pub seq: u64,
@@ -307,6 +375,8 @@ pub struct RowsResult {
     /// f32, little-endian, row after row.
     #[prost(bytes = "vec", tag = "4")]
     pub logits: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, repeated, tag = "5")]
+    pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
 }
 /// What a rank sent in the exchanges of a step.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
