@@ -1,20 +1,27 @@
 //! The life of every request of one cell.
 //!
-//! The engine is asked for the next step ([`Engine::plan`]) and told what came of it ([`Engine::apply`]). One step
-//! is under way at a time. First come, first served; a sequence takes KV blocks as it grows, and when a rank has
-//! none left its youngest sequence gives its own back and is computed again later, with the same tokens.
+//! The engine is asked for the next step ([`Engine::plan`]) and told what came of it ([`Engine::apply`]). Several steps
+//! may be under way at once: the token that a sequence samples in one is a legal input of the next, before anybody
+//! here knows it. Results are applied rank by rank, each rank's in the order of steps. A sequence takes KV blocks as it
+//! grows; when a rank has none left, the last in rank gives its own back and is computed again later, with the
+//! same tokens.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use phalanx_proto::{
-    ConstraintStart, ConstraintTable, Fence, Limits, ModelConfig, Rank, Sampling, SeqId, StepPlan, StepResult, TokenId,
-    TokenLogprobs,
+    ConstraintStart, ConstraintTable, Fence, Limits, ModelConfig, Rank, RowsResult, Sampling, SeqId, StepId, StepPlan,
+    StepResult, TokenId, TokenLogprobs,
 };
 
-use crate::blocks::FreeBlocks;
+use crate::blocks::{BlockTable, Memory};
 use crate::invariants;
+use crate::queue::{Key, Queue};
+use crate::router::{Affinity, SEQUENCE_TOKENS};
 use crate::schedule;
-use crate::sequence::{Sequence, State};
+use crate::sequence::{Home, Sequence, State, span};
+
+/// Blocks of prompts of which it is remembered where they were computed.
+const AFFINITY_BLOCKS: usize = 1 << 16;
 
 /// What is wanted of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,17 +230,25 @@ pub struct EngineConfig {
     pub chunk_max: u32,
     /// Milliseconds that ranks may wait for each other within a step.
     pub deadline_ms: u32,
+    /// Whether every decision is followed by a check of [`invariants`]: the default in debug builds.
+    pub checked: bool,
 }
 
 impl EngineConfig {
     /// The usual configuration for a model.
     #[must_use]
-    pub fn new(model: &ModelConfig, limits: Limits, ranks: u32) -> Self {
+    pub const fn new(model: &ModelConfig, limits: Limits, ranks: u32) -> Self {
+        Self::of(model.window, model.vocab, limits, ranks)
+    }
+
+    /// The usual configuration for a model of which only window and vocabulary are known.
+    #[must_use]
+    pub const fn of(window: u32, vocab: u32, limits: Limits, ranks: u32) -> Self {
         Self {
             limits,
             ranks,
-            window: model.window,
-            vocab: model.vocab,
+            window,
+            vocab,
             queue_max: 1024,
             queue_tokens_max: 16 << 20,
             depth: 2,
@@ -242,6 +257,7 @@ impl EngineConfig {
             tables: Vec::new(),
             chunk_max: limits.step_rows_max,
             deadline_ms: 120_000,
+            checked: cfg!(debug_assertions),
         }
     }
 }
@@ -249,22 +265,69 @@ impl EngineConfig {
 /// What the engine knows of one rank.
 #[derive(Clone, Debug)]
 pub struct RankState {
-    /// Blocks for full layers.
-    pub full: FreeBlocks,
-    /// Blocks for sliding layers.
-    pub window: FreeBlocks,
-    /// Sequences that live there, oldest first.
-    pub running: Vec<SeqId>,
+    /// Its KV memory.
+    pub memory: Memory,
+    /// Sequences whose prompts are computed.
+    pub decoding: BTreeSet<Key>,
+    /// Sequences with tokens still to be read.
+    pub prefilling: BTreeSet<Key>,
+    /// Those tokens.
+    pub prefill_tokens: u64,
+    /// Blocks that prefilling sequences will still take.
+    pub claimed: u64,
     /// Sequences the rank is to forget with the next plan.
     pub release: Vec<SeqId>,
+    /// With whom decoding goes on where not everybody has a row in each step.
+    pub(crate) cursor: Option<Key>,
+    /// Its load when it was weighed last.
+    pub(crate) weighed: u64,
+    /// Whether it has the constraint tables.
+    pub(crate) has_tables: bool,
 }
 
-/// The step under way: what each rank that has not answered was asked for.
+impl RankState {
+    /// Sequences that live there.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.decoding.len() + self.prefilling.len()
+    }
+
+    /// What a new sequence would wait for.
+    fn load(&self) -> u64 {
+        self.prefill_tokens + self.running() as u64 * SEQUENCE_TOKENS
+    }
+}
+
+/// Rows that a rank was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    pub(crate) seq: SeqId,
+    /// Which life of the sequence.
+    pub(crate) life: u32,
+    /// One past the last position.
+    pub(crate) end: u32,
+    /// Whether a result is awaited.
+    pub(crate) wants: bool,
+    /// Whether that is a token.
+    pub(crate) samples: bool,
+}
+
+/// A step under way: what each rank was asked for; `None` once it has answered.
 #[derive(Clone, Debug)]
 pub(crate) struct Flight {
     pub(crate) fence: Fence,
-    /// For each rank: sequences whose result is awaited, in the plan's order; `None` once answered.
-    pub(crate) asked: Vec<Option<Vec<SeqId>>>,
+    pub(crate) asked: Vec<Option<Vec<Asked>>>,
+}
+
+/// What planning has cost so far, in operations whose cost is bounded: it does not depend on the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Steps planned.
+    pub steps: u64,
+    /// Rows planned.
+    pub rows: u64,
+    /// Operations: sequences and ranks looked at, blocks touched.
+    pub ops: u64,
 }
 
 /// The engine of one cell.
@@ -272,11 +335,22 @@ pub(crate) struct Flight {
 pub struct Engine {
     pub(crate) config: EngineConfig,
     pub(crate) fence: Fence,
+    /// The last step that all ranks have answered.
+    pub(crate) applied: StepId,
     pub(crate) ranks: Vec<RankState>,
+    /// Ranks by load.
+    pub(crate) by_load: BTreeSet<(u64, u32)>,
+    pub(crate) affinity: Affinity,
     pub(crate) sequences: BTreeMap<SeqId, Sequence>,
-    pub(crate) waiting: VecDeque<SeqId>,
-    pub(crate) flight: Option<Flight>,
+    pub(crate) queue: Queue,
+    waiting_tokens: u64,
+    pub(crate) flights: VecDeque<Flight>,
+    /// Events of planning, told with the next result.
+    pub(crate) events: Vec<Event>,
     pub(crate) preemptions: u64,
+    pub(crate) prefix: (u64, u64),
+    pub(crate) imbalance: f64,
+    pub(crate) work: Work,
 }
 
 impl Engine {
@@ -284,19 +358,32 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig, fence: Fence) -> Self {
         let rank = RankState {
-            full: FreeBlocks::new(config.limits.full_blocks),
-            window: FreeBlocks::new(config.limits.window_blocks),
-            running: Vec::new(),
+            memory: Memory::new(&config.limits),
+            decoding: BTreeSet::new(),
+            prefilling: BTreeSet::new(),
+            prefill_tokens: 0,
+            claimed: 0,
             release: Vec::new(),
+            cursor: None,
+            weighed: 0,
+            has_tables: false,
         };
         Self {
             ranks: vec![rank; config.ranks as usize],
+            by_load: (0..config.ranks).map(|rank| (0, rank)).collect(),
+            affinity: Affinity::new(AFFINITY_BLOCKS),
             config,
             fence,
+            applied: fence.step,
             sequences: BTreeMap::new(),
-            waiting: VecDeque::new(),
-            flight: None,
+            queue: Queue::default(),
+            waiting_tokens: 0,
+            flights: VecDeque::new(),
+            events: Vec::new(),
             preemptions: 0,
+            prefix: (0, 0),
+            imbalance: 1.0,
+            work: Work::default(),
         }
     }
 
@@ -313,15 +400,32 @@ impl Engine {
             let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
             return Err(Refused::ContextLength { prompt, max_tokens, context });
         }
-        if self.waiting.len() >= self.config.queue_max {
-            return Err(Refused::QueueFull { waiting: self.waiting.len(), tokens: 0 });
+        let (waiting, tokens) = (self.queue.len(), self.waiting_tokens);
+        let full = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max && waiting > 0;
+        if waiting >= self.config.queue_max || full {
+            return Err(Refused::QueueFull { waiting, tokens });
         }
         if self.sequences.contains_key(&request.seq) {
             return Err(Refused::Twice(request.seq));
         }
-        self.waiting.push_back(request.seq);
-        self.sequences.insert(request.seq, Sequence::new(request));
+        let sequence = Sequence::new(request, &self.config);
+        self.work.ops += 1 + sequence.hashes.len() as u64;
+        self.wait(sequence.key(), sequence.len());
+        self.sequences.insert(sequence.id(), sequence);
+        self.check();
         Ok(())
+    }
+
+    fn wait(&mut self, key: Key, len: u32) {
+        self.queue.push(key);
+        self.waiting_tokens += u64::from(len);
+    }
+
+    /// A sequence no longer waits, if it did.
+    fn wait_no_more(&mut self, key: Key, len: u32) {
+        if self.queue.remove(key) {
+            self.waiting_tokens -= u64::from(len);
+        }
     }
 
     /// Bounds the rows of one sequence in one step from the next step on.
@@ -335,9 +439,10 @@ impl Engine {
         self.check();
     }
 
-    /// The plans of the next step, one for each rank, or `None` while a step is under way or nothing is to do.
+    /// The plans of the next step, one for each rank, or `None` while as many steps are under way as may be, or nothing
+    /// is to do before one of them is applied.
     pub fn plan(&mut self) -> Option<Vec<StepPlan>> {
-        if self.flight.is_some() {
+        if self.flights.len() >= self.config.depth.max(1) as usize {
             return None;
         }
         let plans = schedule::step(self);
@@ -345,107 +450,191 @@ impl Engine {
         plans
     }
 
-    /// Applies one rank's result. The step is done when all ranks have answered.
+    /// Applies one rank's result of the first step that the rank has not answered yet.
     ///
     /// # Errors
-    /// The result answers no plan under way; nothing is changed.
+    /// The result answers no such step; nothing is changed.
     pub fn apply(&mut self, result: StepResult) -> Result<Vec<Event>, ApplyError> {
         let (rank, fence) = (result.rank, result.fence);
-        let asked = match &mut self.flight {
-            Some(flight) if flight.fence == fence => flight.asked.get_mut(rank.index()).and_then(Option::take),
-            _ => None,
-        };
-        let Some(asked) = asked else {
-            return Err(ApplyError::NotUnderWay { rank, fence });
-        };
-        if !asked.iter().eq(result.rows.iter().map(|rows| &rows.seq)) {
+        let not_under_way = || ApplyError::NotUnderWay { rank, fence };
+        let first = self.flights.iter_mut().find(|flight| flight.asked.get(rank.index()).is_some_and(Option::is_some));
+        let flight = first.filter(|flight| flight.fence == fence).ok_or_else(not_under_way)?;
+        let asked = flight.asked.get_mut(rank.index()).and_then(Option::take).ok_or_else(not_under_way)?;
+        let answers = asked.iter().filter(|asked| asked.wants).map(|asked| asked.seq);
+        if !answers.eq(result.rows.iter().map(|rows| rows.seq)) || !well_formed(&asked, &result.rows) {
+            flight.asked[rank.index()] = Some(asked);
             return Err(ApplyError::Mismatch { rank, fence });
         }
-        let mut events = Vec::new();
-        for rows in result.rows {
-            if !rows.logits.is_empty() {
-                events.push(Event::Logits { seq: rows.seq, logits: rows.logits });
-            }
-            let mut logprobs = rows.logprobs.into_iter();
-            for token in rows.tokens {
-                self.append(rows.seq, token, logprobs.next(), &mut events);
-            }
-        }
-        if let Some(flight) = &self.flight
+        while let Some(flight) = self.flights.front()
             && flight.asked.iter().all(Option::is_none)
         {
-            self.flight = None;
-            self.end_prompts(&mut events);
+            self.applied = flight.fence.step;
+            self.flights.pop_front();
+        }
+        self.ranks[rank.index()].memory.apply(fence.step);
+        let mut events = std::mem::take(&mut self.events);
+        let mut rows = result.rows.into_iter();
+        for asked in asked {
+            self.work.ops += 1;
+            let result = if asked.wants { rows.next() } else { None };
+            self.apply_rows(asked, result, &mut events);
         }
         self.check();
         Ok(events)
     }
 
-    /// Appends a sampled token, and ends the sequence where its request says so.
-    fn append(&mut self, seq: SeqId, token: TokenId, logprobs: Option<TokenLogprobs>, events: &mut Vec<Event>) {
-        // A sequence cancelled during the step is gone.
-        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
-        sequence.tokens.push(token);
-        events.push(Event::Token { seq, token, logprobs });
-        let reason = if sequence.request.stop_tokens.contains(&token) {
-            FinishReason::Stop(token)
-        } else if sequence.generated() >= sequence.request.max_tokens {
-            FinishReason::Length
-        } else {
-            return;
-        };
-        events.push(Event::Finished { seq, reason });
-        self.remove(seq);
+    /// Applies what came of a run of rows, unless the sequence is gone or has begun a new life since.
+    fn apply_rows(&mut self, asked: Asked, result: Option<RowsResult>, events: &mut Vec<Event>) {
+        let Asked { seq, life, end, samples, .. } = asked;
+        let Some(sequence) = self.sequences.get_mut(&seq).filter(|sequence| sequence.life == life) else { return };
+        let State::Running(home) = &mut sequence.state else { return };
+        home.applied = end;
+        home.sampling -= u32::from(samples);
+        let mut reason = None;
+        if let Some(RowsResult { tokens, logprobs, logits, .. }) = result {
+            if !logits.is_empty() {
+                sequence.told = end;
+                events.push(Event::Logits { seq, logits });
+            }
+            let mut logprobs = logprobs.into_iter();
+            for token in tokens {
+                sequence.push(token, &self.config);
+                events.push(Event::Token { seq, token, logprobs: logprobs.next() });
+                if sequence.request.stop_tokens.contains(&token) {
+                    reason = Some(FinishReason::Stop(token));
+                } else if sequence.generated() >= sequence.request.max_tokens {
+                    reason = Some(FinishReason::Length);
+                }
+            }
+        }
+        let no_token = sequence.request.want == Want::Logits || sequence.request.max_tokens == 0;
+        if no_token && end == sequence.len() {
+            reason = Some(FinishReason::Length);
+        }
+        self.settle(seq);
+        if let Some(reason) = reason {
+            events.push(Event::Finished { seq, reason });
+            self.remove(seq);
+        }
     }
 
-    /// Ends sequences that wanted no token and whose prompt is computed.
-    fn end_prompts(&mut self, events: &mut Vec<Event>) {
-        let done = |s: &&Sequence| {
-            let computed = matches!(&s.state, State::Running(home) if home.computed == s.len());
-            computed && (s.request.want == Want::Logits || s.request.max_tokens == 0)
+    /// Caches the blocks that a sequence has filled, and gives back those out of its window.
+    fn settle(&mut self, seq: SeqId) {
+        let Some(Sequence { state: State::Running(home), tokens, hashes, .. }) = self.sequences.get_mut(&seq) else {
+            return;
         };
-        let ended: Vec<SeqId> = self.sequences.values().filter(done).map(Sequence::id).collect();
-        for seq in ended {
-            events.push(Event::Finished { seq, reason: FinishReason::Length });
-            self.remove(seq);
+        let last = self.fence.step;
+        let memory = &mut self.ranks[home.rank.index()].memory;
+        let size = self.config.limits.block_size;
+        while let Some(next) = memory.publishable(&home.table, home.applied, size)
+            && let Some(&hash) = hashes.get(next.0 as usize)
+        {
+            let start = (next.0 * size) as usize;
+            let block = &tokens[start..start + size as usize];
+            home.tell.extend(memory.publish(&mut home.table, next, hash, block, last));
+        }
+        let (applied, mut table) = (home.applied, std::mem::take(&mut home.table));
+        let rank = home.rank;
+        let is_tail = self.sequences[&seq].is_tail(&self.config, applied);
+        self.ranks[rank.index()].memory.retire(&mut table, span(&self.config, applied, applied + 1), is_tail);
+        if let Some(Sequence { state: State::Running(home), .. }) = self.sequences.get_mut(&seq) {
+            home.table = table;
         }
     }
 
     fn remove(&mut self, seq: SeqId) {
         self.give_back(seq);
-        self.sequences.remove(&seq);
-        self.waiting.retain(|&waiting| waiting != seq);
+        if let Some(sequence) = self.sequences.remove(&seq) {
+            self.wait_no_more(sequence.key(), sequence.len());
+        }
     }
 
     /// Takes back all that a sequence holds on its rank.
     fn give_back(&mut self, seq: SeqId) {
+        let last = self.fence.step;
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
-        if let State::Running(mut home) = std::mem::replace(&mut sequence.state, State::Waiting) {
-            let rank = &mut self.ranks[home.rank.index()];
-            home.full.give_back(&mut rank.full);
-            home.window.give_back(&mut rank.window);
-            rank.running.retain(|&running| running != seq);
-            if home.admitted {
-                rank.release.push(seq);
-            }
+        let (key, len) = (sequence.key(), sequence.len());
+        let State::Running(mut home) = std::mem::replace(&mut sequence.state, State::Waiting) else { return };
+        let is_tail = sequence.is_tail(&self.config, home.applied);
+        let at = home.rank;
+        let rank = &mut self.ranks[at.index()];
+        rank.memory.give_back(&mut home.table, last, is_tail);
+        rank.decoding.remove(&key);
+        if rank.prefilling.remove(&key) {
+            rank.prefill_tokens -= u64::from(len - home.planned);
+            rank.claimed -= u64::from(home.claim);
+        }
+        if home.admitted {
+            rank.release.push(seq);
+        }
+        self.weigh(at, |_| ());
+    }
+
+    /// Changes what a rank carries, and its place among the ranks.
+    pub(crate) fn weigh(&mut self, rank: Rank, change: impl FnOnce(&mut RankState)) {
+        let state = &mut self.ranks[rank.index()];
+        change(state);
+        let load = state.load();
+        let was = std::mem::replace(&mut state.weighed, load);
+        if was != load {
+            self.by_load.remove(&(was, rank.0));
+            self.by_load.insert((load, rank.0));
         }
     }
 
-    /// Sends a sequence back to the head of the queue; it will be computed again from its tokens.
-    pub(crate) fn preempt(&mut self, seq: SeqId) {
-        self.give_back(seq);
-        self.waiting.push_front(seq);
-        self.preemptions += 1;
+    /// Gives a waiting sequence a rank, with what is cached of it there.
+    pub(crate) fn place(&mut self, seq: SeqId, rank: Rank, found: &crate::prefix::Match) {
+        let size = self.config.limits.block_size;
+        let Some(sequence) = self.sequences.get(&seq) else { return };
+        self.wait_no_more(sequence.key(), sequence.len());
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
+        let (len, first) = (sequence.len(), sequence.life == 0);
+        let mut table = BlockTable::default();
+        let tell = self.ranks[rank.index()].memory.adopt(&mut table, found);
+        let cached = u32::try_from(found.nodes.len()).expect("sequences are bounded by the context") * size;
+        sequence.life += 1;
+        let (key, claim) = (sequence.key(), table.lacks(len + 1, size));
+        self.affinity.remember(&sequence.hashes, rank.0);
+        self.work.ops += sequence.hashes.len() as u64;
+        if !sequence.hashes.is_empty() && first {
+            self.prefix.0 += u64::from(len);
+            self.prefix.1 += u64::from(cached);
+        }
+        sequence.state = State::Running(Home {
+            rank,
+            planned: cached,
+            applied: cached,
+            sampling: 0,
+            sampled: false,
+            admitted: false,
+            cached,
+            tell,
+            table,
+            claim,
+            last_step: StepId(0),
+        });
+        if first {
+            self.events.push(Event::Started { seq, cached });
+        }
+        self.weigh(rank, |state| {
+            state.prefilling.insert(key);
+            state.prefill_tokens += u64::from(len - cached);
+            state.claimed += u64::from(claim);
+        });
     }
 
-    /// What the engine has done and holds.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        Stats { preemptions: self.preemptions, ..Stats::default() }
+    /// Sends a sequence back to the queue; it will be computed again from its tokens.
+    pub(crate) fn preempt(&mut self, seq: SeqId) {
+        self.give_back(seq);
+        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let (key, len) = (sequence.key(), sequence.len());
+        self.wait(key, len);
+        self.preemptions += 1;
+        self.work.ops += 1;
     }
 
     fn check(&self) {
-        if cfg!(debug_assertions)
+        if self.config.checked
             && let Err(broken) = invariants::check(self)
         {
             panic!("the engine broke an invariant: {broken}");
@@ -455,19 +644,19 @@ impl Engine {
     /// Sequences that live on a rank.
     #[must_use]
     pub fn running(&self) -> usize {
-        self.ranks.iter().map(|rank| rank.running.len()).sum()
+        self.ranks.iter().map(RankState::running).sum()
     }
 
     /// Sequences that wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
     }
 
     /// Whether there is nothing to do and no step under way.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.sequences.is_empty() && self.flight.is_none()
+        self.sequences.is_empty() && self.flights.is_empty()
     }
 
     /// The last step planned.
@@ -476,17 +665,50 @@ impl Engine {
         self.fence
     }
 
-    /// Share of the KV blocks for full layers that belong to somebody, from 0 to 1.
+    /// What the engine decides with.
     #[must_use]
-    pub fn kv_usage(&self) -> f64 {
-        let total: f64 = self.ranks.iter().map(|r| f64::from(r.full.total())).sum();
-        let free: f64 = self.ranks.iter().map(|r| r.full.len() as f64).sum();
-        if total == 0.0 { 0.0 } else { 1.0 - free / total }
+    pub const fn config(&self) -> &EngineConfig {
+        &self.config
     }
 
-    /// How often a sequence had to give its blocks back.
+    /// What planning has cost so far.
     #[must_use]
-    pub const fn preemptions(&self) -> u64 {
-        self.preemptions
+    pub fn work(&self) -> Work {
+        let blocks: u64 = self.ranks.iter().map(|rank| rank.memory.work).sum();
+        Work { ops: self.work.ops + blocks, ..self.work }
     }
+
+    /// Share of the KV blocks for full layers that sequences hold, from 0 to 1.
+    #[must_use]
+    pub fn kv_usage(&self) -> f64 {
+        self.stats().kv_usage
+    }
+
+    /// What the engine has done and holds.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let share = |of: &dyn Fn(&Memory) -> usize| {
+            let total: f64 = self.ranks.iter().map(|rank| f64::from(rank.memory.full.total())).sum();
+            let part: f64 = self.ranks.iter().map(|rank| of(&rank.memory) as f64).sum();
+            if total == 0.0 { 0.0 } else { part / total }
+        };
+        let batch = self.queue.iter().filter(|key| key.0 == Class::Batch).count();
+        Stats {
+            waiting: [self.queue.len() - batch, batch],
+            waiting_tokens: self.waiting_tokens,
+            running: self.running(),
+            kv_usage: share(&|m| m.full.total() as usize - m.full.len() - m.full.cooling() - m.cache.idle()),
+            cache_usage: share(&|m| m.cache.idle()),
+            preemptions: self.preemptions,
+            prefix_queries: self.prefix.0,
+            prefix_hits: self.prefix.1,
+            imbalance: self.imbalance,
+        }
+    }
+}
+
+/// Whether each run that was asked for a token has one, and no other has any.
+fn well_formed(asked: &[Asked], rows: &[RowsResult]) -> bool {
+    let wants = asked.iter().filter(|asked| asked.wants);
+    wants.zip(rows).all(|(asked, rows)| rows.tokens.len() == usize::from(asked.samples))
 }

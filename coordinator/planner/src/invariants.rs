@@ -1,10 +1,11 @@
-//! What must hold after every decision. Used by debug assertions and by property tests.
+//! What must hold after every decision. Used by debug assertions, by property tests and by the simulator.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use phalanx_proto::{BlockId, Rank};
 
 use crate::engine::{Engine, RankState};
+use crate::prefix::NodeId;
 use crate::sequence::{Home, State};
 
 /// Checks every invariant.
@@ -13,25 +14,14 @@ use crate::sequence::{Home, State};
 /// The first that does not hold, in words.
 pub fn check(engine: &Engine) -> Result<(), String> {
     for (rank, state) in (0..).map(Rank).zip(&engine.ranks) {
-        every_block_has_one_owner(
-            engine,
-            rank,
-            state,
-            "full",
-            |s| s.full.iter().collect(),
-            |h| h.full.blocks().collect(),
-        )?;
-        every_block_has_one_owner(
-            engine,
-            rank,
-            state,
-            "window",
-            |s| s.window.iter().collect(),
-            |h| h.window.blocks().collect(),
-        )?;
-        sequences_are_bounded(engine, rank, state)?;
+        let of_rank = |broken: String| format!("rank {rank}: {broken}");
+        every_block_has_one_owner(engine, rank, state).map_err(of_rank)?;
+        the_cache_knows_its_users(engine, rank, state).map_err(of_rank)?;
+        sums_are_right(engine, rank, state).map_err(of_rank)?;
+        state.memory.cache.check().map_err(of_rank)?;
     }
-    every_sequence_is_in_one_place(engine)
+    every_sequence_is_in_one_place(engine)?;
+    steps_are_bounded(engine)
 }
 
 fn homes(engine: &Engine, rank: Rank) -> impl Iterator<Item = &Home> {
@@ -42,51 +32,111 @@ fn homes(engine: &Engine, rank: Rank) -> impl Iterator<Item = &Home> {
 }
 
 /// No block is owned twice, none is lost.
-fn every_block_has_one_owner(
-    engine: &Engine,
-    rank: Rank,
-    state: &RankState,
-    pool: &str,
-    free: impl Fn(&RankState) -> Vec<BlockId>,
-    held: impl Fn(&Home) -> Vec<BlockId>,
-) -> Result<(), String> {
-    let mut seen = BTreeSet::new();
-    for block in free(state).into_iter().chain(homes(engine, rank).flat_map(held)) {
-        if !seen.insert(block) {
-            return Err(format!("rank {rank} {pool} block {block} has two owners"));
-        }
-    }
-    let total = if pool == "full" { state.full.total() } else { state.window.total() } as usize;
-    if seen.len() == total { Ok(()) } else { Err(format!("rank {rank} lost {} {pool} blocks", total - seen.len())) }
+fn every_block_has_one_owner(engine: &Engine, rank: Rank, state: &RankState) -> Result<(), String> {
+    let memory = &state.memory;
+    let own_full = homes(engine, rank).flat_map(|home| home.table.full()).filter(|h| h.node.is_none()).map(|h| h.block);
+    let cached_full = memory.cache.nodes().map(|(_, node)| node.full);
+    let full: Vec<BlockId> = memory.full.iter().chain(own_full).chain(cached_full).collect();
+    once("full", full, memory.full.total())?;
+    let own_window = homes(engine, rank).flat_map(|home| home.table.window()).filter(|w| w.2).map(|w| w.1);
+    let cached_window = memory.cache.nodes().filter_map(|(_, node)| node.window);
+    let window: Vec<BlockId> = memory.window.iter().chain(own_window).chain(cached_window).collect();
+    once("window", window, memory.window.total())
 }
 
-/// A rank holds no more sequences than its limits allow.
-fn sequences_are_bounded(engine: &Engine, rank: Rank, state: &RankState) -> Result<(), String> {
-    let (running, max) = (state.running.len(), engine.config.limits.seqs_max as usize);
-    if running > max { Err(format!("rank {rank} holds {running} sequences of {max}")) } else { Ok(()) }
+fn once(pool: &str, blocks: Vec<BlockId>, total: u32) -> Result<(), String> {
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = blocks.iter().find(|block| !seen.insert(**block)) {
+        return Err(format!("{pool} block {twice} has two owners"));
+    }
+    if seen.len() == total as usize { Ok(()) } else { Err(format!("{} of {total} {pool} blocks exist", seen.len())) }
+}
+
+/// A cached block has as many users as sequences that hold it, and what they hold is what is cached.
+fn the_cache_knows_its_users(engine: &Engine, rank: Rank, state: &RankState) -> Result<(), String> {
+    let nodes: BTreeMap<NodeId, _> = state.memory.cache.nodes().collect();
+    let (mut users, mut window_users) = (BTreeMap::<NodeId, u32>::new(), BTreeMap::<NodeId, u32>::new());
+    for home in homes(engine, rank) {
+        for held in home.table.full() {
+            let Some(id) = held.node else { continue };
+            let Some(node) = nodes.get(&id) else { return Err(format!("{id:?} is held and not cached")) };
+            if node.full != held.block {
+                return Err(format!("{id:?} is block {}, and held as {}", node.full, held.block));
+            }
+            *users.entry(id).or_default() += 1;
+        }
+        for (stretch, block, own) in home.table.window() {
+            let id = home.table.full().get(stretch as usize).and_then(|held| held.node);
+            match id {
+                Some(id) if !own && nodes.get(&id).and_then(|node| node.window) == Some(block) => {
+                    *window_users.entry(id).or_default() += 1;
+                }
+                _ if own => {}
+                _ => return Err(format!("window block {block} is neither owned nor cached")),
+            }
+        }
+    }
+    for (id, node) in nodes {
+        let counted = (users.get(&id).copied().unwrap_or(0), window_users.get(&id).copied().unwrap_or(0));
+        if counted != (node.users, node.window_users) {
+            return Err(format!("{id:?} has {counted:?} users and counts {:?}", (node.users, node.window_users)));
+        }
+    }
+    Ok(())
+}
+
+/// What is kept so that it need not be counted is what counting gives.
+fn sums_are_right(engine: &Engine, rank: Rank, state: &RankState) -> Result<(), String> {
+    let (running, max) = (state.running(), engine.config.limits.seqs_max as usize);
+    if running > max {
+        return Err(format!("{running} sequences of {max}"));
+    }
+    let reading = || state.prefilling.iter().filter_map(|key| engine.sequences.get(&key.1));
+    let of = |f: fn(&Home) -> u32| -> u64 {
+        let homes = reading().filter_map(|s| if let State::Running(home) = &s.state { Some(home) } else { None });
+        homes.map(|home| u64::from(f(home))).sum()
+    };
+    let tokens = reading().map(|s| u64::from(s.len())).sum::<u64>() - of(|home| home.planned);
+    if (tokens, of(|home| home.claim)) != (state.prefill_tokens, state.claimed) {
+        return Err(format!("{tokens} tokens to read, counted as {}", state.prefill_tokens));
+    }
+    if !engine.by_load.contains(&(state.weighed, rank.0)) || engine.by_load.len() != engine.ranks.len() {
+        return Err("it has lost its place among the ranks".to_owned());
+    }
+    Ok(())
 }
 
 /// Every sequence waits once or runs once.
 fn every_sequence_is_in_one_place(engine: &Engine) -> Result<(), String> {
+    let mut places: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for key in engine.queue.iter() {
+        places.entry(key).or_default().push(None);
+    }
+    for (rank, state) in (0..).map(Rank).zip(&engine.ranks) {
+        for key in state.decoding.iter().chain(&state.prefilling) {
+            places.entry(*key).or_default().push(Some(rank));
+        }
+    }
     for (seq, sequence) in &engine.sequences {
-        let waits = engine.waiting.iter().filter(|&w| w == seq).count();
-        let runs = engine.ranks.iter().flat_map(|rank| &rank.running).filter(|&r| r == seq).count();
         let expected = match &sequence.state {
-            State::Waiting => (1, 0),
-            State::Running(_) => (0, 1),
+            State::Waiting => None,
+            State::Running(home) => Some(home.rank),
         };
-        if (waits, runs) != expected {
-            return Err(format!("sequence {seq} waits {waits} times and runs {runs} times"));
+        if places.remove(&sequence.key()) != Some(vec![expected]) {
+            return Err(format!("sequence {seq} is not where it should be, or more than once"));
         }
         if let State::Running(home) = &sequence.state
-            && home.computed > sequence.len()
+            && !(home.applied <= home.planned && home.planned <= sequence.len() + home.sampling)
         {
-            return Err(format!("sequence {seq} has computed {} of {} tokens", home.computed, sequence.len()));
+            let (applied, planned) = (home.applied, home.planned);
+            return Err(format!("sequence {seq} of {} has planned {planned}, applied {applied}", sequence.len()));
         }
     }
-    let listed = engine.waiting.iter().chain(engine.ranks.iter().flat_map(|rank| &rank.running));
-    match listed.into_iter().find(|seq| !engine.sequences.contains_key(seq)) {
-        Some(seq) => Err(format!("sequence {seq} is listed but does not exist")),
-        None => Ok(()),
-    }
+    places.first_key_value().map_or(Ok(()), |(key, _)| Err(format!("{key:?} is listed but does not exist")))
+}
+
+/// No more steps are under way than may be.
+fn steps_are_bounded(engine: &Engine) -> Result<(), String> {
+    let (steps, depth) = (engine.flights.len(), engine.config.depth.max(1) as usize);
+    if steps > depth { Err(format!("{steps} steps are under way of {depth}")) } else { Ok(()) }
 }

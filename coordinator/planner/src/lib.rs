@@ -1,9 +1,10 @@
 //! Decides: who runs, where, and with which KV blocks. Values in, values out.
 //!
 //! - [`Engine`]: the life of every request of one cell, from submission to its last token.
-//! - [`blocks`]: which KV block belongs to whom.
-//! - [`router`]: on which rank a request lives.
+//! - [`queue`]: who waits, and who is next.
+//! - [`router`]: in which cell and on which rank a request lives.
 //! - [`schedule`]: what each rank does in the next step.
+//! - [`blocks`]: which KV block belongs to whom, and [`prefix`]: which are kept for prompts that begin alike.
 //! - [`invariants`]: what must hold after every decision.
 //!
 //! Absent on purpose: clocks, randomness, sockets, threads, tensors. The same calls give the same plans.
@@ -11,8 +12,10 @@
 pub mod blocks;
 pub mod engine;
 pub mod invariants;
+pub mod prefix;
+pub mod queue;
 pub mod router;
 pub mod schedule;
 pub mod sequence;
 
-pub use engine::{ApplyError, Class, Engine, EngineConfig, Event, FinishReason, Refused, Request, Stats, Want};
+pub use engine::{ApplyError, Class, Engine, EngineConfig, Event, FinishReason, Refused, Request, Stats, Want, Work};

@@ -1,184 +1,331 @@
-//! What each rank does in the next step: decode rows first, then prefill chunks in the order of arrival, within a
-//! budget of rows for each rank.
+//! What each rank does in the next step: first the sequences that only lack their next token, then prompts in chunks, by
+//! class and order of arrival, within a budget of rows for each rank.
+//!
+//! Ranks march in lockstep, so a step is as long as its fullest rank's: what is read of prompts is levelled, no rank
+//! reads more than the mean of what there is to read (or [`LEVEL_ROWS`], whichever is more).
 //!
 //= arXiv:2403.02310 (Sarathi-Serve)
 
 use phalanx_proto::{
-    Admission, BlockGrant, Outputs, Pool, Position, Rank, Rows, SeqId, Start, StepHeader, StepPlan, Tokens,
+    Admission, BlockGrant, History, Outputs, Position, Rank, Rows, SeqId, Start, StepHeader, StepId, StepPlan, Tokens,
 };
 
-use crate::blocks::stretches;
-use crate::engine::{Engine, Flight, Want};
-use crate::router::{self, Load};
-use crate::sequence::{Home, Sequence, State};
+use crate::blocks::Short;
+use crate::engine::{Asked, Class, Engine, Flight, Want};
+use crate::prefix::Match;
+use crate::queue::Key;
+use crate::sequence::{Home, Pending, Sequence, State, span};
+
+/// Rows of prompts that a rank may always compute in a step, however little the others have to read.
+pub const LEVEL_ROWS: u64 = 256;
+/// The least loaded ranks that are looked at for a place.
+const CANDIDATES: usize = 4;
 
 /// Plans the next step, or nothing if no rank has a row to compute.
 pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     place_waiting(engine);
     let fence = engine.fence.next();
+    let prefill: u64 = engine.ranks.iter().map(|rank| rank.prefill_tokens).sum();
+    let level = prefill.div_ceil(u64::from(engine.config.ranks.max(1))).max(LEVEL_ROWS);
+    let level = u32::try_from(level).unwrap_or(u32::MAX);
     let mut plans = Vec::with_capacity(engine.ranks.len());
     let mut asked = Vec::with_capacity(engine.ranks.len());
     for rank in (0..engine.config.ranks).map(Rank) {
-        let rows = rows_of_rank(engine, rank);
-        let wanted = rows.iter().filter(|rows| rows.outputs != Outputs::None);
-        asked.push(Some(wanted.map(|rows| rows.seq).collect()));
-        let admit = admissions(engine, &rows);
-        plans.push(StepPlan { rows, admit, ..StepPlan::default() });
+        engine.work.ops += 1;
+        let mut of_rank = OfRank { rank, step: fence.step, plan: StepPlan::default(), asked: Vec::new() };
+        of_rank.decode(engine);
+        of_rank.prefill(engine, level);
+        plans.push(of_rank.plan);
+        asked.push(Some(of_rank.asked));
     }
     if plans.iter().all(|plan| plan.rows.is_empty()) {
         return None;
     }
     let count = |plan: &StepPlan| u32::try_from(plan.row_count()).expect("rows are bounded by the limits");
     let rows_of_rank: Vec<u32> = plans.iter().map(count).collect();
+    let (most, sum) = (rows_of_rank.iter().max().copied().unwrap_or(0), rows_of_rank.iter().sum::<u32>());
+    engine.imbalance = f64::from(most) * rows_of_rank.len() as f64 / f64::from(sum);
     for (plan, rank) in plans.iter_mut().zip(&mut engine.ranks) {
-        let (deadline_ms, applied) = (engine.config.deadline_ms, engine.fence.step);
+        let (deadline_ms, applied) = (engine.config.deadline_ms, engine.applied);
         plan.header = StepHeader { fence, deadline_ms, applied, rows_of_rank: rows_of_rank.clone() };
         plan.release = std::mem::take(&mut rank.release);
+        if !std::mem::replace(&mut rank.has_tables, true) {
+            plan.tables.clone_from(&engine.config.tables);
+        }
     }
+    engine.work.steps += 1;
+    engine.work.rows += u64::from(sum);
     engine.fence = fence;
-    engine.flight = Some(Flight { fence, asked });
+    engine.flights.push_back(Flight { fence, asked });
     Some(plans)
 }
 
-/// Gives waiting sequences a rank, first come first served, for as long as the first of them fits somewhere.
+/// Gives waiting sequences a rank, for as long as who is next fits somewhere.
 fn place_waiting(engine: &mut Engine) {
-    while let Some(&seq) = engine.waiting.front() {
-        let len = engine.sequences[&seq].len();
-        let loads: Vec<Load> = (0..engine.config.ranks).map(|rank| load(engine, Rank(rank), len)).collect();
-        let Some(chosen) = router::choose(&loads) else { return };
-        engine.waiting.pop_front();
-        engine.ranks[chosen].running.push(seq);
-        let rank = Rank(u32::try_from(chosen).expect("ranks are bounded by the layout"));
-        let home = Home {
-            rank,
-            computed: 0,
-            admitted: false,
-            sampled: false,
-            full: Default::default(),
-            window: Default::default(),
-        };
-        engine.sequences.get_mut(&seq).expect("it waits, so it exists").state = State::Running(home);
-    }
-}
-
-fn load(engine: &Engine, rank: Rank, len: u32) -> Load {
-    let limits = &engine.config.limits;
-    let state = &engine.ranks[rank.index()];
-    // Blocks that sequences already there will take to finish their prompts.
-    let (mut prefill, mut claimed) = (0, 0);
-    for seq in &state.running {
-        let sequence = &engine.sequences[seq];
-        if let State::Running(home) = &sequence.state {
-            prefill += sequence.len() - home.computed;
-            claimed += home.full.missing(0, sequence.len().div_ceil(limits.block_size)).count();
-        }
-    }
-    let seqs = u32::try_from(state.running.len()).expect("bounded by seqs_max");
-    let need = claimed + (len + 1).div_ceil(limits.block_size) as usize;
-    Load { seqs, prefill, fits: seqs < limits.seqs_max && (need <= state.full.len() || seqs == 0) }
-}
-
-/// The rows of one rank: first those of sequences that only lack their next token, then prompts.
-fn rows_of_rank(engine: &mut Engine, rank: Rank) -> Vec<Rows> {
-    let mut budget = engine.config.limits.step_rows_max;
-    let mut rows: Vec<Rows> = Vec::new();
-    for decoding in [true, false] {
-        for seq in engine.ranks[rank.index()].running.clone() {
-            // It may have been preempted for an older one.
-            let Some((start, len)) = pending(engine, seq) else { continue };
-            if budget == 0 || (len - start == 1) != decoding {
-                continue;
-            }
-            let end = start + (len - start).min(budget).min(engine.config.chunk_max);
-            let Some(grants) = take_blocks(engine, rank, seq, start, end, &rows) else { continue };
-            budget -= end - start;
-            rows.push(run(engine, seq, start, end, grants));
-        }
-    }
-    rows
-}
-
-/// Tokens `start..len` of a running sequence that are to be computed.
-fn pending(engine: &Engine, seq: SeqId) -> Option<(u32, u32)> {
-    let sequence = engine.sequences.get(&seq)?;
-    match &sequence.state {
-        State::Running(home) if home.computed < sequence.len() => Some((home.computed, sequence.len())),
-        _ => None,
-    }
-}
-
-/// Takes the blocks for positions `start..end`. While there are too few, the youngest sequence of the rank that
-/// has no row in this step yet gives its own back. `None` if even that is not enough for now.
-fn take_blocks(
-    engine: &mut Engine,
-    rank: Rank,
-    seq: SeqId,
-    start: u32,
-    end: u32,
-    planned: &[Rows],
-) -> Option<Vec<BlockGrant>> {
-    loop {
-        if let Some(grants) = try_take(engine, rank, seq, start, end) {
-            return Some(grants);
-        }
-        let in_step = |other: SeqId| planned.iter().any(|rows| rows.seq == other);
-        let victim = engine.ranks[rank.index()].running.iter().rev().copied().find(|&other| !in_step(other))?;
-        if victim == seq && engine.ranks[rank.index()].running.len() == 1 {
-            // Alone on the rank and still too little: the limits do not hold one context. Refused at start-up.
-            return None;
-        }
-        engine.preempt(victim);
-        if victim == seq {
-            return None;
+    while !engine.queue.is_empty() {
+        let [first, second] = engine.queue.offers();
+        let placed = first.is_some_and(|offer| place(engine, offer.key));
+        let second = second.filter(|_| first.is_some_and(|offer| offer.may_pass));
+        if !placed && second.is_none_or(|offer| !place(engine, offer.key)) {
+            return;
         }
     }
 }
 
-fn try_take(engine: &mut Engine, rank: Rank, seq: SeqId, start: u32, end: u32) -> Option<Vec<BlockGrant>> {
-    let (window, limits) = (engine.config.window, engine.config.limits);
-    let state = &mut engine.ranks[rank.index()];
-    let State::Running(home) = &mut engine.sequences.get_mut(&seq)?.state else { return None };
-    let (first, last) = stretches(Pool::Window, start, end, window, &limits);
-    home.window.give_back_before(first, &mut state.window);
-    if home.window.missing(first, last).count() > state.window.len() {
+/// Gives a sequence a rank: of those least loaded and the one that has seen most of its prompt, the one where least
+/// is to be done before its next token. An interactive sequence may take the place of batch sequences.
+fn place(engine: &mut Engine, (class, seq): Key) -> bool {
+    let seen = engine.affinity.longest(&engine.sequences[&seq].hashes).map(|(rank, _)| rank);
+    let least = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank);
+    let mut candidates: Vec<u32> = least.chain(seen).collect();
+    candidates.sort_unstable();
+    candidates.dedup();
+    let mut best: Option<(u64, u32, Match)> = None;
+    for rank in candidates {
+        engine.work.ops += 1;
+        let Some((cost, found)) = cost(engine, seq, Rank(rank)) else { continue };
+        if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
+            best = Some((cost, rank, found));
+        }
+    }
+    if let Some((_, rank, found)) = best {
+        engine.place(seq, Rank(rank), &found);
+        return true;
+    }
+    class == Class::Interactive && evict_batch(engine, seq)
+}
+
+/// What is to be done on a rank before the sequence's next token, and what is cached of it there; `None` if it does not
+/// fit. A rank takes new prompts only while it has less to read than one step holds, so that planning looks at few.
+fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
+    let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
+    let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
+    if state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max) {
         return None;
     }
-    let (from, to) = stretches(Pool::Full, start, end, window, &limits);
-    let mut grants = home.full.take(Pool::Full, from, to, &mut state.full)?;
-    grants.extend(home.window.take(Pool::Window, first, last, &mut state.window)?);
-    Some(grants)
+    let found = state.memory.cache.find(&sequence.tokens, &sequence.hashes, limits.block_size, config.window);
+    engine.work.ops += found.nodes.len() as u64;
+    let cached = found.nodes.len() as u64;
+    let need = u64::from((sequence.len() + 1).div_ceil(limits.block_size)) - cached + u64::from(found.idle);
+    if state.running() > 0 && need + state.claimed > state.memory.available() as u64 {
+        return None;
+    }
+    Some((state.weighed + u64::from(sequence.len()) - cached * u64::from(limits.block_size), found))
 }
 
-/// The run of rows `start..end` of a sequence, which count as computed from now on.
-fn run(engine: &mut Engine, seq: SeqId, start: u32, end: u32, grants: Vec<BlockGrant>) -> Rows {
-    let sequence = engine.sequences.get_mut(&seq).expect("it runs, so it exists");
-    let len = sequence.len();
-    let State::Running(home) = &mut sequence.state else { unreachable!("its rows were just planned") };
-    home.computed = end;
-    let (start, tokens) = if home.sampled {
-        (Start::AfterPrevious, Tokens::Previous)
-    } else {
-        (Start::At(Position(start)), Tokens::Given(sequence.tokens[start as usize..end as usize].to_vec()))
-    };
-    let outputs = match sequence.request.want {
-        Want::Logits => Outputs::AllLogits,
-        Want::Tokens if end == len && sequence.request.max_tokens > 0 => Outputs::Sample,
-        Want::Tokens => Outputs::None,
-    };
-    home.sampled = outputs == Outputs::Sample;
-    Rows { seq, start, tokens, outputs, grants }
-}
-
-/// Sequences of the step that their rank has not been told of.
-fn admissions(engine: &mut Engine, rows: &[Rows]) -> Vec<Admission> {
-    let mut admit = Vec::new();
-    for rows in rows {
-        let sequence: &mut Sequence = engine.sequences.get_mut(&rows.seq).expect("it has rows, so it exists");
-        if let State::Running(home) = &mut sequence.state
-            && !std::mem::replace(&mut home.admitted, true)
-        {
-            admit.push(Admission::new(rows.seq, sequence.request.sampling));
+/// Sends batch sequences of the least loaded rank that has any back to the queue, the last first, until the interactive
+/// one fits there. Blocks that cool will do as well: then it waits for those.
+fn evict_batch(engine: &mut Engine, seq: SeqId) -> bool {
+    let ranks: Vec<u32> = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank).collect();
+    for rank in ranks.into_iter().map(Rank) {
+        loop {
+            engine.work.ops += 1;
+            let state = &engine.ranks[rank.index()];
+            if state.prefill_tokens >= u64::from(engine.config.limits.step_rows_max) || state.memory.full.cooling() > 0
+            {
+                break;
+            }
+            let batch = |keys: &std::collections::BTreeSet<Key>| keys.last().copied().filter(|k| k.0 == Class::Batch);
+            let Some(victim) = batch(&state.decoding).max(batch(&state.prefilling)) else { break };
+            engine.preempt(victim.1);
+            if let Some((_, found)) = cost(engine, seq, rank) {
+                engine.place(seq, rank, &found);
+                return true;
+            }
         }
     }
-    admit
+    false
+}
+
+/// The plan of one rank while it is made.
+struct OfRank {
+    rank: Rank,
+    step: StepId,
+    plan: StepPlan,
+    asked: Vec<Asked>,
+}
+
+impl OfRank {
+    fn budget(&self, engine: &Engine) -> u32 {
+        let planned: u32 = self.plan.rows.iter().map(|rows| count(rows.tokens.rows())).sum();
+        engine.config.limits.step_rows_max - planned
+    }
+
+    /// A row for each sequence that only lacks its next token. Where there are more than rows, they take turns.
+    fn decode(&mut self, engine: &mut Engine) {
+        let state = &engine.ranks[self.rank.index()];
+        let mut budget = engine.config.limits.step_rows_max as usize;
+        let mut keys: Vec<Key> = state.decoding.iter().copied().collect();
+        let crowded = keys.len() > budget;
+        if crowded && let Some(cursor) = state.cursor {
+            let from = keys.partition_point(|key| *key <= cursor);
+            keys.rotate_left(from);
+        }
+        for key in keys {
+            if budget == 0 {
+                return;
+            }
+            engine.work.ops += 1;
+            let pending = engine.sequences.get(&key.1).map(Sequence::pending);
+            if pending == Some(Pending::Decode) && self.run(engine, key, 1) {
+                budget -= 1;
+                engine.ranks[self.rank.index()].cursor = Some(key);
+            }
+        }
+    }
+
+    /// Chunks of prompts, in order, until the budget or the blocks are used up.
+    fn prefill(&mut self, engine: &mut Engine, level: u32) {
+        let mut budget = self.budget(engine).min(level);
+        let keys: Vec<Key> = engine.ranks[self.rank.index()].prefilling.iter().copied().collect();
+        for key in keys {
+            engine.work.ops += 1;
+            let Some(sequence) = engine.sequences.get(&key.1) else { continue };
+            let (mut rows, planned) = match (sequence.pending(), &sequence.state) {
+                (Pending::Prefill(rows), State::Running(home)) => (rows, home.planned),
+                (Pending::Decode, State::Running(home)) => (1, home.planned),
+                _ => continue,
+            };
+            if sequence.request.want == Want::Logits && planned < sequence.told {
+                rows = rows.min(sequence.told - planned);
+            }
+            let rows = rows.min(budget).min(engine.config.chunk_max);
+            // Nobody who came later gets blocks that this one lacks.
+            if rows == 0 || !self.run(engine, key, rows) {
+                return;
+            }
+            budget -= rows;
+        }
+    }
+
+    /// Plans the next `rows` rows of a sequence, if there are blocks for them.
+    fn run(&mut self, engine: &mut Engine, key: Key, rows: u32) -> bool {
+        let Some(grants) = self.take_blocks(engine, key, rows) else { return false };
+        let rank = self.rank;
+        let (config, block_size) = (&engine.config, engine.config.limits.block_size);
+        let sequence = engine.sequences.get_mut(&key.1).expect("it has blocks, so it exists");
+        let (len, life) = (sequence.len(), sequence.life);
+        let State::Running(home) = &mut sequence.state else { unreachable!("it has just been given blocks") };
+        let (start, end) = (home.planned, home.planned + rows);
+        let (from, tokens) = if home.sampled {
+            (Start::AfterPrevious, Tokens::Previous)
+        } else {
+            let given = sequence.tokens[start as usize..end as usize].to_vec();
+            (Start::At(Position(start)), Tokens::Given(given))
+        };
+        let reads_all = end >= len;
+        let outputs = match sequence.request.want {
+            Want::Logits if start < sequence.told => Outputs::None,
+            Want::Logits => Outputs::AllLogits,
+            Want::Tokens if reads_all && sequence.request.max_tokens > 0 => Outputs::Sample,
+            Want::Tokens => Outputs::None,
+        };
+        let samples = outputs == Outputs::Sample;
+        home.planned = end;
+        home.sampled = samples;
+        home.sampling += u32::from(samples);
+        home.last_step = self.step;
+        let mut all = std::mem::take(&mut home.tell);
+        all.extend(grants);
+        let claim = home.table.lacks(len + 1, block_size);
+        let released = home.claim.saturating_sub(claim);
+        home.claim -= released;
+        if !std::mem::replace(&mut home.admitted, true) {
+            let cached = home.cached;
+            self.plan.admit.push(admission(sequence, cached));
+        }
+        self.plan.rows.push(Rows { seq: key.1, start: from, tokens, outputs, grants: all });
+        self.asked.push(Asked { seq: key.1, life, end, wants: outputs != Outputs::None, samples });
+        debug_assert!(end - start <= config.limits.step_rows_max, "chunks are within the budget");
+        if engine.ranks[rank.index()].prefilling.contains(&key) {
+            let claim = if reads_all { self.claim_of(engine, key) } else { 0 };
+            engine.weigh(rank, |state| {
+                state.prefill_tokens -= u64::from(rows);
+                state.claimed -= u64::from(released + claim);
+                if reads_all {
+                    state.prefilling.remove(&key);
+                    state.decoding.insert(key);
+                }
+            });
+        }
+        true
+    }
+
+    /// Gives up what a sequence still claims: its prompt is read.
+    fn claim_of(&self, engine: &mut Engine, key: Key) -> u32 {
+        match engine.sequences.get_mut(&key.1).map(|sequence| &mut sequence.state) {
+            Some(State::Running(home)) => std::mem::take(&mut home.claim),
+            _ => 0,
+        }
+    }
+
+    /// Takes the blocks for the next `rows` rows of a sequence. While nothing else will give any back, the last sequence
+    /// of the rank that comes after this one and has no row in this step gives up its own.
+    fn take_blocks(&self, engine: &mut Engine, key: Key, rows: u32) -> Option<Vec<BlockGrant>> {
+        loop {
+            let State::Running(home) = &mut engine.sequences.get_mut(&key.1)?.state else { return None };
+            let wanted = span(&engine.config, home.planned, home.planned + rows);
+            let planned = engine.fence.step;
+            let memory = &mut engine.ranks[self.rank.index()].memory;
+            match memory.take(&mut home.table, wanted, planned) {
+                Ok(grants) => return Some(grants),
+                Err(Short::ForNow) => return None,
+                Err(Short::Lasting) => {}
+            }
+            let state = &engine.ranks[self.rank.index()];
+            let reading = state.prefilling.contains(&key);
+            let alone = state.running() == 1;
+            let victim = self.victim(engine, key)?;
+            // Alone and still too little: the limits do not hold one context, which is refused at start-up. A prompt
+            // that is read keeps what it has: those before it will end.
+            if victim == key && (alone || reading) {
+                return None;
+            }
+            engine.preempt(victim.1);
+            if victim == key {
+                return None;
+            }
+        }
+    }
+
+    /// The last sequence of the rank, not before `key`, that has no row in this step.
+    fn victim(&self, engine: &mut Engine, key: Key) -> Option<Key> {
+        let state = &engine.ranks[self.rank.index()];
+        let mut looked = 0;
+        let mut last = |keys: &std::collections::BTreeSet<Key>| {
+            keys.range(key..).rev().copied().find(|key| {
+                looked += 1;
+                let home = match engine.sequences.get(&key.1).map(|sequence| &sequence.state) {
+                    Some(State::Running(Home { last_step, .. })) => *last_step,
+                    _ => return false,
+                };
+                home != self.step
+            })
+        };
+        let victim = last(&state.decoding).max(last(&state.prefilling));
+        engine.work.ops += looked;
+        victim
+    }
+}
+
+/// What a rank is told of a sequence that begins to live there.
+fn admission(sequence: &Sequence, cached: u32) -> Admission {
+    let request = &sequence.request;
+    let (prompt, generated) = sequence.tokens.split_at(request.prompt.len());
+    let constrained = request.constraint.is_some();
+    let history = History {
+        prompt: if request.sampling.repetition_penalty == 1.0 { Vec::new() } else { prompt.to_vec() },
+        generated: if constrained || request.sampling.looks_back() { generated.to_vec() } else { Vec::new() },
+    };
+    Admission {
+        bias: request.bias.clone(),
+        constraint: request.constraint,
+        cached,
+        history,
+        ..Admission::new(request.seq, request.sampling)
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("rows are bounded by the limits")
 }
