@@ -131,6 +131,8 @@ pub struct Memory {
     pub applied: StepId,
     /// Blocks touched so far: what planning costs.
     pub work: u64,
+    /// How often blocks for full layers have come back so far.
+    pub(crate) returns: u64,
 }
 
 /// Positions of a step, and what is needed to find their blocks.
@@ -172,6 +174,7 @@ impl Memory {
             cache: PrefixCache::default(),
             applied: StepId(0),
             work: 0,
+            returns: 0,
         }
     }
 
@@ -319,6 +322,7 @@ impl Memory {
         // Last to first, so that no cached block is evicted after the one before it.
         for held in std::mem::take(&mut table.full).into_iter().rev() {
             self.work += 1;
+            self.returns += 1;
             match held.node {
                 Some(node) => self.cache.let_go(node, step),
                 None => self.full.give_back(held.block, step, self.applied),
@@ -330,7 +334,9 @@ impl Memory {
     /// A step is applied: what cooled until then can be used.
     pub fn apply(&mut self, step: StepId) {
         self.applied = self.applied.max(step);
+        let free = self.full.len();
         self.full.cool(self.applied);
+        self.returns += u64::from(self.full.len() > free);
         self.window.cool(self.applied);
     }
 }

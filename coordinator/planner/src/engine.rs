@@ -275,6 +275,8 @@ pub struct RankState {
     pub prefill_tokens: u64,
     /// Blocks that prefilling sequences will still take.
     pub claimed: u64,
+    /// A sequence that did not fit when so many blocks had come back: it does not fit before more have.
+    pub(crate) refused: Option<(SeqId, u64)>,
     /// Sequences the rank is to forget with the next plan.
     pub release: Vec<SeqId>,
     /// With whom decoding goes on where not everybody has a row in each step.
@@ -363,6 +365,7 @@ impl Engine {
             prefilling: BTreeSet::new(),
             prefill_tokens: 0,
             claimed: 0,
+            refused: None,
             release: Vec::new(),
             cursor: None,
             weighed: 0,
@@ -408,7 +411,8 @@ impl Engine {
         if self.sequences.contains_key(&request.seq) {
             return Err(Refused::Twice(request.seq));
         }
-        let sequence = Sequence::new(request, &self.config);
+        let mut sequence = Sequence::new(request, &self.config);
+        sequence.seen_by = self.affinity.longest(&sequence.hashes).map(|(rank, _)| rank);
         self.work.ops += 1 + sequence.hashes.len() as u64;
         self.wait(sequence.key(), sequence.len());
         self.sequences.insert(sequence.id(), sequence);
@@ -594,6 +598,7 @@ impl Engine {
         let cached = u32::try_from(found.nodes.len()).expect("sequences are bounded by the context") * size;
         sequence.life += 1;
         let (key, claim) = (sequence.key(), table.lacks(len + 1, size));
+        sequence.seen_by = Some(rank.0);
         self.affinity.remember(&sequence.hashes, rank.0);
         self.work.ops += sequence.hashes.len() as u64;
         if !sequence.hashes.is_empty() && first {
@@ -692,9 +697,8 @@ impl Engine {
             let part: f64 = self.ranks.iter().map(|rank| of(&rank.memory) as f64).sum();
             if total == 0.0 { 0.0 } else { part / total }
         };
-        let batch = self.queue.iter().filter(|key| key.0 == Class::Batch).count();
         Stats {
-            waiting: [self.queue.len() - batch, batch],
+            waiting: self.queue.by_class(),
             waiting_tokens: self.waiting_tokens,
             running: self.running(),
             kv_usage: share(&|m| m.full.total() as usize - m.full.len() - m.full.cooling() - m.cache.idle()),

@@ -6,10 +6,12 @@
 //! - [`schedule`]: what each rank does in the next step.
 //! - [`blocks`]: which KV block belongs to whom, and [`prefix`]: which are kept for prompts that begin alike.
 //! - [`invariants`]: what must hold after every decision.
+//! - [`cost`]: how long a step takes, and how long a rank may be waited for.
 //!
 //! Absent on purpose: clocks, randomness, sockets, threads, tensors. The same calls give the same plans.
 
 pub mod blocks;
+pub mod cost;
 pub mod engine;
 pub mod invariants;
 pub mod prefix;

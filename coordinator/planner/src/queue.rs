@@ -18,6 +18,8 @@ pub const PASSED_MAX: u32 = 64;
 #[derive(Clone, Debug, Default)]
 pub struct Queue {
     waiting: BTreeSet<Key>,
+    /// Batch requests among them.
+    batch: usize,
     /// Interactive requests that have passed the first batch request.
     passed: u32,
 }
@@ -34,13 +36,16 @@ pub struct Offer {
 impl Queue {
     /// A sequence waits. One that came earlier than others is before them, also when it waits again.
     pub fn push(&mut self, key: Key) {
-        self.waiting.insert(key);
+        if self.waiting.insert(key) && key.0 == Class::Batch {
+            self.batch += 1;
+        }
     }
 
     /// A sequence no longer waits. Returns whether it did.
     pub fn remove(&mut self, key: Key) -> bool {
         let first = self.first(Class::Batch);
         let removed = self.waiting.remove(&key);
+        self.batch -= usize::from(removed && key.0 == Class::Batch);
         if removed && first == Some(key) {
             self.passed = 0;
         } else if removed && key.0 == Class::Interactive && first.is_some() {
@@ -58,6 +63,12 @@ impl Queue {
     #[must_use]
     pub fn len(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// How many of each class wait, in the order of [`Class`].
+    #[must_use]
+    pub fn by_class(&self) -> [usize; 2] {
+        [self.waiting.len() - self.batch, self.batch]
     }
 
     /// Whether nobody waits.
@@ -125,7 +136,9 @@ mod tests {
     #[test]
     fn who_came_first_is_first_again_after_a_preemption() {
         let mut queue = Queue::default();
-        [5, 6, 7].map(|seq| queue.push(key(Class::Interactive, seq)));
+        for seq in [5, 6, 7] {
+            queue.push(key(Class::Interactive, seq));
+        }
         queue.push(key(Class::Interactive, 2));
         assert_eq!(queue.offers()[0].unwrap().key, key(Class::Interactive, 2));
         assert_eq!(queue.len(), 4);

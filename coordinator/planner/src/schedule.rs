@@ -75,7 +75,7 @@ fn place_waiting(engine: &mut Engine) {
 /// Gives a sequence a rank: of those least loaded and the one that has seen most of its prompt, the one where least
 /// is to be done before its next token. An interactive sequence may take the place of batch sequences.
 fn place(engine: &mut Engine, (class, seq): Key) -> bool {
-    let seen = engine.affinity.longest(&engine.sequences[&seq].hashes).map(|(rank, _)| rank);
+    let seen = engine.sequences[&seq].seen_by;
     let least = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank);
     let mut candidates: Vec<u32> = least.chain(seen).collect();
     candidates.sort_unstable();
@@ -100,7 +100,9 @@ fn place(engine: &mut Engine, (class, seq): Key) -> bool {
 fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
     let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
     let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
-    if state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max) {
+    let returns = state.memory.returns;
+    let busy = state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max);
+    if busy || (state.refused == Some((seq, returns)) && state.running() > 0) {
         return None;
     }
     let found = state.memory.cache.find(&sequence.tokens, &sequence.hashes, limits.block_size, config.window);
@@ -108,6 +110,7 @@ fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
     let cached = found.nodes.len() as u64;
     let need = u64::from((sequence.len() + 1).div_ceil(limits.block_size)) - cached + u64::from(found.idle);
     if state.running() > 0 && need + state.claimed > state.memory.available() as u64 {
+        engine.ranks[rank.index()].refused = Some((seq, returns));
         return None;
     }
     Some((state.weighed + u64::from(sequence.len()) - cached * u64::from(limits.block_size), found))

@@ -63,6 +63,8 @@ pub struct Sequence {
     pub life: u32,
     /// Positions of the prompt whose logits have been told.
     pub told: u32,
+    /// The rank that has seen most of its prompt.
+    pub seen_by: Option<u32>,
 }
 
 /// What a sequence could compute next.
@@ -82,7 +84,7 @@ impl Sequence {
         let keeps = config.prefix_cache && request.want == Want::Tokens;
         let root = BlockHash::root(request.salt, config.numerics);
         let hashes = if keeps { chain(&tokens, config.limits.block_size, root) } else { Vec::new() };
-        Self { tokens, hashes, request, state: State::Waiting, life: 0, told: 0 }
+        Self { tokens, hashes, request, state: State::Waiting, life: 0, told: 0, seen_by: None }
     }
 
     /// Its id.

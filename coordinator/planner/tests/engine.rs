@@ -1,141 +1,16 @@
-//! The engine over a virtual worker: whatever arrives, is cancelled or runs out of room, every request ends exactly
+//! The engine over virtual ranks: whatever arrives, is cancelled or runs out of room, every request ends exactly
 //! once and with the tokens it would have had alone. The engine checks its invariants after every call.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod support;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use phalanx_planner::{Class, Engine, EngineConfig, Event, FinishReason, Refused, Request};
-use phalanx_proto::{
-    Fence, Limits, Outputs, Pool, Position, Rank, RowsResult, SeqId, Start, StepPlan, StepResult, TokenId, Tokens,
-};
+use phalanx_proto::{Fence, Rank, SeqId, StepPlan, StepResult, TokenId};
 use proptest::prelude::*;
-
-const VOCAB: u32 = 97;
-const WINDOW: u32 = 24;
-
-/// The token after `tokens`: a function of all of them.
-fn next_token(tokens: &[TokenId]) -> TokenId {
-    TokenId(tokens.iter().fold(7u32, |h, t| h.wrapping_mul(31).wrapping_add(t.0 + 1)) % VOCAB)
-}
-
-/// A hash of a prefix: what the keys and values of its last position depend on.
-fn prefix_hash(tokens: &[TokenId]) -> u64 {
-    tokens.iter().fold(11u64, |h, t| (h ^ u64::from(t.0 + 1)).wrapping_mul(0x100_0000_01b3))
-}
-
-/// A rank that keeps what its KV memory would hold, block by block, and reads it back from there.
-struct VirtualRank {
-    rank: Rank,
-    limits: Limits,
-    /// (pool, block, offset) -> the hash of the prefix written there and its last token.
-    memory: BTreeMap<(Pool, u32, u32), (u64, TokenId)>,
-    sequences: BTreeMap<SeqId, VirtualSequence>,
-}
-
-#[derive(Default)]
-struct VirtualSequence {
-    tables: BTreeMap<(Pool, u32), u32>,
-    tokens: Vec<TokenId>,
-    cached: usize,
-    last: Option<TokenId>,
-}
-
-impl VirtualRank {
-    fn new(rank: u32, limits: Limits) -> Self {
-        Self { rank: Rank(rank), limits, memory: BTreeMap::new(), sequences: BTreeMap::new() }
-    }
-
-    fn run(&mut self, plan: &StepPlan) -> StepResult {
-        plan.check(&self.limits, VOCAB).unwrap();
-        for seq in &plan.release {
-            assert!(self.sequences.remove(seq).is_some(), "released {seq} does not live on {}", self.rank);
-        }
-        for admission in &plan.admit {
-            let sequence = VirtualSequence { cached: admission.cached as usize, ..VirtualSequence::default() };
-            assert!(self.sequences.insert(admission.seq, sequence).is_none());
-        }
-        assert!(self.sequences.len() <= self.limits.seqs_max as usize);
-        let size = self.limits.block_size;
-        let mut rows = Vec::new();
-        for run in &plan.rows {
-            let sequence = self.sequences.get_mut(&run.seq).unwrap();
-            for grant in &run.grants {
-                sequence.tables.insert((grant.pool, grant.index), grant.block.0);
-            }
-            // What is said to be cached is read from the blocks.
-            for position in sequence.tokens.len()..std::mem::take(&mut sequence.cached) {
-                let position = u32::try_from(position).unwrap();
-                let block = sequence.tables[&(Pool::Full, position / size)];
-                sequence.tokens.push(self.memory[&(Pool::Full, block, position % size)].1);
-            }
-            let start = match run.start {
-                Start::At(position) => position.index(),
-                Start::AfterPrevious => sequence.tokens.len(),
-            };
-            assert!(start <= sequence.tokens.len());
-            sequence.tokens.truncate(start);
-            match &run.tokens {
-                Tokens::Given(tokens) => sequence.tokens.extend(tokens),
-                Tokens::Previous => sequence.tokens.push(sequence.last.unwrap()),
-                Tokens::Draft(_) => unreachable!(),
-            }
-            for end in start + 1..=sequence.tokens.len() {
-                let (position, token) = (u32::try_from(end - 1).unwrap(), sequence.tokens[end - 1]);
-                for pool in [Pool::Full, Pool::Window] {
-                    let block = sequence.tables[&(pool, position / size)];
-                    self.memory.insert((pool, block, position % size), (prefix_hash(&sequence.tokens[..end]), token));
-                }
-                // Every position this row sees must still hold what belongs there.
-                for (pool, from) in [(Pool::Full, 0), (Pool::Window, (position + 1).saturating_sub(WINDOW))] {
-                    for seen in from..=position {
-                        let block = sequence.tables[&(pool, seen / size)];
-                        let tokens = &sequence.tokens[..=seen as usize];
-                        let expected = (prefix_hash(tokens), tokens[seen as usize]);
-                        let found = self.memory.get(&(pool, block, seen % size));
-                        assert_eq!(found, Some(&expected), "{pool:?} {} at {seen} of {}", run.seq, position);
-                    }
-                }
-            }
-            if run.outputs == Outputs::Sample {
-                let token = next_token(&sequence.tokens);
-                sequence.last = Some(token);
-                let position = Position(u32::try_from(sequence.tokens.len()).unwrap());
-                let tokens = vec![token];
-                rows.push(RowsResult { seq: run.seq, position, tokens, logprobs: Vec::new(), logits: Vec::new() });
-            }
-        }
-        StepResult { fence: plan.header.fence, rank: self.rank, rows, ..StepResult::default() }
-    }
-}
-
-fn limits(seqs_max: u32, rows: u32, blocks: u32) -> Limits {
-    let window_blocks = seqs_max * (WINDOW.div_ceil(16) + 2) + rows.div_ceil(16) + blocks / 4;
-    Limits { seqs_max, step_rows_max: rows, block_size: 16, full_blocks: blocks, window_blocks, context: blocks * 16 }
-}
-
-fn config(limits: Limits, ranks: u32) -> EngineConfig {
-    let config = EngineConfig::of(WINDOW, VOCAB, limits, ranks);
-    EngineConfig { queue_max: 1000, deadline_ms: 1000, checked: true, ..config }
-}
-
-fn request(seq: u64, prompt: &[u32], max_tokens: u32) -> Request {
-    let prompt = prompt.iter().map(|&t| TokenId(t)).collect();
-    Request { stop_tokens: vec![TokenId(3)], ..Request::greedy(SeqId(seq), prompt, max_tokens) }
-}
-
-/// What the request gives alone.
-fn alone(request: &Request) -> (Vec<TokenId>, FinishReason) {
-    let mut tokens = request.prompt.clone();
-    for _ in 0..request.max_tokens {
-        let token = next_token(&tokens);
-        tokens.push(token);
-        if request.stop_tokens.contains(&token) {
-            return (tokens[request.prompt.len()..].to_vec(), FinishReason::Stop(token));
-        }
-    }
-    (tokens[request.prompt.len()..].to_vec(), FinishReason::Length)
-}
+use support::{VOCAB, VirtualRank, alone, config, limits, request};
 
 /// One request of a random workload.
 #[derive(Clone, Debug)]

@@ -1,0 +1,363 @@
+//! Who is served when, and what a cached prefix saves.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use phalanx_planner::{Class, EngineConfig, Event, FinishReason, Request};
+use phalanx_proto::{SeqId, Tokens};
+use support::{Cell, VOCAB, alone, config, limits, request};
+
+/// A prompt of `len` tokens that no other `salt` shares.
+fn prompt(salt: u32, len: u32) -> Vec<u32> {
+    (0..len).map(|i| (i * 31 + salt * 7 + i * i % 13) % VOCAB).collect()
+}
+
+/// A request that stops only at its most tokens.
+fn endless(seq: u64, prompt: &[u32], max_tokens: u32) -> Request {
+    Request { stop_tokens: Vec::new(), ..request(seq, prompt, max_tokens) }
+}
+
+fn rows_of(cell: &Cell) -> Vec<Vec<(u64, usize)>> {
+    let of_rank = |plan: &phalanx_proto::StepPlan| plan.rows.iter().map(|r| (r.seq.0, r.tokens.rows())).collect();
+    cell.plans.iter().map(of_rank).collect()
+}
+
+#[test]
+fn a_prompt_seen_before_is_computed_from_its_last_whole_block_on() {
+    let mut cell = Cell::new(config(limits(4, 64, 64), 1));
+    let same = prompt(1, 100);
+    cell.engine.submit(endless(1, &same, 4)).unwrap();
+    cell.run();
+    cell.engine.submit(endless(2, &same, 4)).unwrap();
+    cell.plan();
+    assert_eq!(rows_of(&cell), [[(2, 4)]], "96 of 100 tokens are there");
+    assert_eq!(cell.plans[0].admit[0].cached, 96);
+    cell.run();
+    assert_eq!((cell.cached(1), cell.cached(2)), (Some(0), Some(96)));
+    assert_eq!(cell.tokens(1), cell.tokens(2));
+    let stats = cell.engine.stats();
+    assert_eq!((stats.prefix_queries, stats.prefix_hits), (200, 96));
+}
+
+#[test]
+fn one_token_is_always_computed() {
+    let mut cell = Cell::new(config(limits(4, 64, 64), 1));
+    let same = prompt(1, 96);
+    for seq in 1..=2 {
+        cell.engine.submit(endless(seq, &same, 2)).unwrap();
+        cell.run();
+    }
+    assert_eq!(cell.cached(2), Some(80), "the block that ends the prompt holds the row to sample from");
+}
+
+#[test]
+fn the_next_turn_finds_prompt_and_answer() {
+    let mut cell = Cell::new(config(limits(4, 64, 64), 1));
+    let first = endless(1, &prompt(1, 50), 30);
+    let mut second = first.prompt.clone();
+    second.extend(alone(&first).0);
+    cell.engine.submit(first).unwrap();
+    cell.run();
+    let second: Vec<u32> = second.iter().map(|t| t.0).chain(prompt(9, 5)).collect();
+    cell.engine.submit(endless(2, &second, 4)).unwrap();
+    cell.run();
+    assert_eq!(cell.cached(2), Some(64), "79 tokens were computed, 64 of them in whole blocks");
+}
+
+#[test]
+fn salts_divide_what_is_shared() {
+    let mut cell = Cell::new(config(limits(4, 64, 64), 1));
+    let same = prompt(1, 60);
+    for (seq, salt) in [(1, 0), (2, 1), (3, 1)] {
+        cell.engine.submit(Request { salt, ..endless(seq, &same, 2) }).unwrap();
+        cell.run();
+    }
+    assert_eq!([1, 2, 3].map(|seq| cell.cached(seq).unwrap()), [0, 0, 48]);
+}
+
+#[test]
+fn other_numerics_share_nothing() {
+    let of = |numerics| EngineConfig { numerics, ..config(limits(4, 64, 64), 1) };
+    let chains = [1, 2].map(|numerics| {
+        let root = phalanx_planner::prefix::BlockHash::root(0, of(numerics).numerics);
+        phalanx_planner::prefix::chain(&request(1, &prompt(1, 64), 1).prompt, 16, root)
+    });
+    assert!(chains[0].iter().zip(&chains[1]).all(|(a, b)| a != b));
+}
+
+#[test]
+fn without_the_cache_nothing_is_kept() {
+    let mut cell = Cell::new(EngineConfig { prefix_cache: false, ..config(limits(4, 64, 64), 1) });
+    for seq in 1..=2 {
+        cell.engine.submit(endless(seq, &prompt(1, 60), 2)).unwrap();
+        cell.run();
+    }
+    assert_eq!(cell.cached(2), Some(0));
+    assert_eq!(cell.engine.stats().cache_usage, 0.0);
+}
+
+#[test]
+fn a_branch_in_the_middle_of_a_prompt_needs_its_window() {
+    // The window pool keeps what it has room for: a prefix of a long prompt is found as long as that is there.
+    let mut cell = Cell::new(config(limits(2, 64, 64), 1));
+    let shared = prompt(1, 160);
+    let ask = |end: u32| -> Vec<u32> { shared.iter().copied().chain(prompt(end, 20)).collect() };
+    for seq in 1..=2 {
+        cell.engine.submit(endless(seq, &ask(u32::try_from(seq).unwrap() + 50), 2)).unwrap();
+        cell.run();
+    }
+    assert_eq!(cell.cached(2), Some(160));
+}
+
+#[test]
+fn what_is_cached_gives_way_to_what_runs_and_the_newest_stays() {
+    let limits = limits(2, 64, 16);
+    let mut cell = Cell::new(config(limits, 1));
+    for seq in 0..5u32 {
+        cell.engine.submit(endless(u64::from(seq), &prompt(seq, 70), 2)).unwrap();
+        cell.run();
+    }
+    assert!(cell.engine.stats().cache_usage > 0.5, "the cache fills what is free");
+    cell.engine.submit(endless(10, &prompt(4, 70), 2)).unwrap();
+    cell.engine.submit(endless(11, &prompt(0, 70), 2)).unwrap();
+    cell.run();
+    assert_eq!((cell.cached(10), cell.cached(11)), (Some(64), Some(0)), "the oldest went first");
+}
+
+#[test]
+fn sequences_that_compute_the_same_at_once_end_up_with_one_copy() {
+    let mut cell = Cell::new(config(limits(4, 200, 64), 1));
+    for seq in 1..=3 {
+        cell.engine.submit(endless(seq, &prompt(1, 64), 40)).unwrap();
+    }
+    while cell.tokens(3).is_empty() {
+        cell.step();
+    }
+    cell.step();
+    // Four blocks of the prompt once, and for each sequence those it writes to.
+    let held = cell.engine.stats().kv_usage * 64.0;
+    assert!(held <= 4.0 + 3.0 * 2.0, "{held} blocks are held");
+    cell.run();
+    assert_eq!(cell.tokens(1), cell.tokens(2));
+    assert_eq!(cell.tokens(1), cell.tokens(3));
+}
+
+#[test]
+fn steps_go_out_before_results_are_back() {
+    let mut cell = Cell::new(EngineConfig { depth: 3, ..config(limits(4, 64, 64), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 5), 9)).unwrap();
+    assert!(cell.plan() && cell.plan() && cell.plan());
+    assert_eq!(cell.plans[0].rows[0].tokens, Tokens::Previous, "the token that nobody here knows yet");
+    assert!(!cell.plan(), "three are under way");
+    cell.answer();
+    assert!(cell.plan());
+    assert_eq!(cell.plans[0].header.applied.0, 1);
+    cell.run();
+    assert_eq!(cell.tokens(1).len(), 9);
+    assert_eq!(cell.engine.fence().step.0, 9, "no step for tokens beyond the last");
+}
+
+#[test]
+fn what_is_sampled_after_a_stop_token_is_nobodys() {
+    let lone = endless(1, &prompt(1, 5), 9);
+    let stop = alone(&lone).0[3];
+    let first = alone(&lone).0.iter().position(|&token| token == stop).unwrap();
+    let mut cell = Cell::new(EngineConfig { depth: 4, ..config(limits(4, 64, 64), 1) });
+    cell.engine.submit(Request { stop_tokens: vec![stop], ..lone.clone() }).unwrap();
+    cell.run();
+    assert_eq!(cell.tokens(1), alone(&lone).0[..=first]);
+    assert_eq!(cell.events.last(), Some(&Event::Finished { seq: SeqId(1), reason: FinishReason::Stop(stop) }));
+}
+
+#[test]
+fn interactive_requests_go_before_batch() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(1, 64, 64), 1) });
+    for seq in 1..=4 {
+        let class = if seq <= 2 { Class::Batch } else { Class::Interactive };
+        cell.engine.submit(Request { class, ..endless(seq, &prompt(1, 5), 3) }).unwrap();
+    }
+    cell.run();
+    assert_eq!(cell.started(), [3, 4, 1, 2]);
+}
+
+#[test]
+fn a_batch_request_gives_its_place_to_an_interactive_one_and_still_ends() {
+    let mut cell = Cell::new(config(limits(1, 64, 64), 1));
+    let batch = Request { class: Class::Batch, ..endless(1, &prompt(1, 40), 30) };
+    let expected = alone(&batch).0;
+    cell.engine.submit(batch).unwrap();
+    for seq in 2..40 {
+        cell.step();
+        cell.engine.submit(endless(seq, &prompt(2, 5), 5)).unwrap();
+    }
+    cell.run();
+    assert_eq!(cell.tokens(1), expected);
+    let preemptions = cell.engine.stats().preemptions;
+    assert!((1..=4).contains(&preemptions), "{preemptions} preemptions: more would never let it end");
+}
+
+#[test]
+fn a_steady_stream_of_interactive_requests_does_not_starve_batch() {
+    let mut cell = Cell::new(config(limits(2, 64, 64), 1));
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 900), 20) }).unwrap();
+    let mut seq = 2;
+    while !cell.events.iter().any(|e| matches!(e, Event::Finished { seq: SeqId(1), .. })) {
+        while cell.engine.waiting() < 4 {
+            cell.engine.submit(endless(seq, &prompt(2, 5), 5)).unwrap();
+            seq += 1;
+        }
+        cell.step();
+        assert!(seq < 2000, "it is passed for ever");
+    }
+}
+
+#[test]
+fn when_blocks_run_out_the_last_to_come_gives_way() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(2, 64, 8), 1) });
+    let requests = [endless(1, &prompt(1, 40), 60), endless(2, &prompt(2, 40), 60)];
+    for request in &requests {
+        cell.engine.submit(request.clone()).unwrap();
+    }
+    cell.run();
+    assert!(cell.engine.stats().preemptions > 0);
+    let finished = |seq| cell.events.iter().position(|e| matches!(e, Event::Finished { seq: s, .. } if s.0 == seq));
+    assert!(finished(1) < finished(2));
+    for request in &requests {
+        assert_eq!(cell.tokens(request.seq.0), alone(request).0);
+    }
+}
+
+#[test]
+fn decoding_takes_turns_where_there_are_more_sequences_than_rows() {
+    let mut limits = limits(6, 6, 64);
+    limits.step_rows_max = 2;
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits, 1) });
+    for seq in 1..=6 {
+        cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 1), 20)).unwrap();
+    }
+    for _ in 0..60 {
+        cell.step();
+    }
+    let counts: Vec<usize> = (1..=6).map(|seq| cell.tokens(seq).len()).collect();
+    let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
+    assert!(most - least <= 8, "{counts:?}");
+    cell.run();
+}
+
+#[test]
+fn prompts_are_spread_over_the_ranks_and_read_level() {
+    let limits = limits(8, 1024, 1024);
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits, 4) });
+    cell.engine.submit(endless(1, &prompt(1, 2000), 2)).unwrap();
+    cell.plan();
+    let counts: Vec<usize> = rows_of(&cell).iter().map(|rows| rows.iter().map(|r| r.1).sum()).collect();
+    assert_eq!(counts, [500, 0, 0, 0], "a quarter of what there is to read, not all that the budget allows");
+    assert_eq!(cell.engine.stats().imbalance, 4.0);
+    cell.answer();
+    for seq in 2..=4 {
+        cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 1500), 2)).unwrap();
+    }
+    cell.plan();
+    assert_eq!(rows_of(&cell), [[(1, 1024)], [(2, 1024)], [(3, 1024)], [(4, 1024)]]);
+    assert_eq!(cell.engine.stats().imbalance, 1.0);
+    cell.run();
+}
+
+#[test]
+fn a_sequence_lives_where_its_prefix_is() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(8, 256, 256), 3) });
+    let long = prompt(1, 640);
+    for seq in 1..=4 {
+        let own: Vec<u32> = if seq == 2 { prompt(2, 640) } else { long.clone() };
+        cell.engine.submit(endless(seq, &own, 2)).unwrap();
+        cell.run();
+    }
+    assert_eq!([1, 2, 3, 4].map(|seq| cell.cached(seq).unwrap()), [0, 0, 624, 624]);
+}
+
+#[test]
+fn cancelling_gives_everything_back_at_once() {
+    let mut cell = Cell::new(EngineConfig { depth: 3, ..config(limits(8, 64, 64), 2) });
+    for seq in 1..=8 {
+        cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 20), 30)).unwrap();
+    }
+    let lone = alone(&endless(3, &prompt(3, 20), 30)).0;
+    for _ in 0..6 {
+        cell.step();
+    }
+    for seq in (1..=8).filter(|seq| *seq != 3) {
+        cell.engine.cancel(SeqId(seq));
+    }
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (1, 0));
+    cell.run();
+    assert_eq!(cell.tokens(3), lone);
+    let stats = cell.engine.stats();
+    assert_eq!((stats.kv_usage, stats.running, stats.waiting_tokens), (0.0, 0, 0));
+}
+
+#[test]
+fn the_rank_is_told_of_the_past_only_where_it_matters() {
+    let greedy = endless(1, &prompt(1, 20), 3);
+    let mut penal = endless(2, &prompt(2, 20), 3);
+    penal.sampling.presence_penalty = 0.5;
+    let mut repeating = endless(3, &prompt(3, 20), 3);
+    repeating.sampling.repetition_penalty = 1.3;
+    let mut cell = Cell::new(config(limits(4, 200, 64), 1));
+    for request in [greedy, penal, repeating] {
+        cell.engine.submit(request).unwrap();
+    }
+    cell.plan();
+    let admit = &cell.plans[0].admit;
+    let lens: Vec<(usize, usize)> = admit.iter().map(|a| (a.history.prompt.len(), a.history.generated.len())).collect();
+    assert_eq!(lens, [(0, 0), (0, 0), (20, 0)]);
+    cell.run();
+}
+
+#[test]
+fn planning_costs_in_rows_and_blocks_whatever_waits() {
+    // Twice the ranks, the same rows and blocks a rank: twice the work; more in the queue: the same.
+    let work = |ranks: u32, waiting: u64| {
+        let limits = limits(8, 64, 64);
+        let mut cell = Cell::new(EngineConfig { queue_max: 100_000, checked: false, ..config(limits, ranks) });
+        for seq in 0..u64::from(ranks) * 8 + waiting {
+            let seed = u32::try_from(seq).unwrap();
+            cell.engine.submit(endless(seq, &prompt(seed, 30), 60)).unwrap();
+        }
+        for _ in 0..8 {
+            cell.step();
+        }
+        let before = cell.engine.work();
+        for _ in 0..20 {
+            cell.step();
+        }
+        let after = cell.engine.work();
+        (after.ops - before.ops) as f64 / (after.rows - before.rows) as f64
+    };
+    let base = work(2, 0);
+    assert!(base < 8.0, "{base} operations a row");
+    for (ranks, waiting) in [(2, 5_000), (16, 0), (16, 5_000)] {
+        let ops = work(ranks, waiting);
+        assert!(ops < base * 1.5, "{ops} operations a row with {ranks} ranks and {waiting} waiting, {base} before");
+    }
+}
+
+#[test]
+fn a_long_prompt_that_does_not_fit_yet_is_not_looked_up_each_step() {
+    let limits = limits(4, 64, 100);
+    let mut cell = Cell::new(EngineConfig { checked: false, depth: 1, ..config(limits, 1) });
+    cell.engine.submit(endless(1, &prompt(1, 600), 500)).unwrap();
+    while cell.tokens(1).is_empty() {
+        cell.step();
+    }
+    let begins_alike: Vec<u32> = prompt(1, 320).into_iter().chain(prompt(2, 1_200)).collect();
+    cell.engine.submit(endless(2, &begins_alike, 2)).unwrap();
+    cell.step();
+    let before = cell.engine.work().ops;
+    for _ in 0..50 {
+        cell.step();
+    }
+    let ops = cell.engine.work().ops - before;
+    assert_eq!(cell.engine.waiting(), 1);
+    assert!(ops < 50 * 8, "{ops} operations in 50 steps of one row, of 20 blocks that would be found");
+}
