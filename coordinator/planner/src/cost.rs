@@ -24,7 +24,7 @@
 //!
 //= arXiv:2211.05102 (Efficiently Scaling Transformer Inference: costs of a step as bytes and operations)
 
-use phalanx_proto::{LayerKind, Layout, ModelConfig, Phase, PhaseTimes, Rank};
+use phalanx_proto::{LayerKind, Layout, ModelConfig, Phase, PhaseTimes};
 
 /// What a rank runs on. A preset states what copies and large products reach, not what is printed on the box.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -323,10 +323,14 @@ impl Calibrated {
         Self { cost, rule, measured: [0.0; Phase::ALL.len()], predicted: [0.0; Phase::ALL.len()] }
     }
 
-    /// Takes what a rank measured in a step of this shape. A rank that the shape lacks tells nothing.
-    pub fn observe(&mut self, shape: &StepShape, rank: Rank, times: &PhaseTimes) {
-        let predicted = self.cost.phases(shape);
-        let Some(predicted) = predicted.get(rank.index()) else { return };
+    /// The cost model without what was measured.
+    #[must_use]
+    pub const fn cost(&self) -> &Cost {
+        &self.cost
+    }
+
+    /// Takes what a rank measured in a step for which [`Cost::phases`] had predicted this. O(1).
+    pub fn observe(&mut self, predicted: &PhaseSeconds, times: &PhaseTimes) {
         for (phase, &seconds) in Phase::ALL.into_iter().zip(predicted) {
             let at = phase as usize;
             if seconds > 0.0 {
@@ -535,41 +539,39 @@ mod tests {
         (Calibrated::new(cost(&big(), 2, Hardware::H100), rule), decode(2, 8, 1023))
     }
 
-    /// What a machine measures that takes `times` as long as predicted.
-    fn measured(calibrated: &Calibrated, shape: &StepShape, times: f64) -> PhaseTimes {
+    /// Takes `steps` steps in from a machine that takes `times` as long as predicted.
+    fn observe(calibrated: &mut Calibrated, shape: &StepShape, steps: usize, times: f64) {
+        let predicted = calibrated.cost().phases(shape)[0];
         let mut measured = PhaseTimes::default();
-        for (phase, seconds) in Phase::ALL.into_iter().zip(calibrated.cost.phases(shape)[0]) {
+        for (phase, seconds) in Phase::ALL.into_iter().zip(predicted) {
             measured.add(phase, (seconds * times * 1e6).round() as u64);
         }
-        measured
+        (0..steps).for_each(|_| calibrated.observe(&predicted, &measured));
     }
 
     #[test]
     fn deadlines_follow_what_is_measured() {
         let (mut calibrated, shape) = calibrated();
-        let floor = calibrated.cost.step_seconds(&shape);
+        let floor = calibrated.cost().step_seconds(&shape);
         assert_eq!(calibrated.deadline(&shape), (floor * 1e4).ceil() as u32);
         for times in [3.0, 7.0] {
-            let measured = measured(&calibrated, &shape, times);
-            (0..1000).for_each(|_| calibrated.observe(&shape, Rank(0), &measured));
+            observe(&mut calibrated, &shape, 1000, times);
             near(calibrated.step_seconds(&shape), floor * times, 0.05, "seconds of a step");
         }
-        // One slow step among many changes little, whatever it took.
+        // One slow step among many changes little.
         let before = calibrated.deadline(&shape);
-        let slow = measured(&calibrated, &shape, 14.0);
-        calibrated.observe(&shape, Rank(1), &slow);
+        observe(&mut calibrated, &shape, 1, 14.0);
         near(f64::from(calibrated.deadline(&shape)), f64::from(before), 0.05, "milliseconds");
     }
 
     #[test]
     fn a_deadline_stays_within_its_bounds_whatever_is_measured() {
         let (mut calibrated, shape) = calibrated();
-        (0..1000).for_each(|_| calibrated.observe(&shape, Rank(0), &PhaseTimes::default()));
+        observe(&mut calibrated, &shape, 1000, 0.0);
         assert_eq!(calibrated.deadline(&shape), 20);
-        (0..1000).for_each(|_| calibrated.observe(&shape, Rank(0), &PhaseTimes([u64::MAX; 8])));
+        observe(&mut calibrated, &shape, 1000, f64::MAX);
         assert_eq!(calibrated.deadline(&shape), 5000);
         assert!(Phase::ALL.into_iter().all(|phase| Calibrated::RATIOS.contains(&calibrated.ratio(phase))));
-        calibrated.observe(&shape, Rank(9), &PhaseTimes::default());
         // A step without rows is bounded, too.
         assert!((20..=5000).contains(&calibrated.deadline(&StepShape::default())));
     }
