@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_kernels::cpu::Cpu;
 use phalanx_model::{Checkpoint, ForwardError, GptOss};
-use phalanx_proto::{BackendReport, StepPlan};
-use phalanx_wire::{Description, Prepare, Progress, StepFailure, StepReply, VERSION};
+use phalanx_proto::{BackendReport, StepPlan, StepResult};
+use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
 
 use crate::collectives::GroupId;
 use crate::collectives::tcp::{self, Listener, Tcp};
@@ -15,7 +15,7 @@ use crate::device::Device;
 use crate::process::memory_pool;
 use crate::progress::ProgressCell;
 use crate::runner::{Runner, StepError};
-use crate::service::{Host, HostError};
+use crate::service::{Host, HostError, NoResult};
 
 /// Longest wait for the other ranks of an epoch to load and connect.
 const GATHER_WAIT: Duration = Duration::from_secs(1800);
@@ -26,6 +26,7 @@ pub struct ModelHost {
     device: Device,
     listener: Listener,
     data_address: SocketAddr,
+    progress: ProgressCell,
     runner: Option<Runner<Cpu, Tcp>>,
 }
 
@@ -36,7 +37,8 @@ impl ModelHost {
     /// The listener has no address.
     pub fn new(checkpoint: Arc<Checkpoint>, device: Device, listener: Listener) -> std::io::Result<Self> {
         let data_address = listener.local_addr()?;
-        Ok(Self { checkpoint, device, listener, data_address, runner: None })
+        let progress = ProgressCell::default();
+        Ok(Self { checkpoint, device, listener, data_address, progress, runner: None })
     }
 }
 
@@ -53,6 +55,10 @@ impl Host for ModelHost {
         }
     }
 
+    fn progress(&self) -> ProgressCell {
+        self.progress.clone()
+    }
+
     fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError> {
         // The old epoch's memory is needed for the new one's.
         self.release();
@@ -67,25 +73,26 @@ impl Host for ModelHost {
         let payload_max = payload_max(request, &self.device.report(&self.checkpoint), &self.checkpoint);
         let deadline = Instant::now() + GATHER_WAIT;
         let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline)?;
+        let collectives = collectives.watched_by(self.progress.clone());
         let runner = Runner::new(model, collectives, *limits, *fence);
         let allocated = runner.allocated();
         self.runner = Some(runner);
         Ok(allocated)
     }
 
-    fn run(&mut self, plan: &StepPlan, progress: &ProgressCell) -> StepReply {
+    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
         let fence = plan.header.fence;
         let Some(runner) = &mut self.runner else {
             let message = "this worker has no epoch".to_owned();
-            return Err(StepFailure { fence, message, blamed: Vec::new() });
+            return Err(NoResult::Refused(StepFailure { fence, message, blamed: Vec::new() }));
         };
-        progress.begin(fence.step);
-        runner.run(plan, progress).map_err(|error| {
+        runner.run(plan, &self.progress).map_err(|error| {
             let blamed = match &error {
                 StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
                 _ => Vec::new(),
             };
-            StepFailure { fence, message: error.to_string(), blamed }
+            let failure = StepFailure { fence, message: error.to_string(), blamed };
+            if error.ends_epoch() { NoResult::Failed(failure) } else { NoResult::Refused(failure) }
         })
     }
 

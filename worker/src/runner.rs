@@ -2,29 +2,37 @@
 //!
 //! The state of a sequence is a function of (request, tokens so far), written by absolute position; so a step
 //! may be repeated, and a plan that starts a sequence anew at any computed position is legal.
+//!
+//! - `check`: a plan is refused before it touches anything.
+//! - `sequence`: what is known of each sequence.
+//! - [`Outcomes`]: what came of the last steps, for plans that are sent again.
+
+mod check;
+mod outcomes;
+mod sequence;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_kernels::{Backend, Draw, StepInputs, TokenSource};
-use phalanx_model::weights::{pool_index, pool_of};
 use phalanx_model::{Collectives, ForwardError, GptOss, Step, Watch};
 use phalanx_proto::{
-    Admission, Fence, KvOp, LayerKind, Limits, Outputs, PlanError, Pool, Position, Rank, Rows, RowsResult, Sampling,
-    SeqId, Start, StepPlan, StepResult, TokenId, Tokens,
+    Admission, Fence, KvOp, Limits, Outputs, PlanError, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
+    StepPlan, StepResult, TableId, TokenId, Tokens,
 };
+
+use crate::constraints::{Beside, ConstraintFailure, Job, Table};
+pub use outcomes::{OutOfStep, Outcomes, STEPS_IN_FLIGHT};
+use sequence::Sequence;
 
 /// Why a step was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StepError {
     /// The plan is of another moment; nothing was touched.
-    #[error("the plan is of {theirs}, this rank has applied {ours}")]
-    Fence {
-        /// The plan's moment.
-        theirs: Fence,
-        /// The last step applied.
-        ours: Fence,
-    },
+    #[error(transparent)]
+    OutOfStep(#[from] OutOfStep),
     /// The plan cannot be done; nothing was touched.
     #[error("the plan cannot be done: {0}")]
     Plan(#[from] PlanError),
@@ -36,38 +44,22 @@ pub enum StepError {
         /// What does not fit.
         why: &'static str,
     },
+    /// The plan brings a constraint table that is here; nothing was touched.
+    #[error("constraint table {} is here already: give each table of an epoch its own id", .0.0)]
+    Table(TableId),
     /// The step failed half way. The epoch is over on this rank.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// The step failed half way. The epoch is over on this rank.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintFailure),
 }
 
-/// No block has been given for this stretch.
-const NO_BLOCK: u32 = u32::MAX;
-
-/// A sequence that lives on this rank.
-#[derive(Clone, Debug)]
-struct Sequence {
-    sampling: Sampling,
-    /// Where the backend keeps the token sampled last.
-    slot: u32,
-    /// The token sampled last.
-    last: Option<TokenId>,
-    /// Positions whose keys and values are written.
-    reached: u32,
-    /// Block of each stretch, for each pool.
-    tables: [Vec<u32>; 2],
-}
-
-impl Sequence {
-    fn grant(&mut self, rows: &Rows) {
-        for grant in &rows.grants {
-            let table = &mut self.tables[pool_index(grant.pool)];
-            let index = grant.index as usize;
-            if table.len() <= index {
-                table.resize(index + 1, NO_BLOCK);
-            }
-            table[index] = grant.block.0;
-        }
+impl StepError {
+    /// Whether the epoch is over on this rank; otherwise nothing was touched.
+    #[must_use]
+    pub const fn ends_epoch(&self) -> bool {
+        matches!(self, Self::Forward(_) | Self::Constraint(_))
     }
 }
 
@@ -76,20 +68,29 @@ pub struct Runner<B: Backend, C: Collectives<B::Parts>> {
     model: GptOss<B>,
     collectives: C,
     limits: Limits,
-    /// The last step applied.
-    fence: Fence,
     sequences: BTreeMap<SeqId, Sequence>,
     free_slots: Vec<u32>,
-    /// The last result, for a plan that is sent again.
-    last: Option<StepResult>,
+    /// The constraint tables of the epoch.
+    tables: BTreeMap<TableId, Arc<Table>>,
+    /// Where constraints are evaluated.
+    beside: Beside,
+    outcomes: Outcomes<StepError>,
 }
 
 impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// A rank ready for the step after `fence`.
     #[must_use]
     pub fn new(model: GptOss<B>, collectives: C, limits: Limits, fence: Fence) -> Self {
-        let free_slots = (0..limits.seqs_max).rev().collect();
-        Self { model, collectives, limits, fence, sequences: BTreeMap::new(), free_slots, last: None }
+        Self {
+            model,
+            collectives,
+            limits,
+            sequences: BTreeMap::new(),
+            free_slots: (0..limits.seqs_max).rev().collect(),
+            tables: BTreeMap::new(),
+            beside: Beside::default(),
+            outcomes: Outcomes::new(fence),
+        }
     }
 
     /// This rank.
@@ -104,27 +105,29 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         self.model.allocated()
     }
 
-    /// Does one step. A plan of the last step applied gives its result again.
+    /// Does one step. What came of a step that ran is told again, whatever else its plan says.
     ///
     /// # Errors
-    /// A plan that is refused leaves everything as it was; a failed exchange ends the epoch.
+    /// A plan that is refused leaves everything as it was; a failed exchange or constraint ends the epoch.
     pub fn run(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
-        let fence = plan.header.fence;
-        if let Some(last) = &self.last
-            && last.fence == fence
-        {
-            return Ok(last.clone());
+        if let Some(outcome) = self.outcomes.of(plan.header.fence)? {
+            return outcome;
         }
-        if fence != self.fence.next() {
-            return Err(StepError::Fence { theirs: fence, ours: self.fence });
-        }
-        plan.check(&self.limits, self.model.config().vocab)?;
         self.check(plan)?;
+        let outcome = self.step(plan, watch);
+        self.outcomes.keep(&plan.header, &outcome);
+        outcome
+    }
 
+    fn step(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);
             }
+        }
+        for table in &plan.tables {
+            let table = (table.id, Arc::new(Table::new(table.clone(), self.model.config().vocab)));
+            self.tables.extend([table]);
         }
         for admission in &plan.admit {
             self.admit(admission);
@@ -133,88 +136,29 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             self.model.copy_block(from.pool, from.block.0, to.block.0);
         }
         let inputs = self.inputs(plan);
-        let result = self.step(plan, &inputs, watch)?;
-        self.fence = fence;
-        self.last = Some(result.clone());
+
+        let fence = plan.header.fence;
+        let deadline = Instant::now() + Duration::from_millis(u64::from(plan.header.deadline_ms));
+        let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
+        let jobs = self.constrained(plan);
+        let forward = || -> Result<(), StepError> {
+            let step = Step { fence, deadline, watch, phases: &mut result.phases };
+            Ok(self.model.forward(&inputs, &mut self.collectives, step)?)
+        };
+        let ((), jobs) = self.beside.evaluate(jobs, forward)?;
+        let draws = self.draws(plan, &inputs, jobs);
+        self.model.sample(&draws, &mut result.phases);
+        result.rows = self.results(plan, &inputs);
+        let tokens = self.model.finish()?;
+        self.keep_tokens(plan, &tokens, &mut result);
+        result.exchange = self.collectives.counters();
         Ok(result)
-    }
-
-    /// Checks the plan against the state of its sequences.
-    fn check(&self, plan: &StepPlan) -> Result<(), StepError> {
-        let fail = |seq, why| Err(StepError::Sequence { seq, why });
-        let mut live: BTreeMap<SeqId, Option<&Sequence>> = self.sequences.iter().map(|(k, v)| (*k, Some(v))).collect();
-        for seq in &plan.release {
-            live.remove(seq);
-        }
-        for admission in &plan.admit {
-            if live.insert(admission.seq, None).is_some() {
-                return fail(admission.seq, "it is admitted twice");
-            }
-        }
-        if live.len() > self.limits.seqs_max as usize {
-            let (asked, max) = (live.len(), self.limits.seqs_max as usize);
-            return Err(PlanError::TooMany { what: "sequences", asked, max }.into());
-        }
-        for rows in &plan.rows {
-            let Some(sequence) = live.get(&rows.seq) else {
-                return fail(rows.seq, "it does not live on this rank");
-            };
-            let reached = sequence.map_or(0, |s| s.reached);
-            let start = match rows.start {
-                Start::At(position) => position.0,
-                Start::AfterPrevious => reached,
-            };
-            if start > reached {
-                return fail(rows.seq, "its rows begin beyond the positions computed");
-            }
-            let Some(end) = u32::try_from(rows.tokens.rows()).ok().and_then(|n| start.checked_add(n)) else {
-                return fail(rows.seq, "its rows overflow");
-            };
-            if end > self.limits.context {
-                return fail(rows.seq, "its rows exceed the context");
-            }
-            let sampled = sequence.is_some_and(|s| s.last.is_some());
-            if !matches!(rows.tokens, Tokens::Given(_)) && !sampled {
-                return fail(rows.seq, "it has sampled no token yet");
-            }
-            if rows.outputs == Outputs::Verify && !matches!(rows.tokens, Tokens::Draft(_)) {
-                return fail(rows.seq, "it has no guesses to verify");
-            }
-            self.check_blocks(rows, *sequence, start, end)?;
-        }
-        Ok(())
-    }
-
-    /// Every stretch that the rows write or see must have a block.
-    fn check_blocks(&self, rows: &Rows, sequence: Option<&Sequence>, start: u32, end: u32) -> Result<(), StepError> {
-        let config = self.model.config();
-        for kind in [LayerKind::Full, LayerKind::Sliding] {
-            if config.layers_of(kind) == 0 {
-                continue;
-            }
-            let pool = pool_of(kind);
-            let first = match pool {
-                Pool::Full => 0,
-                Pool::Window => (start + 1).saturating_sub(config.window),
-            };
-            let granted = |index: u32| {
-                let table = sequence.map(|s| &s.tables[pool_index(pool)]);
-                table.and_then(|t| t.get(index as usize)).is_some_and(|&b| b != NO_BLOCK)
-                    || rows.grants.iter().any(|g| g.pool == pool && g.index == index)
-            };
-            let size = self.limits.block_size;
-            if !(first / size..end.div_ceil(size)).all(granted) {
-                return Err(StepError::Sequence { seq: rows.seq, why: "it has no block for a position it needs" });
-            }
-        }
-        Ok(())
     }
 
     fn admit(&mut self, admission: &Admission) {
         let slot = self.free_slots.pop().expect("`check` bounds the sequences by the slots");
-        let tables = [Vec::new(), Vec::new()];
-        let sequence = Sequence { sampling: admission.sampling, slot, last: None, reached: 0, tables };
-        self.sequences.insert(admission.seq, sequence);
+        let constraint = admission.constraint.map(|start| self.tables[&start.table].at(start.state));
+        self.sequences.insert(admission.seq, Sequence::new(admission, slot, constraint));
     }
 
     /// Flattens the plan's runs into rows.
@@ -222,11 +166,8 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let mut inputs = StepInputs { tables: vec![Vec::new(), Vec::new()], ..StepInputs::default() };
         for (index, rows) in (0..).zip(&plan.rows) {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
-            sequence.grant(rows);
-            let start = match rows.start {
-                Start::At(position) => position.0,
-                Start::AfterPrevious => sequence.reached,
-            };
+            sequence.grant(&rows.grants);
+            let start = first_position(rows.start, sequence.reached);
             let previous = TokenSource::Sampled(sequence.slot);
             let given = |tokens: &[TokenId]| tokens.iter().map(|t| TokenSource::Given(t.0)).collect::<Vec<_>>();
             match &rows.tokens {
@@ -237,7 +178,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
                     inputs.tokens.extend(given(guesses));
                 }
             }
-            let count = u32::try_from(rows.tokens.rows()).expect("`check` bounds the rows");
+            let count = count(rows);
             inputs.positions.extend(start..start + count);
             inputs.sequences.extend(std::iter::repeat_n(index, count as usize));
             for (table, of_step) in sequence.tables.iter().zip(&mut inputs.tables) {
@@ -248,60 +189,57 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         inputs
     }
 
-    fn step(&mut self, plan: &StepPlan, inputs: &StepInputs, watch: &impl Watch) -> Result<StepResult, StepError> {
-        let fence = plan.header.fence;
-        let deadline = Instant::now() + Duration::from_millis(u64::from(plan.header.deadline_ms));
-        let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
-        let step = Step { fence, deadline, watch, phases: &mut result.phases };
-        self.model.forward(inputs, &mut self.collectives, step)?;
-
-        let mut wanted = Vec::new();
-        let mut first_row = 0u32;
-        for rows in &plan.rows {
-            let count = u32::try_from(rows.tokens.rows()).expect("`check` bounds the rows");
-            let all = first_row..first_row + count;
-            let drawn = match rows.outputs {
-                Outputs::None | Outputs::AllLogits => all.end..all.end,
-                Outputs::Sample => all.end - 1..all.end,
-                Outputs::Verify => all.clone(),
-            };
-            let sequence = &self.sequences[&rows.seq];
-            wanted.extend(drawn.map(|row| (row, draw(sequence, inputs.positions[row as usize] + 1))));
-            first_row = all.end;
-        }
-        self.model.sample(&wanted, &mut result.phases);
-
-        let mut first_row = 0u32;
-        for rows in &plan.rows {
-            let count = u32::try_from(rows.tokens.rows()).expect("`check` bounds the rows");
-            if rows.outputs == Outputs::AllLogits {
-                let wanted: Vec<u32> = (first_row..first_row + count).collect();
-                let position = Position(inputs.positions[first_row as usize] + 1);
-                let logits = self.model.logits(&wanted);
-                result.rows.push(RowsResult {
-                    seq: rows.seq,
-                    position,
-                    tokens: Vec::new(),
-                    logprobs: Vec::new(),
-                    logits,
-                });
-            } else if rows.outputs != Outputs::None {
-                let first = if rows.outputs == Outputs::Sample { first_row + count - 1 } else { first_row };
-                let position = Position(inputs.positions[first as usize] + 1);
-                result.rows.push(RowsResult {
-                    seq: rows.seq,
-                    position,
-                    tokens: Vec::new(),
-                    logprobs: Vec::new(),
-                    logits: Vec::new(),
-                });
+    /// The constraints that say what may be sampled in this step; they are away until [`Runner::draws`].
+    fn constrained(&mut self, plan: &StepPlan) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        for (index, rows) in plan.rows.iter().enumerate() {
+            let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
+            if !drawn(rows, 0..count(rows)).is_empty()
+                && let Some(constraint) = sequence.constraint.take()
+            {
+                let news = std::mem::take(&mut sequence.news);
+                let guesses = guesses(rows).to_vec();
+                jobs.push(Job { index, constraint, news, guesses, masks: Vec::new() });
             }
-            first_row += count;
         }
-        let tokens = self.model.finish()?;
-        self.keep_tokens(plan, &tokens, &mut result);
-        result.exchange = self.collectives.counters();
-        Ok(result)
+        jobs
+    }
+
+    /// How a token is drawn, for each row that one is sampled from.
+    fn draws(&mut self, plan: &StepPlan, inputs: &StepInputs, jobs: Vec<Job>) -> Vec<(u32, Draw)> {
+        let mut jobs = jobs.into_iter().peekable();
+        let mut draws = Vec::new();
+        for (index, (rows, all)) in runs(plan).enumerate() {
+            let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
+            let job = jobs.next_if(|job| job.index == index);
+            if let Some(job) = job {
+                sequence.constraint = Some(job.constraint);
+            }
+            for row in drawn(rows, all) {
+                draws.push((row, draw(sequence, inputs.positions[row as usize] + 1)));
+            }
+        }
+        draws
+    }
+
+    /// What each run that asked for something gave, but for the tokens.
+    fn results(&mut self, plan: &StepPlan, inputs: &StepInputs) -> Vec<RowsResult> {
+        let mut results = Vec::new();
+        for (rows, all) in runs(plan) {
+            let mut logits = Vec::new();
+            let first = match rows.outputs {
+                Outputs::None => continue,
+                Outputs::AllLogits => {
+                    let wanted: Vec<u32> = all.clone().collect();
+                    logits = self.model.logits(&wanted);
+                    all.start
+                }
+                Outputs::Sample | Outputs::Verify => drawn(rows, all).start,
+            };
+            let position = Position(inputs.positions[first as usize] + 1);
+            results.push(RowsResult { seq: rows.seq, position, tokens: Vec::new(), logprobs: Vec::new(), logits });
+        }
+        results
     }
 
     /// Hands the sampled tokens to their sequences and to the result.
@@ -310,20 +248,59 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let asked = plan.rows.iter().filter(|rows| rows.outputs != Outputs::None);
         for (rows, result) in asked.zip(&mut result.rows) {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
-            let guesses: &[TokenId] = match (&rows.tokens, rows.outputs) {
-                (Tokens::Draft(guesses), Outputs::Verify) => guesses,
-                (_, Outputs::Sample) => &[],
-                _ => continue,
-            };
-            let drawn: Vec<TokenId> = tokens.by_ref().take(guesses.len() + 1).collect();
+            let draws = drawn(rows, 0..count(rows)).len();
+            if draws == 0 {
+                continue;
+            }
+            let guesses = guesses(rows);
+            let drawn: Vec<TokenId> = tokens.by_ref().take(draws).collect();
             let right = guesses.iter().zip(&drawn).take_while(|(guess, token)| guess == token).count();
-            sequence.reached -= u32::try_from(guesses.len() - right).expect("`check` bounds the rows");
+            let wrong = u32::try_from(guesses.len() - right).expect("`check` bounds the rows");
+            sequence.reached -= wrong;
             result.tokens = drawn[..=right].to_vec();
-            sequence.last = result.tokens.last().copied();
-            if let (Some(last), true) = (sequence.last, right < guesses.len()) {
+            sequence.sampled(&result.tokens, sequence.reached);
+            if let (Some(last), true) = (sequence.last, wrong > 0) {
                 self.model.set_token(sequence.slot, last.0);
             }
         }
+    }
+}
+
+/// Where a run begins in a sequence whose positions before `reached` are computed.
+fn first_position(start: Start, reached: u32) -> u32 {
+    match start {
+        Start::At(position) => position.0,
+        Start::AfterPrevious => reached,
+    }
+}
+
+fn count(rows: &Rows) -> u32 {
+    u32::try_from(rows.tokens.rows()).expect("`check` bounds the rows")
+}
+
+/// The plan's runs, each with its rows within the step.
+fn runs(plan: &StepPlan) -> impl Iterator<Item = (&Rows, Range<u32>)> {
+    plan.rows.iter().scan(0, |first, rows| {
+        let all = *first..*first + count(rows);
+        *first = all.end;
+        Some((rows, all))
+    })
+}
+
+/// Of the rows of a run, those that a token is sampled from.
+fn drawn(rows: &Rows, all: Range<u32>) -> Range<u32> {
+    match rows.outputs {
+        Outputs::None | Outputs::AllLogits => all.end..all.end,
+        Outputs::Sample => all.end - 1..all.end,
+        Outputs::Verify => all,
+    }
+}
+
+/// The guesses that are to be verified.
+fn guesses(rows: &Rows) -> &[TokenId] {
+    match (&rows.tokens, rows.outputs) {
+        (Tokens::Draft(guesses), Outputs::Verify) => guesses,
+        _ => &[],
     }
 }
 

@@ -12,6 +12,7 @@ use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
 use phalanx_proto::{CellId, Epoch, ExchangeCounters, Fence, LayerIdx, Rank, StepId, Term};
 use phalanx_worker::collectives::tcp::{self, ConnectError, Listener, Refusal, Tcp};
 use phalanx_worker::collectives::{GroupId, local};
+use phalanx_worker::progress::ProgressCell;
 
 /// Longer than any test; reached only by a hang.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -402,6 +403,28 @@ fn nobody_waits_for_ever_for_a_rank_that_never_comes() {
     let peers = [here.local_addr().unwrap(), listener().local_addr().unwrap()];
     let error = tcp::connect(&here, group(5), Rank(0), &peers, PAYLOAD_MAX, soon()).unwrap_err();
     assert!(matches!(&error, ConnectError::Deadline { waiting_for, .. } if *waiting_for == [Rank(1)]), "{error}");
+}
+
+#[test]
+fn whom_a_rank_waits_for_can_be_seen_meanwhile() {
+    let mut group = tcp_group(3);
+    let progress = ProgressCell::default();
+    let late = group.pop().unwrap();
+    let early = vec![group.remove(0).watched_by(progress.clone()), group.remove(0)];
+    let exchange_once = |mut c: Tcp| {
+        c.begin(fence(4), Instant::now() + PATIENCE);
+        let mut send = parts_from(1, c.rank().0, 3);
+        swap(&mut c, exchange(0, DISPATCH), &mut send, &mut HostParts::default()).unwrap();
+    };
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| each(early, exchange_once));
+        while progress.get().waiting_for != [Rank(2)] {
+            std::thread::yield_now();
+        }
+        assert_eq!(progress.get().step, StepId(4));
+        exchange_once(late);
+        waiting.join().unwrap();
+    });
 }
 
 #[test]

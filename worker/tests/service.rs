@@ -18,7 +18,8 @@ use phalanx_wire::{
     ClusterToken, Description, Health, Join, Prepare, PrepareEvent, Progress, StepFailure, StepReply, WorkerState, v1,
 };
 use phalanx_worker::progress::ProgressCell;
-use phalanx_worker::service::{Host, HostError, ServeError, serve};
+use phalanx_worker::runner::{Outcomes, STEPS_IN_FLIGHT};
+use phalanx_worker::service::{Host, HostError, NoResult, ServeError, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -34,15 +35,46 @@ const FAIL: u32 = 1;
 const PANIC: u32 = 2;
 const HANG: u32 = 3;
 
-/// Counts what it is asked, and hangs until `wake` says so.
+/// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
     steps: Arc<Mutex<Vec<Fence>>>,
     wake: mpsc::Receiver<()>,
+    progress: ProgressCell,
+    outcomes: Outcomes<StepFailure>,
+}
+
+impl FakeHost {
+    fn new(steps: Arc<Mutex<Vec<Fence>>>, wake: mpsc::Receiver<()>) -> Self {
+        Self { steps, wake, progress: ProgressCell::default(), outcomes: Outcomes::new(Fence::default()) }
+    }
+
+    fn step(&self, plan: &StepPlan) -> StepReply {
+        let fence = plan.header.fence;
+        self.steps.lock().unwrap().push(fence);
+        self.progress.begin(fence.step);
+        match plan.header.deadline_ms {
+            FAIL => {
+                return Err(StepFailure { fence, message: "rank 2 is lost".to_owned(), blamed: vec![Rank(2)] });
+            }
+            PANIC => panic!("told to"),
+            HANG => {
+                self.progress.at(LayerIdx(7), "combine");
+                self.progress.waiting_for([Rank(3)]);
+                self.wake.recv().unwrap();
+            }
+            _ => {}
+        }
+        Ok(StepResult { fence, rank: Rank(1), ..StepResult::default() })
+    }
 }
 
 impl Host for FakeHost {
     fn describe(&self) -> Description {
         description()
+    }
+
+    fn progress(&self) -> ProgressCell {
+        self.progress.clone()
     }
 
     fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError> {
@@ -51,25 +83,21 @@ impl Host for FakeHost {
             return Err(Box::new(std::io::Error::other(cause)));
         }
         on_progress(Progress { stage: "experts".to_owned(), done_bytes: 1, total_bytes: 2 });
+        self.outcomes = Outcomes::new(request.fence);
         Ok(4096)
     }
 
-    fn run(&mut self, plan: &StepPlan, progress: &ProgressCell) -> StepReply {
+    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
         let fence = plan.header.fence;
-        self.steps.lock().unwrap().push(fence);
-        match plan.header.deadline_ms {
-            FAIL => {
-                return Err(StepFailure { fence, message: "rank 2 is lost".to_owned(), blamed: vec![Rank(2)] });
+        match self.outcomes.of(fence) {
+            Ok(Some(outcome)) => outcome.map_err(NoResult::Failed),
+            Ok(None) => {
+                let outcome = self.step(plan);
+                self.outcomes.keep(&plan.header, &outcome);
+                outcome.map_err(NoResult::Failed)
             }
-            PANIC => panic!("told to"),
-            HANG => {
-                progress.at(LayerIdx(7), "combine");
-                progress.waiting_for([Rank(3)]);
-                self.wake.recv().unwrap();
-            }
-            _ => {}
+            Err(error) => Err(NoResult::Refused(StepFailure { fence, message: error.to_string(), blamed: Vec::new() })),
         }
-        Ok(StepResult { fence, rank: Rank(1), ..StepResult::default() })
     }
 
     fn release(&mut self) {}
@@ -135,7 +163,7 @@ async fn worker(token: Option<ClusterToken>) -> Worker {
     let address = listener.local_addr().unwrap();
     let steps = Arc::default();
     let (wake, woken) = mpsc::channel();
-    let host = FakeHost { steps: Arc::clone(&steps), wake: woken };
+    let host = FakeHost::new(Arc::clone(&steps), woken);
     let (stop, stopped) = oneshot::channel();
     let served = tokio::spawn(serve(listener, host, token, async move { drop(stopped.await) }));
     Worker { address, steps, wake, stop, served }
@@ -232,6 +260,12 @@ impl Steps {
         self.send(plan).await;
         self.reply().await
     }
+
+    /// Sends a plan that ends the stream.
+    async fn run_last(mut self, plan: StepPlan) -> tonic::Status {
+        self.send(plan).await;
+        self.replies.message().await.unwrap_err()
+    }
 }
 
 /// A worker with epoch 1 of term 1 prepared.
@@ -265,8 +299,9 @@ async fn a_worker_joins_prepares_steps_and_is_released() {
 
     release(&mut client, 1).await.unwrap();
     assert_eq!(health(&mut client).await, Health { progress: health(&mut client).await.progress, ..Health::default() });
-    let refused = steps.run(plan(fence(1, 1, 21), OBEY)).await.unwrap_err();
-    assert!(refused.message.contains("no epoch"), "{refused}");
+    let refused = steps.run_last(plan(fence(1, 1, 21), OBEY)).await;
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("no epoch"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -287,30 +322,68 @@ async fn a_plan_of_another_moment_is_refused_and_touches_nothing() {
     let (worker, mut client, mut steps) = ready().await;
     steps.run(plan(fence(1, 1, 1), OBEY)).await.unwrap();
     steps.run(plan(fence(1, 1, 2), OBEY)).await.unwrap();
-    for wrong in [fence(1, 1, 0), fence(1, 1, 1), fence(1, 1, 4), fence(1, 2, 3), fence(2, 1, 3), fence(0, 1, 3)] {
+    for wrong in [fence(1, 1, 0), fence(1, 1, 4)] {
         let refused = steps.run(plan(wrong, OBEY)).await.unwrap_err();
         assert_eq!(refused.fence, wrong);
         assert!(!refused.message.is_empty() && refused.blamed.is_empty());
     }
+    // An epoch that is not here: nothing more can come of the stream.
+    for wrong in [fence(1, 2, 3), fence(2, 1, 3), fence(0, 1, 3)] {
+        let refused = Steps::open(&mut client).await.run_last(plan(wrong, OBEY)).await;
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    }
     assert_eq!(health(&mut client).await.state, WorkerState::Ready);
     steps.run(plan(fence(1, 1, 3), OBEY)).await.unwrap();
-    // The last one again: steps are safe to repeat.
-    steps.run(plan(fence(1, 1, 3), OBEY)).await.unwrap();
-    let seen: Vec<u64> = worker.steps.lock().unwrap().iter().map(|fence| fence.step.0).collect();
-    assert_eq!(seen, [1, 2, 3, 3]);
+    assert_eq!(seen(&worker), [1, 2, 3]);
+}
+
+fn seen(worker: &Worker) -> Vec<u64> {
+    worker.steps.lock().unwrap().iter().map(|fence| fence.step.0).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_plan_is_refused_and_the_next_one_runs() {
-    let (_worker, _client, mut steps) = ready().await;
+async fn plans_sent_again_on_another_stream_are_answered_and_run_once() {
+    let (worker, mut client, mut steps) = ready().await;
+    let last = STEPS_IN_FLIGHT as u64;
+    for step in 1..=last {
+        steps.send(plan(fence(1, 1, step), OBEY)).await;
+    }
+    steps.reply().await.unwrap();
+    drop(steps);
+    // Some of the plans have run, some are before the worker still, some were lost on the way.
+    let mut steps = Steps::open(&mut client).await;
+    for step in 2..=last + 1 {
+        steps.send(plan(fence(1, 1, step), OBEY)).await;
+    }
+    for step in 2..=last + 1 {
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
+    }
+    assert_eq!(seen(&worker), (1..=last + 1).collect::<Vec<_>>());
+    // Told again, a step does not bring the past back.
+    steps.run(plan(fence(1, 1, 2), OBEY)).await.unwrap();
+    assert_eq!(health(&mut client).await.fence, fence(1, 1, last + 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_plan_ends_its_stream_and_runs_when_it_is_sent_again() {
+    let (worker, mut client, steps) = ready().await;
     let mut damaged = v1::Envelope::from(plan(fence(1, 1, 1), OBEY));
     damaged.crc32c = damaged.crc32c.map(|crc| crc ^ 1);
-    steps.plans.send(damaged).await.unwrap();
-    let refused = steps.reply().await.unwrap_err();
-    assert!(refused.message.contains("checksum"), "{refused}");
-    steps.plans.send(v1::Envelope::default()).await.unwrap();
-    assert!(steps.reply().await.unwrap_err().message.contains("crc32c"));
+    let cases = [(damaged, Code::DataLoss, "checksum"), (v1::Envelope::default(), Code::InvalidArgument, "crc32c")];
+    drop(steps);
+    for (wrong, code, why) in cases {
+        let mut steps = Steps::open(&mut client).await;
+        steps.plans.send(wrong).await.unwrap();
+        // What comes after it does not run, not even the plan that would be next.
+        steps.send(plan(fence(1, 1, 1), OBEY)).await;
+        let refused = steps.replies.message().await.unwrap_err();
+        assert_eq!(refused.code(), code);
+        assert!(refused.message().contains(why), "{refused}");
+    }
+    assert_eq!(health(&mut client).await.fence, fence(1, 1, 0));
+    let mut steps = Steps::open(&mut client).await;
     steps.run(plan(fence(1, 1, 1), OBEY)).await.unwrap();
+    assert_eq!(seen(&worker), [1]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -336,13 +409,18 @@ async fn more_logits_than_fit_a_reply_are_refused_before_the_step() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_step_ends_the_epoch_and_another_may_be_prepared() {
     let (_worker, mut client, mut steps) = ready().await;
-    let failure = steps.run(plan(fence(1, 1, 1), FAIL)).await.unwrap_err();
+    steps.run(plan(fence(1, 1, 1), OBEY)).await.unwrap();
+    let failure = steps.run(plan(fence(1, 1, 2), FAIL)).await.unwrap_err();
     assert_eq!(failure.blamed, [Rank(2)]);
     let health_now = health(&mut client).await;
     assert_eq!(health_now.state, WorkerState::Failed);
     assert!(health_now.last_error.unwrap().contains("rank 2 is lost"));
-    let refused = steps.run(plan(fence(1, 1, 1), OBEY)).await.unwrap_err();
-    assert!(refused.message.contains("the epoch is over"), "{refused}");
+    // Who was to blame is told again, with what came before.
+    steps.run(plan(fence(1, 1, 1), OBEY)).await.unwrap();
+    for step in [2, 3] {
+        assert_eq!(steps.run(plan(fence(1, 1, step), OBEY)).await.unwrap_err().blamed, [Rank(2)]);
+    }
+    assert_eq!(health(&mut client).await.state, WorkerState::Failed);
 
     prepare(&mut client, request(1, 2)).await.unwrap();
     steps.run(plan(fence(1, 2, 1), OBEY)).await.unwrap();
@@ -365,8 +443,9 @@ async fn the_first_coordinator_keeps_the_worker_until_a_higher_term_comes() {
     steps.run(plan(fence(5, 1, 1), OBEY)).await.unwrap();
 
     join(&mut client, 6, 11).await.unwrap();
-    let refused = steps.run(plan(fence(5, 1, 2), OBEY)).await.unwrap_err();
-    assert!(refused.message.contains("belongs to term 6"), "{refused}");
+    let refused = steps.run_last(plan(fence(5, 1, 2), OBEY)).await;
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("belongs to term 6"), "{refused}");
     assert_eq!(prepare(&mut client, request(5, 2)).await.unwrap_err().code(), Code::FailedPrecondition);
     assert_eq!(release(&mut client, 5).await.unwrap_err().code(), Code::FailedPrecondition);
 
@@ -476,7 +555,7 @@ async fn every_call_asks_for_the_token() {
 #[tokio::test]
 async fn beyond_loopback_there_is_no_worker_without_a_token() {
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
-    let host = FakeHost { steps: Arc::default(), wake: mpsc::channel().1 };
+    let host = FakeHost::new(Arc::default(), mpsc::channel().1);
     let refused = serve(listener, host, None, std::future::pending()).await.unwrap_err();
     assert!(refused.to_string().contains("PHALANX_CLUSTER_TOKEN"), "{refused}");
 }

@@ -27,6 +27,7 @@ use phalanx_proto::{ExchangeCounters, Fence, Rank};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::step::Step;
+use crate::progress::ProgressCell;
 pub use connect::{ConnectError, Listener, connect};
 pub use frame::HEADER_BYTES;
 use frame::{Header, Kind};
@@ -49,13 +50,22 @@ pub struct Tcp {
     own: Vec<u8>,
     payload_max: usize,
     step: Step,
+    /// Told whom this rank waits for.
+    progress: ProgressCell,
 }
 
 impl Tcp {
     fn new(rank: Rank, peers: Vec<Peer>, payload_max: u32) -> Self {
         let ready = vec![false; peers.len()];
         let payload_max = payload_max as usize;
-        Self { rank, peers, ready, polled: Vec::new(), own: Vec::new(), payload_max, step: Step::new() }
+        let (step, progress) = (Step::new(), ProgressCell::default());
+        Self { rank, peers, ready, polled: Vec::new(), own: Vec::new(), payload_max, step, progress }
+    }
+
+    /// Says in `progress` which step has begun and whom it waits for.
+    #[must_use]
+    pub fn watched_by(self, progress: ProgressCell) -> Self {
+        Self { progress, ..self }
     }
 
     fn send(&mut self, exchange: Exchange, send: &mut HostParts) -> Result<(), CollectiveError> {
@@ -97,6 +107,7 @@ impl Tcp {
                 break;
             }
             let Exchange { layer, kind, .. } = exchange;
+            self.progress.waiting_for(self.peers.iter().filter(|peer| peer.owes()).map(|peer| peer.rank));
             match self.poll(Peer::wants, self.step.deadline) {
                 Ok(true) => {}
                 Ok(false) => {
@@ -209,6 +220,7 @@ impl Collectives<HostParts> for Tcp {
 
     fn begin(&mut self, fence: Fence, deadline: Instant) {
         self.step.begin(fence, deadline);
+        self.progress.begin(fence.step);
     }
 
     fn start(&mut self, exchange: Exchange, send: &mut HostParts) -> Result<(), CollectiveError> {

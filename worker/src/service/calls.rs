@@ -12,7 +12,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::thread::Command;
-use super::{Owner, STEPS_IN_FLIGHT, STREAMS_MAX, Shared};
+use super::{Owner, STREAMS_MAX, Shared};
+use crate::runner::STEPS_IN_FLIGHT;
 
 /// Events of a prepare that wait to be sent; more are dropped, except the last.
 const EVENTS_WAITING: usize = 16;
@@ -166,7 +167,9 @@ async fn forward(
         match message {
             Ok(Some(envelope)) => {
                 let plan = StepPlan::try_from(envelope);
-                if commands.send(Command::Step { plan, reply }).await.is_err() {
+                // What follows a plan that cannot be read must not run: the stream ends with it.
+                let last = plan.is_err();
+                if commands.send(Command::Step { plan, reply }).await.is_err() || last {
                     return;
                 }
             }

@@ -2,6 +2,13 @@
 //!
 //! One OS thread owns the [`Host`], and with it the model; calls reach it through a bounded queue and never wait
 //! within it. So [`Health`] answers while a step works or hangs, and a call that is given up leaves nothing behind.
+//!
+//! A stream of steps may break at any time, and another be opened in its place: the coordinator sends the plans that
+//! were not answered once more, and the host tells what came of those that ran (see [`crate::runner::Outcomes`]). The
+//! fence in each plan makes that safe, also while plans of the broken stream are still on their way. So nothing
+//! is said to resume a stream. A plan that was damaged on its way ends its stream for the same reason: it will
+//! be sent again. A plan of an epoch that is not here ends it with [`tonic::Code::FailedPrecondition`], which says that
+//! sending it again is of no use; after a restart, a worker answers so.
 
 mod accept;
 mod calls;
@@ -11,11 +18,11 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use phalanx_proto::{CellId, Fence, StepPlan, Term};
+use phalanx_proto::{CellId, Fence, StepPlan, StepResult, Term};
 use phalanx_wire::token::{CheckToken, check_listener};
 use phalanx_wire::v1::worker_server::WorkerServer;
 use phalanx_wire::{
-    ClusterToken, Description, Health, Prepare, Progress, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, StepReply, TokenError,
+    ClusterToken, Description, Health, Prepare, Progress, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, StepFailure, TokenError,
     WorkerState,
 };
 use tokio::net::TcpListener;
@@ -25,11 +32,10 @@ use tonic::transport::Server;
 use tracing::{error, info};
 
 use crate::progress::ProgressCell;
+use crate::runner::STEPS_IN_FLIGHT;
 use calls::Calls;
 use thread::ModelThread;
 
-/// Plans that a coordinator may send ahead on one stream.
-pub const STEPS_IN_FLIGHT: usize = 8;
 /// Streams of steps at once: the coordinator's, and some that have been given up but not yet ended.
 const STREAMS_MAX: usize = 4;
 /// Calls at once on one connection.
@@ -51,6 +57,9 @@ pub trait Host: Send + 'static {
     /// What a coordinator is told when it joins. Asked once.
     fn describe(&self) -> Description;
 
+    /// Where it says how far a step is. Asked once.
+    fn progress(&self) -> ProgressCell;
+
     /// Makes an epoch ready in place of the one there was: loads, connects to the other ranks.
     /// Returns the bytes of weights, KV and buffers held.
     ///
@@ -58,14 +67,23 @@ pub trait Host: Send + 'static {
     /// What does not load, or which rank cannot be reached. There is no epoch afterwards.
     fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError>;
 
-    /// Runs a step: the one after the last, or the last one again. Says in `progress` where it is.
+    /// Runs a step of the epoch, or tells again what came of it.
     ///
     /// # Errors
-    /// The epoch is over on this rank.
-    fn run(&mut self, plan: &StepPlan, progress: &ProgressCell) -> StepReply;
+    /// It is refused, or fails.
+    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult>;
 
     /// Drops the epoch, its memory and its connections.
     fn release(&mut self);
+}
+
+/// Why a plan has no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoResult {
+    /// It cannot be done; nothing was touched, and the epoch goes on.
+    Refused(StepFailure),
+    /// The step failed, and the epoch is over on this rank.
+    Failed(StepFailure),
 }
 
 /// Why a worker does not serve, or no longer.
@@ -149,7 +167,7 @@ pub async fn serve(
         description: host.describe(),
         owner: Mutex::default(),
         status: Mutex::default(),
-        progress: ProgressCell::default(),
+        progress: host.progress(),
     });
     let (commands, queue) = mpsc::channel(STREAMS_MAX * STEPS_IN_FLIGHT);
     let (ended, mut thread) = oneshot::channel();

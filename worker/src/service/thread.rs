@@ -1,17 +1,16 @@
 //! The thread that owns the model. It does one thing after another, in the order asked.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use phalanx_proto::{Fence, Outputs, StepPlan, Term};
 use phalanx_wire::{Prepare, PrepareEvent, StepFailure, StepReply, WireError, WorkerState, logit_rows_max};
 use tokio::sync::mpsc::{OwnedPermit, Receiver, Sender};
 use tokio::sync::oneshot;
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::{info, warn};
 
-use super::{Host, HostError, Shared};
+use super::{Host, HostError, NoResult, Shared};
+use crate::panics::{Panic, catch};
 
 type Event = Result<PrepareEvent, Status>;
 
@@ -21,9 +20,6 @@ pub(super) enum Command {
     Step { plan: Result<StepPlan, WireError>, reply: OwnedPermit<Result<StepReply, Status>> },
     Release { term: Term, done: oneshot::Sender<()> },
 }
-
-/// What a panic said. The host is not touched again.
-pub(super) type Panic = String;
 
 pub(super) struct ModelThread<H> {
     host: H,
@@ -35,7 +31,7 @@ impl<H: Host> ModelThread<H> {
         Self { host, shared }
     }
 
-    /// Does what it is asked until nobody can ask any more.
+    /// Does what it is asked until nobody can ask any more, or the host panics: it is not touched again then.
     pub(super) fn run(mut self, mut commands: Receiver<Command>) -> Result<(), Panic> {
         while let Some(command) = commands.blocking_recv() {
             match command {
@@ -103,45 +99,61 @@ impl<H: Host> ModelThread<H> {
         plan: Result<StepPlan, WireError>,
         reply: OwnedPermit<Result<StepReply, Status>>,
     ) -> Result<(), Panic> {
-        let refused = |fence, message| StepFailure { fence, message, blamed: Vec::new() };
         let plan = match plan {
             Ok(plan) => plan,
             Err(error) => {
-                let ours = self.shared.status().fence;
                 warn!(%error, "plan refused");
-                reply.send(Ok(Err(refused(ours, format!("the plan is refused: {error}")))));
+                let damaged = matches!(error, WireError::Checksum { .. });
+                let code = if damaged { Code::DataLoss } else { Code::InvalidArgument };
+                reply.send(Err(Status::new(code, format!("the plan is refused: {error}"))));
                 return Ok(());
             }
         };
         let fence = plan.header.fence;
-        if let Err(why) = self.may_step(&plan) {
+        if let Err(why) = self.has_epoch(fence) {
             warn!(%fence, %why, "plan refused");
-            reply.send(Ok(Err(refused(fence, why))));
+            reply.send(Err(Status::failed_precondition(why)));
             return Ok(());
         }
-        self.shared.status().state = WorkerState::Stepping;
-        self.shared.progress.begin(fence.step);
-        let (host, progress) = (&mut self.host, &self.shared.progress);
-        let (outcome, end) = match catch(|| host.run(&plan, progress)) {
-            Ok(outcome) => (outcome, Ok(())),
-            Err(panic) => (Err(refused(fence, format!("the worker panicked: {panic}"))), Err(panic)),
-        };
-        match &outcome {
-            Ok(_) => self.set(WorkerState::Ready, fence, None),
-            Err(failure) => {
-                warn!(%failure, "the epoch is over");
-                let mut status = self.shared.status();
-                status.state = WorkerState::Failed;
-                status.last_error = Some(failure.to_string());
-            }
+        let failure = |message| StepFailure { fence, message, blamed: Vec::new() };
+        if let Err(why) = self.fits(&plan) {
+            warn!(%fence, %why, "plan refused");
+            reply.send(Ok(Err(failure(why))));
+            return Ok(());
         }
+        let before = std::mem::replace(&mut self.shared.status().state, WorkerState::Stepping);
+        let host = &mut self.host;
+        let (outcome, end) = match catch(|| host.run(&plan)) {
+            Ok(outcome) => (outcome, Ok(())),
+            Err(panic) => (Err(NoResult::Failed(failure(format!("the worker panicked: {panic}")))), Err(panic)),
+        };
+        let mut status = self.shared.status();
+        // What is told again changes nothing.
+        status.state = before;
+        let outcome = outcome.map_err(|no_result| match no_result {
+            NoResult::Refused(failure) => {
+                warn!(%failure, "plan refused");
+                failure
+            }
+            NoResult::Failed(failure) => {
+                if before != WorkerState::Failed {
+                    warn!(%failure, "the epoch is over");
+                    status.state = WorkerState::Failed;
+                    status.last_error = Some(failure.to_string());
+                }
+                failure
+            }
+        });
+        if outcome.is_ok() {
+            status.fence = status.fence.max(fence);
+        }
+        drop(status);
         reply.send(Ok(outcome));
         end
     }
 
-    /// A step is the one after the last, or the last one again, of the epoch prepared.
-    fn may_step(&self, plan: &StepPlan) -> Result<(), String> {
-        let fence = plan.header.fence;
+    /// Whether the epoch of a plan is the one here. Which of its steps is next is the host's to say.
+    fn has_epoch(&self, fence: Fence) -> Result<(), String> {
         let owner = *self.shared.owner();
         if let Some(owner) = owner
             && owner.term > fence.term
@@ -150,20 +162,14 @@ impl<H: Host> ModelThread<H> {
         }
         let status = self.shared.status();
         match status.state {
-            WorkerState::Ready => {}
-            WorkerState::Failed => {
-                let why = status.last_error.as_deref().unwrap_or("it failed");
-                return Err(format!("the epoch is over, prepare another: {why}"));
-            }
-            WorkerState::Idle | WorkerState::Loading | WorkerState::Stepping => {
-                return Err("no epoch has been prepared".to_owned());
-            }
+            WorkerState::Idle | WorkerState::Loading => Err("the worker has no epoch; it was started anew".to_owned()),
+            _ if !fence.same_epoch(status.fence) => Err(format!("the last step here is of {}", status.fence)),
+            WorkerState::Ready | WorkerState::Stepping | WorkerState::Failed => Ok(()),
         }
-        let ours = status.fence;
-        let repeated = fence == ours && ours.step.0 > 0;
-        if fence != ours.next() && !repeated {
-            return Err(format!("the last step here is of {ours}"));
-        }
+    }
+
+    /// Whether what a plan asks for fits a reply.
+    fn fits(&self, plan: &StepPlan) -> Result<(), String> {
         let all_logits = plan.rows.iter().filter(|rows| rows.outputs == Outputs::AllLogits);
         let asked: usize = all_logits.map(|rows| rows.tokens.rows()).sum();
         let max = logit_rows_max(self.shared.description.config.vocab);
@@ -201,16 +207,6 @@ impl<H: Host> ModelThread<H> {
             status.last_error = error;
         }
     }
-}
-
-fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Panic> {
-    // After a panic the host is never touched again, so it does not matter what state it is in.
-    catch_unwind(AssertUnwindSafe(body)).map_err(|payload| message(&*payload))
-}
-
-fn message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".to_owned())
 }
 
 /// An error with its causes.
