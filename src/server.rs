@@ -124,18 +124,14 @@ impl Server {
         }
 
         let model = api.served_model_name.clone().unwrap_or(model);
-        let metrics = Arc::new(Metrics::new(&model));
+        let metrics = Arc::new(Metrics::new(&model, 1));
         let (client, commands) = engine_client::channel(SUBMISSIONS_MAX);
         let engine_config = EngineConfig::new(&config, limits, layout.ep);
-        let info = CellInfo {
-            addresses: workers,
-            numerics,
-            step_wait: Duration::from_millis(u64::from(engine_config.deadline_ms)),
-        };
+        let info = CellInfo { addresses: workers, numerics };
         let engine = Engine::new(engine_config, fence);
         let (drain, draining) = watch::channel(false);
         let mut ready = commands.status.subscribe();
-        let driver = tokio::spawn(Driver::new(engine, link, info, commands, Arc::clone(&metrics)).run(draining));
+        let driver = tokio::spawn(Driver::new(engine, link, info, commands, metrics.cell(0).clone()).run(draining));
         // The driver's first word is that the cell is ready.
         ready.changed().await.context("the driver ended at once")?;
 

@@ -1,25 +1,27 @@
 //! One task for each cell: the sole owner of the cell's engine.
 //!
-//! Requests come in through [`EngineCommands`], plans go out over a [`CellLink`], results come back, events go to
-//! the requests they belong to. All decisions are the engine's; this task only carries them out.
+//! Requests come in through [`EngineCommands`], plans go out over a [`CellLink`], as many steps ahead as the engine plans,
+//! results come back, events go to the requests they belong to. All decisions are the engine's; this task only carries
+//! them out.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use phalanx_planner::{Engine, Event, FinishReason as EngineFinish, Refused, Request, Want};
-use phalanx_proto::{NumericsId, Rank, SeqId, TokenId};
+use phalanx_planner::{Engine, Event, FinishReason as EngineFinish, Refused, Request, Stats, Want};
+use phalanx_proto::{NumericsId, Rank, SeqId, StepPlan, TokenId};
 use tokio::sync::watch;
 
 use crate::engine_client::{
     CellState, CellStatus, EngineCommands, EngineError, EventSender, FinishReason, GenerateEvent, Submission,
     SubmitError, WorkerState, WorkerStatus,
 };
-use crate::metrics::Metrics;
+use crate::metrics::{CellMetrics, RequestTimes};
 use crate::workers::{CellEvent, CellLink};
 
-/// When a refused client should come again, in milliseconds.
-const RETRY_AFTER_MS: u64 = 1000;
+/// When a refused client should come again: between these, by how long the queue lasts at the present pace.
+const RETRY_AFTER: std::ops::RangeInclusive<f64> = 0.1..=60.0;
+/// How much the latest step counts in the pace.
+const PACE_SHARE: f64 = 0.1;
 /// How long a failed step waits for the news of which worker was lost, before the word of the others is taken.
 const BLAME_WAIT: Duration = Duration::from_millis(700);
 /// How long beyond a step's deadline its results may be on their way.
@@ -32,14 +34,28 @@ pub struct CellInfo {
     pub addresses: Vec<String>,
     /// Which bits the cell computes.
     pub numerics: NumericsId,
-    /// Longest wait for a step.
-    pub step_wait: Duration,
 }
 
 /// A request in the engine's hands.
 struct Open {
     events: EventSender,
     stop_tokens: Vec<TokenId>,
+    cached: u32,
+    prompt_tokens: u32,
+    generated: u32,
+    submitted: Instant,
+    started: Option<Instant>,
+    first: Option<Instant>,
+}
+
+/// A step whose results are awaited.
+struct Awaited {
+    /// Ranks that have not answered.
+    ranks: usize,
+    rows: usize,
+    /// Longest wait, from when it is the first step awaited.
+    wait: Duration,
+    step: u64,
 }
 
 /// The driver of one cell.
@@ -48,19 +64,20 @@ pub struct Driver<L> {
     link: L,
     info: CellInfo,
     commands: EngineCommands,
-    metrics: Arc<Metrics>,
+    metrics: CellMetrics,
     open: BTreeMap<SeqId, Open>,
-    next_seq: u64,
     steps: u64,
+    /// When a step was applied last, or work came after there was none.
     progress_at: Instant,
-    /// Ranks whose result of the step under way is awaited, and since when.
-    awaiting: Option<(usize, Instant)>,
+    awaited: VecDeque<Awaited>,
+    /// Rows a second, lately.
+    pace: f64,
 }
 
 impl<L: CellLink> Driver<L> {
     /// A driver over a cell that is ready to step.
     #[must_use]
-    pub fn new(engine: Engine, link: L, info: CellInfo, commands: EngineCommands, metrics: Arc<Metrics>) -> Self {
+    pub fn new(engine: Engine, link: L, info: CellInfo, commands: EngineCommands, metrics: CellMetrics) -> Self {
         Self {
             engine,
             link,
@@ -68,10 +85,10 @@ impl<L: CellLink> Driver<L> {
             commands,
             metrics,
             open: BTreeMap::new(),
-            next_seq: 1,
             steps: 0,
             progress_at: Instant::now(),
-            awaiting: None,
+            awaited: VecDeque::new(),
+            pace: 0.0,
         }
     }
 
@@ -86,23 +103,32 @@ impl<L: CellLink> Driver<L> {
 
     async fn serve(&mut self, drain: &mut watch::Receiver<bool>) -> Result<(), EngineError> {
         let mut draining = *drain.borrow();
+        let hangups = std::sync::Arc::clone(&self.commands.hangups);
         loop {
             self.drop_cancelled();
             self.step().await?;
             self.publish(if draining { CellState::Draining } else { CellState::Ready });
-            if draining && self.open.is_empty() && self.awaiting.is_none() {
+            if draining && self.open.is_empty() && self.awaited.is_empty() {
                 return Ok(());
             }
-            let late = self.awaiting.map(|(_, since)| since + self.info.step_wait + DEADLINE_GRACE);
+            let late = self.awaited.front().map(|step| self.progress_at + step.wait);
             tokio::select! {
                 event = self.link.recv() => self.heard(event).await?,
                 submission = self.commands.submissions.recv() => match submission {
-                    Some(submission) => self.admit(submission, draining),
+                    Some(submission) => {
+                        self.admit(submission, draining);
+                        // Those who came together share a step.
+                        while let Ok(submission) = self.commands.submissions.try_recv() {
+                            self.admit(submission, draining);
+                        }
+                    }
                     None => return Ok(()),
                 },
+                () = hangups.wait() => {}
                 changed = drain.changed(), if !draining => draining = changed.is_err() || *drain.borrow(),
                 () = sleep_until(late), if late.is_some() => {
-                    let reason = "no result of the step within its deadline".to_owned();
+                    let step = self.awaited.front().map_or(0, |step| step.step);
+                    let reason = format!("no result of step {step} within its deadline");
                     return Err(EngineError::Failed { reason });
                 }
             }
@@ -111,10 +137,12 @@ impl<L: CellLink> Driver<L> {
 
     /// Hands a request to the engine.
     fn admit(&mut self, submission: Submission, draining: bool) {
-        let Submission { request, events, reply } = submission;
-        let seq = SeqId(self.next_seq);
-        self.next_seq += 1;
+        let Submission { seq, request, events, reply } = submission;
+        if events.is_cancelled() {
+            return;
+        }
         let stop_tokens = request.stop_tokens.clone();
+        let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
         let answer = if draining {
             Err(SubmitError::Draining)
         } else {
@@ -130,40 +158,75 @@ impl<L: CellLink> Driver<L> {
                 class: request.class,
                 salt: request.salt,
             };
-            self.engine.submit(request).map_err(refusal)
+            self.engine.submit(request).map_err(|refused| self.refusal(refused))
         };
         if answer.is_ok() {
-            if self.open.is_empty() {
-                self.progress_at = Instant::now();
+            let now = Instant::now();
+            if self.open.is_empty() && self.awaited.is_empty() {
+                self.progress_at = now;
             }
-            self.open.insert(seq, Open { events, stop_tokens });
+            self.metrics.admitted(u64::from(prompt_tokens));
+            let open = Open {
+                events,
+                stop_tokens,
+                cached: 0,
+                prompt_tokens,
+                generated: 0,
+                submitted: now,
+                started: None,
+                first: None,
+            };
+            self.open.insert(seq, open);
+            // Before the answer: whoever it reaches sees the request counted.
+            self.publish(CellState::Ready);
         }
         // A client that no longer waits for the answer has dropped its generation too.
         drop(reply.send(answer));
     }
 
-    /// Ends the sequences that nobody listens to.
-    fn drop_cancelled(&mut self) {
-        let engine = &mut self.engine;
-        self.open.retain(|&seq, open| {
-            let gone = open.events.is_cancelled();
-            if gone {
-                engine.cancel(seq);
+    fn refusal(&self, refused: Refused) -> SubmitError {
+        match refused {
+            Refused::QueueFull { .. } => SubmitError::QueueFull { retry_after_ms: self.retry_after_ms() },
+            Refused::ContextLength { prompt, max_tokens, context } => {
+                SubmitError::ContextLength { prompt: u32::try_from(prompt).unwrap_or(u32::MAX), max_tokens, context }
             }
-            !gone
-        });
+            Refused::Prompt | Refused::Twice(_) => SubmitError::Unavailable { reason: refused.to_string() },
+        }
     }
 
-    /// Sends the next step out, if one is due.
-    async fn step(&mut self) -> Result<(), EngineError> {
-        let Some(plans) = self.engine.plan() else { return Ok(()) };
-        self.metrics.step(plans.iter().map(phalanx_proto::StepPlan::row_count).sum());
-        self.metrics.kv_usage(self.engine.kv_usage());
-        self.awaiting = Some((plans.len(), Instant::now()));
-        match self.link.send(plans).await {
-            Ok(()) => Ok(()),
-            Err(_) => Err(self.blame(None).await),
+    /// When half of what there is to do will be done, at the present pace.
+    fn retry_after_ms(&self) -> u64 {
+        let seconds = self.engine.stats().load as f64 / 2.0 / self.pace.max(1.0);
+        (seconds.clamp(*RETRY_AFTER.start(), *RETRY_AFTER.end()) * 1000.0) as u64
+    }
+
+    /// Ends the sequences that nobody listens to.
+    fn drop_cancelled(&mut self) {
+        for seq in self.commands.hangups.take() {
+            if self.open.remove(&seq).is_some() {
+                self.engine.cancel(seq);
+            }
         }
+    }
+
+    /// Sends out the steps that are due.
+    async fn step(&mut self) -> Result<(), EngineError> {
+        while let Some(plans) = self.engine.plan() {
+            let rows = plans.iter().map(StepPlan::row_count).sum();
+            self.metrics.step(rows);
+            self.metrics.imbalance(self.engine.stats().imbalance);
+            let header = plans.first().map(|plan| &plan.header);
+            let (step, wait) = header.map_or((0, 0), |header| (header.fence.step.0, header.deadline_ms));
+            if self.awaited.is_empty() {
+                self.progress_at = Instant::now();
+            }
+            let wait = Duration::from_millis(u64::from(wait)) + DEADLINE_GRACE;
+            self.awaited.push_back(Awaited { ranks: plans.len(), rows, wait, step });
+            if self.link.send(plans).await.is_err() {
+                return Err(self.blame(None).await);
+            }
+        }
+        Ok(())
     }
 
     async fn heard(&mut self, event: CellEvent) -> Result<(), EngineError> {
@@ -178,14 +241,18 @@ impl<L: CellLink> Driver<L> {
             Err(failure) => return Err(self.blame(Some((rank, failure.message, failure.blamed))).await),
         };
         self.metrics.result(&result);
+        let step = result.fence.step.0;
         let events = self.engine.apply(result).map_err(|error| EngineError::Failed { reason: error.to_string() })?;
-        if let Some((ranks, _)) = &mut self.awaiting {
-            *ranks -= 1;
-            if *ranks == 0 {
-                self.awaiting = None;
-                self.steps += 1;
-                self.progress_at = Instant::now();
-            }
+        if let Some(awaited) = self.awaited.iter_mut().find(|awaited| awaited.step == step) {
+            awaited.ranks -= 1;
+        }
+        while let Some(done) = self.awaited.pop_front_if(|awaited| awaited.ranks == 0) {
+            let now = Instant::now();
+            let took = now.saturating_duration_since(self.progress_at).as_secs_f64().max(1e-6);
+            self.pace += PACE_SHARE * (done.rows as f64 / took - self.pace);
+            self.steps += 1;
+            self.progress_at = now;
+            self.metrics.step_applied();
         }
         for event in events {
             self.emit(event);
@@ -215,13 +282,22 @@ impl<L: CellLink> Driver<L> {
 
     fn emit(&mut self, event: Event) {
         match event {
+            Event::Started { seq, cached } => {
+                if let Some(open) = self.open.get_mut(&seq) {
+                    open.cached = cached;
+                    open.started = Some(Instant::now());
+                    self.metrics.started(cached);
+                }
+            }
             Event::Token { seq, token, logprobs } => {
-                if let Some(open) = self.open.get(&seq)
-                    && !open.stop_tokens.contains(&token)
-                {
-                    // A reader that is gone is noticed before the next step.
-                    let logprobs = logprobs.into_iter().collect();
-                    open.events.send(GenerateEvent::Tokens { tokens: vec![token], logprobs });
+                if let Some(open) = self.open.get_mut(&seq) {
+                    open.generated += 1;
+                    open.first.get_or_insert_with(Instant::now);
+                    if !open.stop_tokens.contains(&token) {
+                        let logprobs = logprobs.into_iter().collect();
+                        // A reader that is gone is noticed before the next step.
+                        open.events.send(GenerateEvent::Tokens { tokens: vec![token], logprobs });
+                    }
                 }
             }
             Event::Finished { seq, reason } => {
@@ -230,14 +306,16 @@ impl<L: CellLink> Driver<L> {
                         EngineFinish::Stop(token) => FinishReason::Stop(token),
                         EngineFinish::Length => FinishReason::Length,
                     };
-                    open.events.send(GenerateEvent::Finished { reason, cached_tokens: 0 });
+                    self.metrics.finished(&open.times());
+                    open.events.send(GenerateEvent::Finished { reason, cached_tokens: open.cached });
                 }
             }
-            Event::Started { .. } | Event::Logits { .. } => {}
+            Event::Logits { .. } => {}
         }
     }
 
     fn publish(&self, state: CellState) {
+        self.metrics.engine(&self.engine.stats());
         self.commands.status.send_replace(self.status(state, None));
     }
 
@@ -257,6 +335,8 @@ impl<L: CellLink> Driver<L> {
             progress_at: self.progress_at,
             running: count(self.engine.running()),
             waiting: count(self.engine.waiting()),
+            load: self.engine.stats().load,
+            retry_after_ms: self.retry_after_ms(),
         }
     }
 
@@ -265,7 +345,14 @@ impl<L: CellLink> Driver<L> {
         tracing::error!("the cell failed: {error}");
         let lost = if let EngineError::WorkerLost { rank, .. } = error { Some(*rank) } else { None };
         let mut status = self.status(CellState::Failed(error.to_string()), lost);
-        (status.running, status.waiting) = (0, 0);
+        (status.running, status.waiting, status.load) = (0, 0, 0);
+        self.metrics.engine(&Stats {
+            imbalance: 1.0,
+            kv_usage: 0.0,
+            cache_usage: 0.0,
+            waiting: [0, 0],
+            ..self.engine.stats()
+        });
         self.commands.status.send_replace(status);
         for open in std::mem::take(&mut self.open).into_values() {
             open.events.send(GenerateEvent::Failed(error.clone()));
@@ -284,13 +371,18 @@ impl<L: CellLink> Driver<L> {
     }
 }
 
-fn refusal(refused: Refused) -> SubmitError {
-    match refused {
-        Refused::QueueFull { .. } => SubmitError::QueueFull { retry_after_ms: RETRY_AFTER_MS },
-        Refused::ContextLength { prompt, max_tokens, context } => {
-            SubmitError::ContextLength { prompt: u32::try_from(prompt).unwrap_or(u32::MAX), max_tokens, context }
+impl Open {
+    fn times(&self) -> RequestTimes {
+        let now = Instant::now();
+        let started = self.started.unwrap_or(now);
+        let first = self.first.unwrap_or(now);
+        RequestTimes {
+            queued: started.saturating_duration_since(self.submitted),
+            prefill: first.saturating_duration_since(started),
+            decode: now.saturating_duration_since(first),
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated,
         }
-        Refused::Prompt | Refused::Twice(_) => SubmitError::Unavailable { reason: refused.to_string() },
     }
 }
 

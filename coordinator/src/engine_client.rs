@@ -1,20 +1,25 @@
-//! How API tasks reach a cell's engine.
+//! How API tasks reach the engines of the cells.
 //!
-//! The engine is owned by one driver task. Requests go to it through a bounded queue, tokens come back on a channel for
-//! each request, and what the cell is doing is published on a watch channel. [`channel`] makes both ends.
+//! The engine of a cell is owned by one driver task. Requests go to it through a bounded queue, tokens come back on a
+//! channel for each request, and what the cell is doing is published on a watch channel. [`channels`] makes both ends. The
+//! router, which picks the cell, is shared by all API tasks.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use phalanx_planner::Class;
-use phalanx_proto::{Epoch, Rank, Sampling, TokenId, TokenLogprobs};
-use tokio::sync::{mpsc, oneshot, watch};
+use phalanx_planner::prefix::{BlockHash, chain};
+use phalanx_planner::router::{Load, Router};
+use phalanx_proto::{Epoch, Limits, Rank, Sampling, SeqId, TokenId, TokenLogprobs};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 /// Longest wait for the engine's answer to a submission.
 pub const SUBMIT_WAIT_MAX: Duration = Duration::from_secs(10);
-/// When to come again after the queue of submissions was full, in milliseconds.
+/// When to come again if a cell has not said so, in milliseconds.
 const RETRY_AFTER_MS: u64 = 1000;
+/// Blocks of prompts of which the router remembers where they went.
+const ROUTER_BLOCKS: usize = 1 << 18;
 
 /// One sequence to generate: one choice of one request.
 #[derive(Clone, Debug, PartialEq)]
@@ -220,6 +225,10 @@ pub struct CellStatus {
     pub running: u32,
     /// Sequences admitted that no step has touched yet.
     pub waiting: u32,
+    /// Tokens to be read before a new request's first, sequences counted as the router does.
+    pub load: u64,
+    /// When a refused client should come again, in milliseconds.
+    pub retry_after_ms: u64,
 }
 
 impl CellStatus {
@@ -235,6 +244,8 @@ impl CellStatus {
             progress_at: Instant::now(),
             running: 0,
             waiting: 0,
+            load: 0,
+            retry_after_ms: RETRY_AFTER_MS,
         }
     }
 
@@ -248,29 +259,69 @@ impl CellStatus {
 /// The API's end. Clones share it.
 #[derive(Clone, Debug)]
 pub struct EngineClient {
-    submissions: mpsc::Sender<Submission>,
-    status: watch::Receiver<CellStatus>,
-    answers: Arc<AtomicBool>,
+    cells: Arc<[CellClient]>,
+    router: Arc<Mutex<Router>>,
+    next_seq: Arc<AtomicU64>,
 }
 
-/// The engine's end.
+/// The way to one cell.
+#[derive(Debug)]
+struct CellClient {
+    submissions: mpsc::Sender<Submission>,
+    status: watch::Receiver<CellStatus>,
+    hangups: Arc<Hangups>,
+    answers: AtomicBool,
+    /// Tokens of requests that the published status does not count yet.
+    in_transit: AtomicU64,
+}
+
+/// The engine's end, for one cell.
 #[derive(Debug)]
 pub struct EngineCommands {
     /// Requests to admit, each to be answered soon.
     pub submissions: mpsc::Receiver<Submission>,
     /// Where the driver publishes what the cell is doing.
     pub status: watch::Sender<CellStatus>,
+    /// Generations that nobody listens to any more.
+    pub hangups: Arc<Hangups>,
 }
 
 /// A request on its way to the engine.
 #[derive(Debug)]
 pub struct Submission {
+    /// The sequence it will be.
+    pub seq: SeqId,
     /// What to generate.
     pub request: GenerateRequest,
     /// Where its events go.
     pub events: EventSender,
     /// Whether it was admitted.
     pub reply: oneshot::Sender<Result<(), SubmitError>>,
+}
+
+/// Sequences whose [`Generation`] was dropped before its end.
+#[derive(Debug, Default)]
+pub struct Hangups {
+    seqs: Mutex<Vec<SeqId>>,
+    notify: Notify,
+}
+
+impl Hangups {
+    fn add(&self, seq: SeqId) {
+        self.seqs.lock().unwrap_or_else(PoisonError::into_inner).push(seq);
+        self.notify.notify_one();
+    }
+
+    /// Those since the last call; as many at most as there are open requests.
+    #[must_use]
+    pub fn take(&self) -> Vec<SeqId> {
+        std::mem::take(&mut *self.seqs.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until there may be some.
+    pub async fn wait(&self) {
+        self.notify.notified().await;
+    }
 }
 
 /// Where the engine puts the events of one generation.
@@ -294,11 +345,20 @@ impl EventSender {
 /// A request that was admitted. Dropping it cancels the request in the engine.
 #[derive(Debug)]
 pub struct Generation {
+    cell: usize,
+    seq: SeqId,
     events: mpsc::Receiver<Stamped>,
+    hangups: Arc<Hangups>,
     ended: bool,
 }
 
 impl Generation {
+    /// The cell that serves it.
+    #[must_use]
+    pub const fn cell(&self) -> usize {
+        self.cell
+    }
+
     /// The next event; none after the last. An engine that vanishes gives [`EngineError::Gone`].
     pub async fn next(&mut self) -> Option<Stamped> {
         if self.ended {
@@ -311,50 +371,149 @@ impl Generation {
     }
 }
 
-/// Makes both ends; at most `capacity` submissions await the driver's attention.
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.events.close();
+            self.hangups.add(self.seq);
+        }
+    }
+}
+
+/// Makes both ends for one cell; at most `capacity` submissions await the driver's attention.
 #[must_use]
 pub fn channel(capacity: usize) -> (EngineClient, EngineCommands) {
-    let (submit, submissions) = mpsc::channel(capacity.max(1));
-    let (publish, status) = watch::channel(CellStatus::loading("waiting for the workers"));
-    let client = EngineClient { submissions: submit, status, answers: Arc::new(AtomicBool::new(true)) };
-    (client, EngineCommands { submissions, status: publish })
+    let (client, mut commands) = channels(1, capacity);
+    (client, commands.remove(0))
+}
+
+/// Makes both ends for `cells` cells; at most `capacity` submissions await the attention of each driver.
+#[must_use]
+pub fn channels(cells: usize, capacity: usize) -> (EngineClient, Vec<EngineCommands>) {
+    let (cells, commands): (Vec<_>, Vec<_>) = (0..cells)
+        .map(|_| {
+            let (submit, submissions) = mpsc::channel(capacity.max(1));
+            let (publish, status) = watch::channel(CellStatus::loading("waiting for the workers"));
+            let hangups = Arc::new(Hangups::default());
+            let cell = CellClient {
+                submissions: submit,
+                status,
+                hangups: Arc::clone(&hangups),
+                answers: AtomicBool::new(true),
+                in_transit: AtomicU64::new(0),
+            };
+            (cell, EngineCommands { submissions, status: publish, hangups })
+        })
+        .unzip();
+    let client = EngineClient {
+        cells: cells.into(),
+        router: Arc::new(Mutex::new(Router::new(Limits::BLOCK_SIZE, ROUTER_BLOCKS))),
+        next_seq: Arc::new(AtomicU64::new(1)),
+    };
+    (client, commands)
+}
+
+impl CellClient {
+    fn load(&self) -> Load {
+        let status = self.status.borrow();
+        let open = status.state == CellState::Ready && !self.submissions.is_closed();
+        Load { open, tokens: status.load + self.in_transit.load(Ordering::Relaxed) }
+    }
 }
 
 impl EngineClient {
-    /// Hands a request to the engine and waits until it is admitted or refused.
+    /// Hands a request to the engine of a cell and waits until it is admitted or refused.
     pub async fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
-        match self.status.borrow().state.clone() {
-            CellState::Ready => {}
-            CellState::Draining => return Err(SubmitError::Draining),
-            CellState::Loading(reason) | CellState::Failed(reason) => return Err(SubmitError::Unavailable { reason }),
-        }
+        let index = self.choose(&request)?;
+        let cell = &self.cells[index];
+        let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
         let room = usize::try_from(request.max_tokens).unwrap_or(usize::MAX).saturating_add(1);
         let (sender, events) = mpsc::channel(room.min(tokio::sync::Semaphore::MAX_PERMITS));
         let (reply, answer) = oneshot::channel();
-        let submission = Submission { request, events: EventSender(sender), reply };
-        self.submissions.try_send(submission).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => SubmitError::QueueFull { retry_after_ms: RETRY_AFTER_MS },
+        let tokens = request.prompt.len() as u64;
+        let submission = Submission { seq, request, events: EventSender(sender), reply };
+        // From here on whoever gives up waiting takes the request back.
+        let mut generation = Generation { cell: index, seq, events, hangups: Arc::clone(&cell.hangups), ended: true };
+        cell.submissions.try_send(submission).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                SubmitError::QueueFull { retry_after_ms: cell.status.borrow().retry_after_ms }
+            }
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
+        generation.ended = false;
+        cell.in_transit.fetch_add(tokens, Ordering::Relaxed);
         let answer = tokio::time::timeout(SUBMIT_WAIT_MAX, answer).await;
-        self.answers.store(answer.is_ok(), Ordering::Relaxed);
+        cell.in_transit.fetch_sub(tokens, Ordering::Relaxed);
+        cell.answers.store(answer.is_ok(), Ordering::Relaxed);
         match answer {
-            Ok(Ok(admitted)) => admitted.map(|()| Generation { events, ended: false }),
+            Ok(Ok(Ok(()))) => Ok(generation),
+            Ok(Ok(Err(refused))) => {
+                generation.ended = true;
+                Err(refused)
+            }
             Ok(Err(_)) => Err(stopped()),
             Err(_) => Err(SubmitError::Unavailable { reason: "the engine does not answer".to_owned() }),
         }
     }
 
-    /// What the cell is doing.
-    #[must_use]
-    pub fn status(&self) -> CellStatus {
-        self.status.borrow().clone()
+    /// The cell for a request.
+    fn choose(&self, request: &GenerateRequest) -> Result<usize, SubmitError> {
+        let loads: Vec<Load> = self.cells.iter().map(CellClient::load).collect();
+        // What cells compute with is the same for all; only the salt divides.
+        let chain = chain(&request.prompt, Limits::BLOCK_SIZE, BlockHash::root(request.salt, 0));
+        let mut router = self.router.lock().unwrap_or_else(PoisonError::into_inner);
+        router.choose(&chain, &loads).ok_or_else(|| match self.status().state {
+            CellState::Draining => SubmitError::Draining,
+            CellState::Loading(reason) | CellState::Failed(reason) => SubmitError::Unavailable { reason },
+            CellState::Ready => stopped(),
+        })
     }
 
-    /// Whether the driver lives and answered the last submission in time.
+    /// What each cell is doing.
+    #[must_use]
+    pub fn cells(&self) -> Vec<CellStatus> {
+        self.cells.iter().map(|cell| cell.status.borrow().clone()).collect()
+    }
+
+    /// What all cells together are doing: ready if one is, and as long without progress as the worst that is busy.
+    #[must_use]
+    pub fn status(&self) -> CellStatus {
+        self.cells().into_iter().reduce(CellStatus::with).unwrap_or_else(|| CellStatus::loading("there is no cell"))
+    }
+
+    /// Whether every driver lives and answered its last submission in time. One whose cell has failed answers, too.
     #[must_use]
     pub fn is_answered(&self) -> bool {
-        !self.submissions.is_closed() && self.answers.load(Ordering::Relaxed)
+        self.cells.iter().all(|cell| !cell.submissions.is_closed() && cell.answers.load(Ordering::Relaxed))
+    }
+}
+
+impl CellStatus {
+    /// Both together.
+    fn with(mut self, other: Self) -> Self {
+        let rank = |state: &CellState| match state {
+            CellState::Ready => 0,
+            CellState::Draining => 1,
+            CellState::Loading(_) => 2,
+            CellState::Failed(_) => 3,
+        };
+        self.progress_at = match (self.is_busy(), other.is_busy()) {
+            (true, true) => self.progress_at.min(other.progress_at),
+            (true, false) => self.progress_at,
+            (false, true) => other.progress_at,
+            (false, false) => self.progress_at.max(other.progress_at),
+        };
+        if rank(&other.state) < rank(&self.state) {
+            self.state = other.state;
+        }
+        self.workers.extend(other.workers);
+        self.epoch = self.epoch.max(other.epoch);
+        self.numerics = self.numerics.or(other.numerics);
+        self.steps += other.steps;
+        self.running += other.running;
+        self.waiting += other.waiting;
+        self.load += other.load;
+        self
     }
 }
 

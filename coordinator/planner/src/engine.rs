@@ -199,6 +199,10 @@ pub struct Stats {
     pub prefix_queries: u64,
     /// Tokens found there, so far.
     pub prefix_hits: u64,
+    /// Tokens to be read before a new request's first, and for each sequence [`SEQUENCE_TOKENS`].
+    pub load: u64,
+    /// Blocks for full layers, of all ranks.
+    pub blocks: u64,
     /// Rows of the fullest rank over the mean of all ranks in the last step; 1 is level.
     pub imbalance: f64,
 }
@@ -706,6 +710,10 @@ impl Engine {
             preemptions: self.preemptions,
             prefix_queries: self.prefix.0,
             prefix_hits: self.prefix.1,
+            load: self.ranks.iter().map(|rank| rank.weighed).sum::<u64>()
+                + self.waiting_tokens
+                + self.queue.len() as u64 * SEQUENCE_TOKENS,
+            blocks: self.ranks.iter().map(|rank| u64::from(rank.memory.full.total())).sum(),
             imbalance: self.imbalance,
         }
     }

@@ -46,6 +46,7 @@ pub(super) async fn completions(
         salt: 0,
     };
     let generations = try_join_all((0..request.choices).map(|choice| app.engine().submit(sequence(choice)))).await?;
+    app.metrics().asked(request.choices, max_tokens);
     let choices = generations.into_iter().map(|generation| {
         let reads = (app.tokenizer(), prompt.start);
         Choice::new(generation, reads, &request.stops, prompt_tokens, (app.metrics().clone(), arrived))

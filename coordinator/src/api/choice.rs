@@ -45,6 +45,7 @@ struct Counts {
 #[derive(Debug)]
 struct Clock {
     metrics: Arc<Metrics>,
+    cell: usize,
     arrived: Instant,
     last_tokens: Option<Instant>,
     ended: bool,
@@ -59,14 +60,14 @@ impl Choice {
         prompt_tokens: u32,
         (metrics, arrived): (Arc<Metrics>, Instant),
     ) -> Self {
-        metrics.admitted(u64::from(prompt_tokens));
+        let cell = generation.cell();
         Self {
             generation,
             reader: Some(TurnReader::new(tokenizer, start)),
             stops: StopScanner::new(stops),
             calls: false,
             usage: Counts { prompt: prompt_tokens, ..Counts::default() },
-            clock: Clock { metrics, arrived, last_tokens: None, ended: false },
+            clock: Clock { metrics, cell, arrived, last_tokens: None, ended: false },
         }
     }
 
@@ -177,14 +178,14 @@ impl Counts {
 impl Clock {
     fn tokens(&mut self, count: u64, at: Instant) {
         match self.last_tokens.replace(at) {
-            None => self.metrics.first_tokens(count, at.saturating_duration_since(self.arrived)),
-            Some(before) => self.metrics.next_tokens(count, at.saturating_duration_since(before)),
+            None => self.metrics.cell(self.cell).first_tokens(count, at.saturating_duration_since(self.arrived)),
+            Some(before) => self.metrics.cell(self.cell).next_tokens(count, at.saturating_duration_since(before)),
         }
     }
 
     fn end(&mut self, outcome: Outcome, at: Instant) {
         self.ended = true;
-        self.metrics.ended(outcome, at.saturating_duration_since(self.arrived));
+        self.metrics.cell(self.cell).ended(outcome, at.saturating_duration_since(self.arrived));
     }
 }
 

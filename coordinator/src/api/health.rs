@@ -59,7 +59,7 @@ pub(super) async fn health(State(app): State<App>) -> Response {
 
 /// `/metrics`: Prometheus's text format.
 pub(super) async fn metrics(State(app): State<App>) -> Response {
-    let text = app.metrics().render(&app.engine().status());
+    let text = app.metrics().render(&app.engine().cells());
     (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use phalanx_coordinator::engine_client::{CellState, WorkerState, WorkerStatus};
+use phalanx_planner::Stats;
 use phalanx_proto::{Epoch, ExchangeCounters, Phase, PhaseTimes, Rank, StepResult};
 use serde_json::json;
 
@@ -98,12 +99,12 @@ async fn requests_and_steps_are_counted() {
     let usage = server.ask(json!({})).await.json()["usage"].clone();
     server.get("/nowhere").await;
     server.get("/v1/models/gpt-4o").await;
-    server.metrics.step(7);
-    server.metrics.kv_usage(0.25);
+    server.metrics.cell(0).step(7);
+    server.metrics.cell(0).engine(&Stats { kv_usage: 0.25, ..Stats::default() });
     let mut phases = PhaseTimes::default();
     phases.add(Phase::Experts, 1_500_000);
     let exchange = ExchangeCounters { dispatch_rows: 5, combine_rows: 6, bytes_sent: 70, bytes_received: 80 };
-    server.metrics.result(&StepResult { phases, exchange, ..StepResult::default() });
+    server.metrics.cell(0).result(&StepResult { phases, exchange, ..StepResult::default() });
     server.status.send_modify(|status| {
         (status.running, status.waiting, status.epoch) = (2, 3, Epoch(4));
         let address = "10.0.0.7:7000".to_owned();

@@ -68,7 +68,7 @@ pub(crate) async fn start(
     config: ApiConfig,
     script: impl Fn(&GenerateRequest) -> Plays + Send + Sync + 'static,
 ) -> Server {
-    let (client, EngineCommands { mut submissions, status }) = channel(4);
+    let (client, EngineCommands { mut submissions, status, .. }) = channel(4);
     status.send_modify(|status| {
         status.state = CellState::Ready;
         status.numerics = Some("test-1".to_owned());
@@ -76,7 +76,7 @@ pub(crate) async fn start(
     let (saw, seen) = mpsc::unbounded_channel();
     let (cancel, cancelled) = mpsc::unbounded_channel();
     tokio::spawn(async move {
-        while let Some(Submission { request, events, reply }) = submissions.recv().await {
+        while let Some(Submission { request, events, reply, .. }) = submissions.recv().await {
             let plays = script(&request);
             saw.send(request).ok();
             reply.send(plays.as_ref().map(|_| ()).map_err(Clone::clone)).ok();
@@ -103,7 +103,7 @@ pub(crate) async fn start(
             });
         }
     });
-    let metrics = Arc::new(Metrics::new(MODEL));
+    let metrics = Arc::new(Metrics::new(MODEL, 1));
     let app = App::new(config, client, Arc::clone(&metrics));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
