@@ -53,6 +53,12 @@ pub(crate) const DRAWN: &[Drawn] = &[
         others: None,
         never: &[],
     },
+    Drawn {
+        folder: "coordinator/sim",
+        ours: &["phalanx-proto", "phalanx-planner"],
+        others: Some(&["thiserror"]),
+        never: &["rand", "rand_pcg", "tokio", "tonic", "axum"],
+    },
     Drawn { folder: "xtask", ours: &[], others: Some(&[]), never: TRANSPORT },
 ];
 

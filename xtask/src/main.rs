@@ -1,8 +1,9 @@
-//! The project's own tasks: `cargo xtask verify|fix|test`.
+//! The project's own tasks: `cargo xtask verify|fix|test|sim`.
 //!
 //! - [`verify`]: the gate. It reads and never writes, so it may run on any tree.
 //! - [`fix`]: what a machine can mend, mended.
 //! - [`mod@test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
+//! - [`sim`]: the planner in virtual time, thousands of small worlds in which everything goes wrong that may.
 //!
 //! Absent on purpose: dependencies. A task must build in a second on a machine that has only Rust.
 
@@ -10,6 +11,7 @@ mod fix;
 mod python;
 mod report;
 mod run;
+mod sim;
 mod tally;
 mod test;
 mod verify;
@@ -25,6 +27,7 @@ Tasks:
   fix            writes: regenerates generated files, applies clippy's suggestions, formats
   test           quick tier: every test of the workspace, then the Python clients
   test --full    also the tests marked `full tier`; ends non-zero if anything could not run
+  sim [OPTIONS]  the planner in virtual time, with faults; `sim --help` says more
 
 Exit status: 0 all well, 1 something failed, 2 the command line was not understood.
 ";
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         ["fix"] => fix::fix(&house),
         ["test"] => test::test(&house, test::Tier::Quick),
         ["test", "--full"] => test::test(&house, test::Tier::Full),
+        ["sim", ref options @ ..] => return sim::sim(&house, options),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             true
