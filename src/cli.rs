@@ -4,11 +4,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use phalanx_coordinator::workers::PLANS_AHEAD_MAX;
 use phalanx_kernels::cpu::Isa;
 use phalanx_model::{CheckpointError, LoadError};
-use phalanx_proto::{ConfigError, Limits, MemoryRefused, ModelConfig, Precision};
+use phalanx_planner::EngineConfig;
+use phalanx_proto::{ConfigError, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
 use phalanx_worker::device::{Device, cores};
+use sha2::{Digest, Sha256};
 
 use crate::children::WorkerExited;
 use crate::commands;
@@ -143,6 +146,73 @@ impl LimitArgs {
     pub fn limits(&self, model: &ModelConfig) -> Limits {
         Limits::new(model, self.seqs_max, self.step_rows, self.kv_tokens)
     }
+}
+
+/// How requests share the workers.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub struct EngineArgs {
+    /// Requests that may wait in a cell; more are refused with 429
+    #[arg(long, env = "PHALANX_QUEUE_REQUESTS", value_name = "N", default_value_t = Self::QUEUE_REQUESTS,
+          value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub queue_requests: u32,
+    /// Tokens of prompts that may wait in a cell; more are refused with 429
+    #[arg(long, env = "PHALANX_QUEUE_TOKENS", value_name = "N", default_value_t = Self::QUEUE_TOKENS,
+          value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    pub queue_tokens: u64,
+    /// Steps that may be under way at once: the next is planned before the last is back
+    #[arg(long, env = "PHALANX_DEPTH", value_name = "N", default_value_t = Self::DEPTH,
+          value_parser = clap::value_parser!(u32).range(1..=PLANS_AHEAD_MAX as i64))]
+    pub depth: u32,
+    /// Rows of one request in one step at most [default: as many as a step has]
+    #[arg(long, env = "PHALANX_CHUNK", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub chunk: Option<u32>,
+    /// Compute every prompt anew, even if it begins like an earlier one
+    #[arg(long, env = "PHALANX_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
+    /// Lost workers of a cell for whose experts the others keep room. Cells do not outlive a lost worker yet, so room
+    /// kept is room lost
+    #[arg(long, env = "PHALANX_SURVIVE", value_name = "N", default_value_t = 0)]
+    pub survive: u32,
+}
+
+impl Default for EngineArgs {
+    fn default() -> Self {
+        Self {
+            queue_requests: Self::QUEUE_REQUESTS,
+            queue_tokens: Self::QUEUE_TOKENS,
+            depth: Self::DEPTH,
+            chunk: None,
+            no_prefix_cache: false,
+            survive: 0,
+        }
+    }
+}
+
+impl EngineArgs {
+    const QUEUE_REQUESTS: u32 = 1024;
+    const QUEUE_TOKENS: u64 = 4 << 20;
+    const DEPTH: u32 = 2;
+
+    /// The configuration of a cell's engine.
+    #[must_use]
+    pub fn config(&self, model: &ModelConfig, limits: Limits, ranks: u32, numerics: &NumericsId) -> EngineConfig {
+        EngineConfig {
+            queue_max: self.queue_requests as usize,
+            queue_tokens_max: self.queue_tokens,
+            depth: self.depth,
+            chunk_max: self.chunk.unwrap_or(limits.step_rows_max).min(limits.step_rows_max),
+            prefix_cache: !self.no_prefix_cache,
+            numerics: numerics_salt(numerics),
+            ..EngineConfig::new(model, limits, ranks)
+        }
+    }
+}
+
+/// A number that stands for an arithmetic: the first bytes of its name's SHA-256.
+fn numerics_salt(numerics: &NumericsId) -> u64 {
+    let digest = Sha256::digest(numerics.0.as_bytes());
+    digest.iter().take(8).fold(0, |salt, byte| salt << 8 | u64::from(*byte))
 }
 
 /// A port of the system's choice on this machine.

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use futures::future::{join_all, try_join_all};
 use indicatif::ProgressBar;
 use phalanx_coordinator::api::{self, ApiConfig, ApiLimits, App};
 use phalanx_coordinator::driver::{CellInfo, Driver};
 use phalanx_coordinator::engine_client;
 use phalanx_coordinator::metrics::Metrics;
-use phalanx_coordinator::workers::{CellOptions, Forming, WorkerHandle, Workers, form_cell, release_all};
-use phalanx_planner::{Engine, EngineConfig};
+use phalanx_coordinator::workers::{CellOptions, Forming, MemoryPools, WorkerHandle, Workers, form_cell, release_all};
+use phalanx_planner::Engine;
 use phalanx_proto::{CellId, Epoch, Rank, Term, TokenId};
 use phalanx_wire::ClusterToken;
 use phalanx_worker::device::Device;
@@ -22,9 +23,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::children::Children;
-use crate::cli::LimitArgs;
+use crate::cli::{EngineArgs, LimitArgs};
 use crate::commands::serve::ApiArgs;
-use crate::commands::{advance, byte_bar};
+use crate::commands::{advance, byte_bar, mib, note};
 
 /// Longest wait for a worker to answer at all.
 const CONNECT_WAIT: Duration = Duration::from_secs(30);
@@ -69,14 +70,16 @@ pub async fn interrupted() -> u8 {
 /// What a coordinator serves and with whom.
 #[derive(Debug)]
 pub struct ServerOptions {
-    /// Addresses of the workers, by rank.
-    pub workers: Vec<String>,
+    /// Addresses of the workers of each cell, by rank.
+    pub cells: Vec<Vec<String>>,
     /// Where to listen for HTTP.
     pub listen: SocketAddr,
     /// What the API says.
     pub api: ApiArgs,
     /// How much each worker takes at once.
     pub limits: LimitArgs,
+    /// How requests share the workers.
+    pub engine: EngineArgs,
     /// The secret shared with the workers.
     pub token: Option<ClusterToken>,
 }
@@ -89,53 +92,31 @@ pub struct Server {
     term: Term,
     drain: watch::Sender<bool>,
     shutdown: watch::Sender<bool>,
-    driver: JoinHandle<()>,
+    drivers: Vec<JoinHandle<()>>,
     api: JoinHandle<()>,
 }
 
 impl Server {
-    /// Forms the cell and serves it.
+    /// Forms the cells and serves them.
     ///
     /// # Errors
     /// A worker cannot be reached or does not load, or the address is taken.
     pub async fn start(options: ServerOptions) -> Result<Self> {
-        let ServerOptions { workers, listen, api, limits, token } = options;
         // Before anything loads: a taken address would make the wait worthless.
+        let listen = options.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
-
-        let deadline = tokio::time::Instant::now() + CONNECT_WAIT;
-        let mut handles = Vec::with_capacity(workers.len());
-        for worker in &workers {
-            handles.push(WorkerHandle::connect(worker, token.as_ref(), deadline).await?);
-        }
         // Nothing remembers terms between starts, so the coordinator that starts later reigns: one that is started
         // again after it was killed finds its workers free to take.
         let term = Term(SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs()));
-        let instance = getrandom::u64().context("the system has no randomness")?;
-        let (cell, epoch, survive) = (CellId(0), Epoch(1), 0);
-        let cell = CellOptions { cell, term, instance, epoch, survive, prepare_wait: PREPARE_WAIT };
-        let mut bar = LoadingBar::new();
-        let formed = form_cell(handles, cell, |model, _| limits.limits(model), &mut |event| bar.show(&event)).await;
-        bar.finish();
-        let Workers { fence, config, model, numerics, layout, limits, plans, handles, link, .. } = formed?;
-        for plan in &plans {
-            tracing::info!(rank = plan.rank.0, bytes = plan.total().0, "memory planned");
-        }
-
-        let model = api.served_model_name.clone().unwrap_or(model);
-        let metrics = Arc::new(Metrics::new(&model, 1));
-        let (client, commands) = engine_client::channel(SUBMISSIONS_MAX);
-        let engine_config = EngineConfig::new(&config, limits, layout.ep);
-        let info = CellInfo { addresses: workers, numerics };
-        let engine = Engine::new(engine_config, fence);
-        let (drain, draining) = watch::channel(false);
-        let mut ready = commands.status.subscribe();
-        let driver = tokio::spawn(Driver::new(engine, link, info, commands, metrics.cell(0).clone()).run(draining));
-        // The driver's first word is that the cell is ready.
-        ready.changed().await.context("the driver ended at once")?;
-
-        let config = ApiConfig {
+        let formed = form_cells(&options, term).await?;
+        let ServerOptions { api, engine, .. } = options;
+        check_same_model(&formed)?;
+        let Some(Workers { model, config, limits, .. }) = formed.first() else {
+            bail!("there is no cell; name at least one worker");
+        };
+        let model = api.served_model_name.clone().unwrap_or_else(|| model.clone());
+        let app_config = ApiConfig {
             served_model_name: model.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             context: limits.context,
@@ -146,8 +127,26 @@ impl Server {
             model_identity: api.model_identity,
             current_date: api.current_date,
         };
+        let metrics = Arc::new(Metrics::new(&model, formed.len()));
+        let (client, commands) = engine_client::channels(formed.len(), SUBMISSIONS_MAX);
+        let (drain, draining) = watch::channel(false);
+        let (mut workers, mut drivers) = (Vec::new(), Vec::new());
+        for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
+            let Workers { fence, config, numerics, layout, limits, handles, link, .. } = formed;
+            let engine = Engine::new(engine.config(&config, limits, layout.ep, &numerics), fence);
+            let blocks = engine.stats().blocks;
+            metrics.cache_config(cell, limits.block_size, blocks, engine.config().prefix_cache);
+            let addresses = handles.iter().map(|handle| handle.address().to_owned()).collect();
+            let info = CellInfo { addresses, numerics };
+            let mut ready = commands.status.subscribe();
+            let driver = Driver::new(engine, link, info, commands, metrics.cell(cell).clone());
+            drivers.push(tokio::spawn(driver.run(draining.clone())));
+            // The driver's first word is that the cell is ready.
+            ready.changed().await.context("the driver ended at once")?;
+            workers.extend(handles);
+        }
         // Reading the vocabulary takes a while.
-        let app = tokio::task::spawn_blocking(move || App::new(config, client, metrics)).await?;
+        let app = tokio::task::spawn_blocking(move || App::new(app_config, client, metrics)).await?;
         let (shutdown, mut shut) = watch::channel(false);
         let api = tokio::spawn(async move {
             let asked = async move {
@@ -156,7 +155,7 @@ impl Server {
             };
             api::serve(listener, app, asked).await;
         });
-        Ok(Self { address, model, workers: handles, term, drain, shutdown, driver, api })
+        Ok(Self { address, model, workers, term, drain, shutdown, drivers, api })
     }
 
     /// Where it listens.
@@ -177,9 +176,52 @@ impl Server {
         self.shutdown.send_replace(true);
         // Both end by themselves; neither can be helped if it does not.
         drop(self.api.await);
-        drop(tokio::time::timeout(DRIVER_WAIT, self.driver).await);
+        drop(tokio::time::timeout(DRIVER_WAIT, join_all(self.drivers)).await);
         release_all(&self.workers, self.term, RELEASE_WAIT).await;
     }
+}
+
+/// Connects to all workers and forms the cells, side by side. Says on standard error how memory is planned.
+async fn form_cells(options: &ServerOptions, term: Term) -> Result<Vec<Workers>> {
+    let instance = getrandom::u64().context("the system has no randomness")?;
+    let deadline = tokio::time::Instant::now() + CONNECT_WAIT;
+    let (limits, engine) = (options.limits, options.engine);
+    let (pools, bar) = (MemoryPools::default(), Mutex::new(LoadingBar::new()));
+    let formed = try_join_all((0u32..).zip(&options.cells).map(|(cell, workers)| {
+        let (pools, bar) = (&pools, &bar);
+        async move {
+            let mut handles = Vec::with_capacity(workers.len());
+            for worker in workers {
+                handles.push(WorkerHandle::connect(worker, options.token.as_ref(), deadline).await?);
+            }
+            let (epoch, survive) = (Epoch(1), engine.survive);
+            let cell = CellOptions { cell: CellId(cell), term, instance, epoch, survive, prepare_wait: PREPARE_WAIT };
+            let mut on_event = |event| bar.lock().unwrap_or_else(PoisonError::into_inner).show(cell.cell, event);
+            let formed = form_cell(handles, cell, |model, _| limits.limits(model), pools, &mut on_event).await;
+            Ok::<_, anyhow::Error>(formed?)
+        }
+    }))
+    .await;
+    bar.lock().unwrap_or_else(PoisonError::into_inner).finish();
+    formed
+}
+
+/// All cells serve one model with the same bits.
+fn check_same_model(cells: &[Workers]) -> Result<()> {
+    let differs = |a: &Workers, b: &Workers| a.model != b.model || a.numerics != b.numerics || a.config != b.config;
+    let pairs = cells.first().into_iter().flat_map(|first| (0..).zip(cells).map(move |(n, cell)| (n, first, cell)));
+    for (number, first, cell) in pairs {
+        if differs(first, cell) {
+            bail!(
+                "cell {number} serves {} as {}, cell 0 serves {} as {}; give all workers the same model and flags",
+                cell.model,
+                cell.numerics,
+                first.model,
+                first.numerics
+            );
+        }
+    }
+    Ok(())
 }
 
 fn api_limits(args: &ApiArgs) -> ApiLimits {
@@ -195,12 +237,16 @@ fn api_limits(args: &ApiArgs) -> ApiLimits {
 pub struct LocalOptions {
     /// The model, as the workers are told.
     pub model: String,
-    /// How many workers.
+    /// How many workers each cell has.
     pub workers: u32,
+    /// How many cells.
+    pub replicas: u32,
     /// How each computes.
     pub device: Device,
     /// How much each takes at once.
     pub limits: LimitArgs,
+    /// How requests share them.
+    pub engine: EngineArgs,
     /// Where to listen for HTTP.
     pub listen: SocketAddr,
     /// What the API says.
@@ -221,11 +267,12 @@ impl LocalServer {
     /// # Errors
     /// A worker does not start or load, or the address is taken.
     pub async fn start(options: LocalOptions) -> Result<Self> {
-        let LocalOptions { model, workers, device, limits, listen, api, token } = options;
+        let LocalOptions { model, workers, replicas, device, limits, engine, listen, api, token } = options;
         let token = token.map_or_else(random_token, Ok)?;
-        let children = Children::start(workers, &model, &device, &token).await?;
-        let addresses = children.addresses().iter().map(SocketAddr::to_string).collect();
-        let options = ServerOptions { workers: addresses, listen, api, limits, token: Some(token) };
+        let children = Children::start(workers * replicas, &model, &device, &token).await?;
+        let addresses: Vec<String> = children.addresses().iter().map(SocketAddr::to_string).collect();
+        let cells = addresses.chunks(workers as usize).map(<[String]>::to_vec).collect();
+        let options = ServerOptions { cells, listen, api, limits, engine, token: Some(token) };
         match Server::start(options).await {
             Ok(server) => Ok(Self { server, children }),
             Err(error) => {
@@ -255,7 +302,7 @@ impl LocalServer {
 
     /// Ends the workers now, whatever is under way.
     pub async fn stop_now(self) {
-        self.server.driver.abort();
+        self.server.drivers.iter().for_each(JoinHandle::abort);
         self.server.api.abort();
         self.children.stop().await;
     }
@@ -269,10 +316,10 @@ fn random_token() -> Result<ClusterToken> {
     Ok(ClusterToken::parse(&text)?)
 }
 
-/// A bar over the bytes that all workers load.
+/// A bar over the bytes that all workers load, and a table of the memory they will take.
 struct LoadingBar {
     bar: ProgressBar,
-    ranks: BTreeMap<Rank, (u64, u64)>,
+    ranks: BTreeMap<(CellId, Rank), (u64, u64)>,
 }
 
 impl LoadingBar {
@@ -280,13 +327,27 @@ impl LoadingBar {
         Self { bar: byte_bar("loading"), ranks: BTreeMap::new() }
     }
 
-    fn show(&mut self, event: &Forming) {
-        if let Forming::Loading { rank, progress } = event
-            && progress.total_bytes > 0
-        {
-            self.ranks.insert(*rank, (progress.done_bytes, progress.total_bytes));
-            let sum = self.ranks.values().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
-            advance(&self.bar, sum.0, sum.1);
+    fn show(&mut self, cell: CellId, event: Forming) {
+        match event {
+            Forming::Planned { address, plan, memory } => {
+                let uses: Vec<String> = plan
+                    .uses
+                    .iter()
+                    .filter(|(_, bytes)| bytes.0 > 0)
+                    .map(|(what, bytes)| format!("{} {:.0}", what.name(), mib(bytes.0)))
+                    .collect();
+                let (rank, needs, has) = (plan.rank, mib(plan.total().0), mib(memory.0));
+                note(format_args!(
+                    "cell {cell} rank {rank} at {address}: {needs:.0} of {has:.0} MiB ({})",
+                    uses.join(", ")
+                ));
+            }
+            Forming::Loading { rank, progress } if progress.total_bytes > 0 => {
+                self.ranks.insert((cell, rank), (progress.done_bytes, progress.total_bytes));
+                let sum = self.ranks.values().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
+                advance(&self.bar, sum.0, sum.1);
+            }
+            Forming::Joined { .. } | Forming::Loading { .. } | Forming::Ready { .. } => {}
         }
     }
 

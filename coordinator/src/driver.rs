@@ -246,7 +246,9 @@ impl<L: CellLink> Driver<L> {
         if let Some(awaited) = self.awaited.iter_mut().find(|awaited| awaited.step == step) {
             awaited.ranks -= 1;
         }
-        while let Some(done) = self.awaited.pop_front_if(|awaited| awaited.ranks == 0) {
+        while self.awaited.front().is_some_and(|awaited| awaited.ranks == 0)
+            && let Some(done) = self.awaited.pop_front()
+        {
             let now = Instant::now();
             let took = now.saturating_duration_since(self.progress_at).as_secs_f64().max(1e-6);
             self.pace += PACE_SHARE * (done.rows as f64 / took - self.pace);

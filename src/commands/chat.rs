@@ -9,7 +9,7 @@ use clap::Args;
 use phalanx_model::nano;
 use serde_json::{Value, json};
 
-use crate::cli::{DeviceArgs, LOOPBACK_ANY_PORT, LimitArgs};
+use crate::cli::{DeviceArgs, EngineArgs, LOOPBACK_ANY_PORT, LimitArgs};
 use crate::client::{ChatClient, Piece};
 use crate::commands::serve::ApiArgs;
 use crate::server::{self, LocalServer};
@@ -57,8 +57,10 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
     let options = server::LocalOptions {
         model: args.model.clone().unwrap_or_else(|| nano::SPEC.to_owned()),
         workers: args.workers,
+        replicas: 1,
         device: args.device.device(args.workers),
         limits: args.limits,
+        engine: EngineArgs::default(),
         listen: LOOPBACK_ANY_PORT.parse().expect("it is an address"),
         api: ApiArgs::default(),
         token: None,

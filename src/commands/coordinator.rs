@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::cli::{LimitArgs, TokenArgs};
+use crate::cli::{EngineArgs, LimitArgs, TokenArgs};
 use crate::commands::say;
-use crate::commands::serve::ApiArgs;
+use crate::commands::serve::{ApiArgs, cells};
 use crate::server::{self, Server, ServerOptions};
 
 /// Arguments of `coordinator`.
@@ -23,6 +23,10 @@ pub struct CoordinatorArgs {
         value_delimiter = ','
     )]
     workers: Vec<String>,
+    /// Cells: the workers are divided evenly, the first ones to the first cell
+    #[arg(long, env = "PHALANX_REPLICAS", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    replicas: u32,
     /// Where to listen for HTTP
     #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
@@ -30,6 +34,8 @@ pub struct CoordinatorArgs {
     api: ApiArgs,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     token: TokenArgs,
 }
@@ -41,19 +47,25 @@ pub struct CoordinatorArgs {
 pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
-        let count = args.workers.len();
+        let (count, replicas) = (args.workers.len(), args.replicas as usize);
+        if !count.is_multiple_of(replicas) {
+            bail!("{count} workers cannot be divided evenly among {replicas} cells; name a multiple of {replicas}");
+        }
+        let workers = count / replicas;
         let options = ServerOptions {
-            workers: args.workers,
+            cells: args.workers.chunks(workers).map(<[String]>::to_vec).collect(),
             listen: args.listen,
             api: args.api,
             limits: args.limits,
+            engine: args.engine,
             token: args.token.read()?,
         };
         let server = tokio::select! {
             server = Server::start(options) => server.context("the server does not start")?,
             code = server::interrupted() => return Ok(ExitCode::from(code)),
         };
-        say(format_args!("{} on http://{}/v1, {count} workers", server.model(), server.address()))?;
+        let cells = cells(args.replicas, u32::try_from(workers).unwrap_or(u32::MAX));
+        say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
         server::interrupted().await;
         server.drain().await;
         Ok(ExitCode::SUCCESS)

@@ -23,6 +23,18 @@ pub fn complain(error: &anyhow::Error) {
     drop(writeln!(std::io::stderr(), "phalanx: {error:#}"));
 }
 
+/// Prints a line of news to standard error.
+pub fn note(line: impl std::fmt::Display) {
+    // Nobody needs to read it.
+    drop(writeln!(std::io::stderr(), "{line}"));
+}
+
+/// Bytes in MiB.
+#[must_use]
+pub fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
 /// Prints a line to standard output.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::cli::{DeviceArgs, LimitArgs, PromptArgs};
-use crate::commands::{advance, byte_bar, say, say_json, start_cell};
+use crate::commands::{advance, byte_bar, mib, say, say_json, start_cell};
 use crate::local::CellOptions;
 
 /// Looks into checkpoints, makes them, and runs them without a server.
@@ -242,10 +242,6 @@ fn say_inspection(inspection: &Inspection) -> Result<()> {
         say(format_args!("defect: {defect}"))?;
     }
     Ok(())
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }
 
 fn synth(args: &SynthArgs) -> Result<ExitCode> {

@@ -9,7 +9,7 @@ use phalanx_coordinator::api::ApiKeys;
 use phalanx_coordinator::harmony::ReasoningEffort;
 use phalanx_model::nano;
 
-use crate::cli::{DeviceArgs, LimitArgs, TokenArgs};
+use crate::cli::{DeviceArgs, EngineArgs, LimitArgs, TokenArgs};
 use crate::commands::say;
 use crate::server::{self, LocalOptions, LocalServer};
 
@@ -62,10 +62,14 @@ pub struct ServeArgs {
     /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache
     #[arg(long, env = "PHALANX_MODEL", default_value = nano::SPEC)]
     model: String,
-    /// Workers that share the experts
+    /// Workers that share the experts of a cell
     #[arg(long, env = "PHALANX_WORKERS", value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: u32,
+    /// Cells, each with the whole model on workers of its own
+    #[arg(long, env = "PHALANX_REPLICAS", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    replicas: u32,
     /// Where to listen for HTTP
     #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
@@ -76,7 +80,17 @@ pub struct ServeArgs {
     #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     token: TokenArgs,
+}
+
+/// How many of what, in words.
+pub fn cells(replicas: u32, workers: u32) -> String {
+    match replicas {
+        1 => format!("{workers} workers"),
+        _ => format!("{replicas} cells of {workers} workers"),
+    }
 }
 
 /// Runs `phalanx serve`.
@@ -86,12 +100,14 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
-        let device = args.device.device(args.workers);
+        let device = args.device.device(args.workers * args.replicas);
         let options = LocalOptions {
             model: args.model,
             workers: args.workers,
+            replicas: args.replicas,
             device,
             limits: args.limits,
+            engine: args.engine,
             listen: args.listen,
             api: args.api,
             token: args.token.read()?,
@@ -100,7 +116,8 @@ pub fn run(args: ServeArgs) -> Result<ExitCode> {
             server = LocalServer::start(options) => server.context("the server does not start")?,
             code = server::interrupted() => return Ok(ExitCode::from(code)),
         };
-        say(format_args!("{} on http://{}/v1, {} workers", server.model(), server.address(), args.workers))?;
+        let cells = cells(args.replicas, args.workers);
+        say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
         server::interrupted().await;
         server.drain().await;
         Ok(ExitCode::SUCCESS)

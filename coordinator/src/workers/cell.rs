@@ -46,6 +46,15 @@ pub enum Forming {
         /// Its address.
         address: String,
     },
+    /// The memory of a rank is planned, and there is enough.
+    Planned {
+        /// The worker's address.
+        address: String,
+        /// What is needed.
+        plan: MemoryPlan,
+        /// What there is, without what other ranks take of it.
+        memory: Bytes,
+    },
     /// A rank has come this far.
     Loading {
         /// The rank.
@@ -136,6 +145,11 @@ pub struct Workers {
     pub link: ChannelLink,
 }
 
+/// Memory that several workers share, and what is left of each. Cells formed with the same pools never count the same
+/// memory twice.
+#[derive(Debug, Default)]
+pub struct MemoryPools(Mutex<BTreeMap<String, Bytes>>);
+
 /// Makes a cell of `workers`, whose ranks are in the order given. `limits` decides how much of everything there may
 /// be, once the model is known; `on_event` hears how it goes. If anything fails, the workers are given back.
 ///
@@ -145,6 +159,7 @@ pub async fn form_cell(
     workers: Vec<WorkerHandle>,
     options: CellOptions,
     limits: impl FnOnce(&ModelConfig, Layout) -> Limits + Send,
+    pools: &MemoryPools,
     on_event: &mut (dyn FnMut(Forming) + Send),
 ) -> Result<Workers, CellError> {
     let count = u32::try_from(workers.len()).unwrap_or(u32::MAX);
@@ -154,7 +169,7 @@ pub async fn form_cell(
         return Err(CellError::Twice { address: twice.address().to_owned() });
     }
     let handles: Vec<_> = layout.ranks().zip(workers).map(|(rank, worker)| worker.with_rank(rank)).collect();
-    let formed = form(&handles, layout, options, limits, on_event).await;
+    let formed = form(&handles, layout, options, limits, pools, on_event).await;
     if formed.is_err() {
         release_all(&handles, options.term, RELEASE_WAIT).await;
     }
@@ -174,6 +189,7 @@ async fn form(
     layout: Layout,
     options: CellOptions,
     limits: impl FnOnce(&ModelConfig, Layout) -> Limits + Send,
+    pools: &MemoryPools,
     on_event: &mut (dyn FnMut(Forming) + Send),
 ) -> Result<Workers, CellError> {
     let CellOptions { cell, term, instance, epoch, .. } = options;
@@ -188,7 +204,7 @@ async fn form(
     let limits = limits(&config, layout);
     let layers = u32::try_from(config.layers.len()).expect("`ModelConfig::check` bounds the layers");
     let placement = Placement::contiguous(layers, config.experts, layout);
-    let plans = plan_memory(handles, &joined, layout, &placement, &limits)?;
+    let plans = plan_memory(handles, &joined, layout, &placement, &limits, pools, on_event)?;
 
     let fence = Fence { term, epoch, step: StepId(0) };
     let peers: Vec<SocketAddr> = joined.iter().map(|description| description.data_address).collect();
@@ -219,8 +235,10 @@ fn plan_memory(
     layout: Layout,
     placement: &Placement,
     limits: &Limits,
+    pools: &MemoryPools,
+    on_event: &mut (dyn FnMut(Forming) + Send),
 ) -> Result<Vec<MemoryPlan>, CellError> {
-    let mut left: BTreeMap<&str, Bytes> = BTreeMap::new();
+    let mut left = pools.0.lock().unwrap_or_else(PoisonError::into_inner);
     layout
         .ranks()
         .zip(handles.iter().zip(joined))
@@ -229,9 +247,11 @@ fn plan_memory(
             let pool = description.memory_pool.as_str();
             let has = if pool.is_empty() { backend.memory } else { *left.get(pool).unwrap_or(&backend.memory) };
             let plan = MemoryPlan::new(&description.config, layout, placement, rank, limits, backend);
-            let plan = plan.fit(has.min(backend.memory));
+            let has = has.min(backend.memory);
+            let plan = plan.fit(has);
             let plan = plan.map_err(|source| CellError::Memory { address: handle.address().to_owned(), source })?;
-            left.insert(pool, Bytes(has.0 - plan.total().0));
+            left.insert(pool.to_owned(), Bytes(has.0 - plan.total().0));
+            on_event(Forming::Planned { address: handle.address().to_owned(), plan: plan.clone(), memory: has });
             Ok(plan)
         })
         .collect()

@@ -74,19 +74,32 @@ async fn every_label_set_exists_from_the_start() {
         format!("vllm:inter_token_latency_seconds_count{{{labels}}} 0"),
         format!("vllm:e2e_request_latency_seconds_count{{{labels}}} 0"),
         format!("vllm:iteration_tokens_total_count{{{labels}}} 0"),
-        "phalanx_exchange_rows_total{kind=\"dispatch\"} 0".to_owned(),
-        "phalanx_exchange_rows_total{kind=\"combine\"} 0".to_owned(),
-        "phalanx_exchange_bytes_total{direction=\"sent\"} 0".to_owned(),
-        "phalanx_exchange_bytes_total{direction=\"received\"} 0".to_owned(),
+        format!("vllm:num_preemptions_total{{{labels}}} 0"),
+        format!("vllm:prefix_cache_queries_total{{{labels}}} 0"),
+        format!("vllm:prefix_cache_hits_total{{{labels}}} 0"),
+        format!("vllm:prompt_tokens_cached_total{{{labels}}} 0"),
+        format!("vllm:request_queue_time_seconds_count{{{labels}}} 0"),
+        format!("vllm:request_prefill_time_seconds_count{{{labels}}} 0"),
+        format!("vllm:request_decode_time_seconds_count{{{labels}}} 0"),
+        "phalanx_requests_waiting{class=\"interactive\",engine=\"0\"} 0".to_owned(),
+        "phalanx_requests_waiting{class=\"batch\",engine=\"0\"} 0".to_owned(),
+        "phalanx_steps_total{engine=\"0\"} 0".to_owned(),
+        "phalanx_step_imbalance_count{engine=\"0\"} 0".to_owned(),
+        "phalanx_exchange_rows_total{engine=\"0\",kind=\"dispatch\"} 0".to_owned(),
+        "phalanx_exchange_rows_total{engine=\"0\",kind=\"combine\"} 0".to_owned(),
+        "phalanx_exchange_bytes_total{direction=\"sent\",engine=\"0\"} 0".to_owned(),
+        "phalanx_exchange_bytes_total{direction=\"received\",engine=\"0\"} 0".to_owned(),
         "phalanx_harmony_repairs_total{kind=\"missing_channel\"} 0".to_owned(),
-        "phalanx_cell_epoch 0".to_owned(),
+        "phalanx_cell_epoch{engine=\"0\"} 0".to_owned(),
         "phalanx_http_requests_total{code=\"200\",route=\"/v1/chat/completions\"} 0".to_owned(),
         format!("phalanx_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION")),
     ];
     expected.extend(["stop", "length", "abort", "error"].map(|reason| {
         format!("vllm:request_success_total{{engine=\"0\",finished_reason=\"{reason}\",model_name=\"gpt-oss-test\"}} 0")
     }));
-    expected.extend(Phase::ALL.map(|phase| format!("phalanx_step_seconds_count{{phase=\"{}\"}} 0", phase.name())));
+    expected.extend(
+        Phase::ALL.map(|phase| format!("phalanx_step_seconds_count{{engine=\"0\",phase=\"{}\"}} 0", phase.name())),
+    );
     expected.extend(WorkerState::ALL.map(|state| format!("phalanx_cell_workers{{state=\"{}\"}} 0", state.name())));
     for line in expected {
         assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
@@ -99,6 +112,7 @@ async fn requests_and_steps_are_counted() {
     let usage = server.ask(json!({})).await.json()["usage"].clone();
     server.get("/nowhere").await;
     server.get("/v1/models/gpt-4o").await;
+    server.metrics.cell(0).admitted(12);
     server.metrics.cell(0).step(7);
     server.metrics.cell(0).engine(&Stats { kv_usage: 0.25, ..Stats::default() });
     let mut phases = PhaseTimes::default();
@@ -112,25 +126,24 @@ async fn requests_and_steps_are_counted() {
     });
     let text = server.get("/metrics").await.text();
     let labels = "engine=\"0\",model_name=\"gpt-oss-test\"";
-    let prompt = usage["prompt_tokens"].as_u64().unwrap();
     let tokens = usage["completion_tokens"].as_u64().unwrap();
     for line in [
         format!("vllm:num_requests_running{{{labels}}} 2"),
         format!("vllm:num_requests_waiting{{{labels}}} 3"),
         format!("vllm:kv_cache_usage_perc{{{labels}}} 0.25"),
-        format!("vllm:prompt_tokens_total{{{labels}}} {prompt}"),
+        format!("vllm:prompt_tokens_total{{{labels}}} 12"),
         format!("vllm:generation_tokens_total{{{labels}}} {tokens}"),
         format!("vllm:time_to_first_token_seconds_count{{{labels}}} 1"),
         format!("vllm:inter_token_latency_seconds_count{{{labels}}} {}", tokens - 1),
         format!("vllm:e2e_request_latency_seconds_count{{{labels}}} 1"),
         format!("vllm:iteration_tokens_total_sum{{{labels}}} 7"),
         "vllm:request_success_total{engine=\"0\",finished_reason=\"stop\",model_name=\"gpt-oss-test\"} 1".to_owned(),
-        "phalanx_step_seconds_sum{phase=\"experts\"} 1.5".to_owned(),
-        "phalanx_exchange_rows_total{kind=\"dispatch\"} 5".to_owned(),
-        "phalanx_exchange_rows_total{kind=\"combine\"} 6".to_owned(),
-        "phalanx_exchange_bytes_total{direction=\"sent\"} 70".to_owned(),
-        "phalanx_exchange_bytes_total{direction=\"received\"} 80".to_owned(),
-        "phalanx_cell_epoch 4".to_owned(),
+        "phalanx_step_seconds_sum{engine=\"0\",phase=\"experts\"} 1.5".to_owned(),
+        "phalanx_exchange_rows_total{engine=\"0\",kind=\"dispatch\"} 5".to_owned(),
+        "phalanx_exchange_rows_total{engine=\"0\",kind=\"combine\"} 6".to_owned(),
+        "phalanx_exchange_bytes_total{direction=\"sent\",engine=\"0\"} 70".to_owned(),
+        "phalanx_exchange_bytes_total{direction=\"received\",engine=\"0\"} 80".to_owned(),
+        "phalanx_cell_epoch{engine=\"0\"} 4".to_owned(),
         "phalanx_cell_workers{state=\"lost\"} 1".to_owned(),
         "phalanx_http_requests_total{code=\"200\",route=\"/v1/chat/completions\"} 1".to_owned(),
         "phalanx_http_requests_total{code=\"404\",route=\"other\"} 1".to_owned(),
