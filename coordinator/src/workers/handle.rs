@@ -2,10 +2,11 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use phalanx_proto::{Rank, StepPlan, Term};
+use phalanx_proto::{Rank, Term};
 use phalanx_wire::token::SendToken;
 use phalanx_wire::v1::worker_client::WorkerClient;
 use phalanx_wire::{
@@ -14,13 +15,13 @@ use phalanx_wire::{
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
-use super::link::{CellEvent, PLANS_AHEAD_MAX, RankPort};
+use super::carry::Carrier;
+use super::link::RankPort;
 
 /// A connection on which nothing came for this long is asked whether it still lives.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_millis(500);
@@ -29,7 +30,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Between two attempts to connect.
 const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest wait for a call that a worker answers at once.
-const CALL_WAIT: Duration = Duration::from_secs(5);
+pub(super) const CALL_WAIT: Duration = Duration::from_secs(5);
 /// Longest message that is repeated from a worker's status, in bytes.
 const MESSAGE_BYTES_MAX: usize = 4096;
 
@@ -207,53 +208,23 @@ impl WorkerHandle {
         self.within(wait, CALL, events).await?
     }
 
-    /// Opens a stream of steps: what is sent is done in order, and answered in order. At most
-    /// [`PLANS_AHEAD_MAX`] plans wait at this end.
+    /// Joins the worker to a link: a task carries plans to it and replies back, until either end is gone.
     ///
     /// # Errors
     /// The worker has too many streams open, or does not answer.
-    pub async fn open_steps(&self) -> Result<(mpsc::Sender<StepPlan>, StepReplies), WorkerError> {
-        let (plan, plans) = mpsc::channel(PLANS_AHEAD_MAX);
-        Ok((plan, self.steps(plans).await?))
-    }
-
-    async fn steps(&self, plans: mpsc::Receiver<StepPlan>) -> Result<StepReplies, WorkerError> {
-        let plans = ReceiverStream::new(plans).map(v1::Envelope::from);
-        let mut client = self.client.clone();
-        let replies = self.within(CALL_WAIT, "steps", client.steps(plans)).await?;
-        Ok(StepReplies { who: self.who.clone(), replies })
-    }
-
-    /// Joins the worker to a link: a task carries plans to it and replies back, until either end is gone.
     pub(super) async fn carry(&self, port: RankPort) -> Result<(), WorkerError> {
-        let RankPort { rank, plans, events } = port;
-        let mut replies = self.steps(plans).await?;
-        tokio::spawn(async move {
-            loop {
-                let reply = tokio::select! {
-                    reply = replies.next() => reply,
-                    () = events.closed() => return,
-                };
-                let event = match reply {
-                    Ok(Ok(result)) if result.rank != rank => {
-                        let why = format!("it answers as rank {}", result.rank);
-                        CellEvent::Lost { rank, address: replies.who.address.clone(), why }
-                    }
-                    Ok(reply) => CellEvent::Reply { rank, reply },
-                    Err(WorkerError::Failed { why, .. }) => {
-                        CellEvent::Lost { rank, address: replies.who.address.clone(), why }
-                    }
-                    Err(error) => {
-                        CellEvent::Lost { rank, address: replies.who.address.clone(), why: error.to_string() }
-                    }
-                };
-                let lost = matches!(event, CellEvent::Lost { .. });
-                if events.send(event).await.is_err() || lost {
-                    return;
-                }
-            }
-        });
-        Ok(())
+        Carrier::start(self.clone(), port).await
+    }
+
+    /// Opens a stream of steps: what is sent is done in order, and answered in order.
+    pub(super) async fn steps(
+        &self,
+        plans: mpsc::Receiver<v1::Envelope>,
+        wait: Duration,
+    ) -> Result<StepReplies, WorkerError> {
+        let mut client = self.client.clone();
+        let replies = self.within(wait, "steps", client.steps(ReceiverStream::new(plans))).await?;
+        Ok(StepReplies { who: self.who.clone(), replies })
     }
 
     /// Asks how the worker is. It answers even while a step works or hangs.
@@ -300,7 +271,7 @@ impl WorkerHandle {
 
 /// The replies of a stream of steps.
 #[derive(Debug)]
-pub struct StepReplies {
+pub(super) struct StepReplies {
     who: Who,
     replies: Streaming<v1::Envelope>,
 }
@@ -309,8 +280,8 @@ impl StepReplies {
     /// The next reply. May be given up and asked again without losing one.
     ///
     /// # Errors
-    /// The stream is over, and the worker lost.
-    pub async fn next(&mut self) -> Result<StepReply, WorkerError> {
+    /// The stream is over.
+    pub(super) async fn next(&mut self) -> Result<StepReply, WorkerError> {
         const CALL: &str = "steps";
         match self.replies.message().await {
             Ok(Some(reply)) => StepReply::try_from(reply).map_err(|source| WorkerError::Reply {
@@ -325,12 +296,21 @@ impl StepReplies {
 }
 
 fn failed(who: &Who, call: &'static str, status: &Status) -> WorkerError {
+    if let Some(cause) = status.source().filter(|&cause| nobody_listens(cause)) {
+        return WorkerError::Unreachable { who: who.clone(), why: root_cause(cause) };
+    }
     // What a worker says has no source; a source is of this end.
     let broken = |cause| format!("the connection broke: {}", root_cause(cause));
     let mut why = status.source().map_or_else(|| status.message().to_owned(), broken);
     let end = (0..=MESSAGE_BYTES_MAX.min(why.len())).rev().find(|&end| why.is_char_boundary(end));
     why.truncate(end.unwrap_or(0));
     WorkerError::Failed { who: who.clone(), call, code: status.code(), why }
+}
+
+/// Whether the error is that a connection was refused.
+fn nobody_listens(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.any(|error| error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::ConnectionRefused))
 }
 
 /// What an error comes down to, without the layers that passed it on.

@@ -2,284 +2,30 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod fake;
+mod resume;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use fake::{Answers, Fake, OPTIONS, Running, connect, description, form, heard, limits, plan, soon, start};
 use phalanx_coordinator::workers::{
-    CellError, CellEvent, CellLink, CellOptions, ChannelLink, ClusterToken, Forming, LinkError, Progress, StepFailure,
-    WorkerError, WorkerHandle, Workers, form_cell, release_all,
+    CellError, CellEvent, CellLink, CellOptions, ChannelLink, ClusterToken, Forming, LinkError, Progress, WorkerError,
+    WorkerHandle, form_cell, release_all,
 };
 use phalanx_proto::{
-    BackendReport, Bytes, CellId, Epoch, Fence, LayerKind, Layout, Limits, MemoryPlan, ModelConfig, NumericsId,
-    Placement, Rank, Rope, StepHeader, StepId, StepPlan, StepResult, Term,
+    Bytes, CellId, Epoch, Fence, Layout, MemoryPlan, NumericsId, Placement, Rank, StepId, StepResult, Term,
 };
-use phalanx_wire::token::CheckToken;
-use phalanx_wire::v1::worker_server::WorkerServer;
-use phalanx_wire::{Description, Health, Join, Prepare, PrepareEvent, StepReply, VERSION, v1};
+use phalanx_wire::{Description, Health, Join, VERSION};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use tokio_stream::wrappers::TcpListenerStream;
-use tokio_stream::{Stream, StreamExt};
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
-
-/// How a fake worker answers plans.
-#[derive(Clone, Copy, PartialEq)]
-enum Answers {
-    Well,
-    WithFailure,
-    AsAnotherRank,
-    Damaged,
-    Never,
-}
-
-#[derive(Clone)]
-struct Fake {
-    description: Description,
-    prepare_fails: bool,
-    prepare_hangs: bool,
-    answers: Answers,
-    token: Option<ClusterToken>,
-    seen: Arc<Mutex<Seen>>,
-}
-
-#[derive(Default)]
-struct Seen {
-    joins: Vec<Join>,
-    prepared: Vec<Prepare>,
-    releases: Vec<u64>,
-}
-
-impl Fake {
-    fn new() -> Self {
-        Self {
-            description: description(),
-            prepare_fails: false,
-            prepare_hangs: false,
-            answers: Answers::Well,
-            token: None,
-            seen: Arc::default(),
-        }
-    }
-
-    fn described(change: impl FnOnce(&mut Description)) -> Self {
-        let mut fake = Self::new();
-        change(&mut fake.description);
-        fake
-    }
-
-    fn answering(answers: Answers) -> Self {
-        Self { answers, ..Self::new() }
-    }
-}
-
-type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl v1::worker_server::Worker for Fake {
-    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinReply>, Status> {
-        self.seen.lock().unwrap().joins.push(request.into_inner().try_into().unwrap());
-        Ok(Response::new(self.description.clone().into()))
-    }
-
-    type PrepareStream = Boxed<v1::PrepareEvent>;
-
-    async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<Self::PrepareStream>, Status> {
-        self.seen.lock().unwrap().prepared.push(request.into_inner().try_into().unwrap());
-        let progress = PrepareEvent::Progress(Progress { stage: "experts".to_owned(), done_bytes: 1, total_bytes: 2 });
-        let last = if self.prepare_fails {
-            Err(Status::failed_precondition("shard 2 is truncated"))
-        } else {
-            Ok(PrepareEvent::Ready { allocated_bytes: 77 })
-        };
-        let events = tokio_stream::iter([Ok(progress), last]).map(|event| event.map(Into::into));
-        if self.prepare_hangs {
-            return Ok(Response::new(Box::pin(events.take(1).chain(tokio_stream::pending()))));
-        }
-        Ok(Response::new(Box::pin(events)))
-    }
-
-    type StepsStream = Boxed<v1::Envelope>;
-
-    async fn steps(&self, request: Request<Streaming<v1::Envelope>>) -> Result<Response<Self::StepsStream>, Status> {
-        let rank = self.seen.lock().unwrap().prepared.last().unwrap().rank;
-        let answers = self.answers;
-        let replies = request.into_inner().filter_map(move |plan| {
-            let plan = StepPlan::try_from(plan.ok()?).unwrap();
-            let fence = plan.header.fence;
-            let result = StepResult { fence, rank, ..StepResult::default() };
-            let reply: StepReply = match answers {
-                Answers::Well | Answers::Damaged => Ok(result),
-                Answers::AsAnotherRank => Ok(StepResult { rank: Rank(rank.0 + 1), ..result }),
-                Answers::WithFailure => {
-                    Err(StepFailure { fence, message: "rank 0 is lost".to_owned(), blamed: vec![Rank(0)] })
-                }
-                Answers::Never => return None,
-            };
-            let mut envelope = v1::Envelope::from(reply);
-            if answers == Answers::Damaged {
-                envelope.crc32c = envelope.crc32c.map(|crc| !crc);
-            }
-            Some(Ok(envelope))
-        });
-        Ok(Response::new(Box::pin(replies)))
-    }
-
-    async fn health(&self, _request: Request<v1::HealthRequest>) -> Result<Response<v1::HealthReply>, Status> {
-        Ok(Response::new(Health::default().into()))
-    }
-
-    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
-        self.seen.lock().unwrap().releases.push(request.into_inner().term);
-        Ok(Response::new(v1::ReleaseReply {}))
-    }
-}
-
-/// A fake worker with a runtime of its own, so that it can die with all its sockets.
-struct Running {
-    address: SocketAddr,
-    seen: Arc<Mutex<Seen>>,
-    runtime: Option<Runtime>,
-}
-
-impl Running {
-    fn start(fake: Fake) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let address = listener.local_addr().unwrap();
-        let seen = Arc::clone(&fake.seen);
-        runtime.spawn(async move {
-            let check = CheckToken::new(fake.token.clone());
-            let service = InterceptedService::new(WorkerServer::new(fake), check);
-            let incoming = TcpListenerStream::new(TcpListener::from_std(listener).unwrap());
-            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
-        Self { address, seen, runtime: Some(runtime) }
-    }
-
-    fn kill(&mut self) {
-        self.runtime.take().unwrap().shutdown_background();
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-fn description() -> Description {
-    Description {
-        version: VERSION.to_owned(),
-        numerics: NumericsId("cpu-1/exact".to_owned()),
-        config: ModelConfig {
-            hidden: 64,
-            intermediate: 32,
-            layers: vec![LayerKind::Sliding, LayerKind::Full],
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 16,
-            experts: 8,
-            top_k: 2,
-            window: 5,
-            vocab: 300,
-            eps: 1e-5,
-            swiglu_limit: 7.0,
-            rope: Rope {
-                theta: 150_000.0,
-                factor: 32.0,
-                beta_fast: 32.0,
-                beta_slow: 1.0,
-                original_context: 4096,
-                truncate: false,
-                attention_factor: 1.346_573,
-            },
-            context: 4096,
-            eos: vec![3],
-        },
-        model: "tiny".to_owned(),
-        backend: BackendReport {
-            tile_rows: 16,
-            dense_bytes: 2,
-            mxfp4_block_bytes: 17,
-            kv_bytes: 4,
-            wire_bytes: 4,
-            threads: 1,
-            process_base: Bytes(1 << 20),
-            embedding_mapped: true,
-            memory: Bytes(1 << 30),
-        },
-        data_address: "0.0.0.0:7001".parse().unwrap(),
-        memory_pool: String::new(),
-    }
-}
-
-const OPTIONS: CellOptions = CellOptions {
-    cell: CellId(3),
-    term: Term(4),
-    instance: 5,
-    epoch: Epoch(6),
-    survive: 1,
-    prepare_wait: Duration::from_secs(30),
-};
-
-fn limits(config: &ModelConfig, _layout: Layout) -> Limits {
-    Limits {
-        seqs_max: 4,
-        step_rows_max: 64,
-        block_size: Limits::BLOCK_SIZE,
-        full_blocks: 64,
-        window_blocks: 16,
-        context: config.context.min(1024),
-    }
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
-}
-
-async fn connect(address: impl ToString) -> WorkerHandle {
-    WorkerHandle::connect(&address.to_string(), None, soon()).await.unwrap()
-}
-
-fn start(fakes: impl IntoIterator<Item = Fake>) -> Vec<Running> {
-    fakes.into_iter().map(Running::start).collect()
-}
-
-async fn form(running: &[Running]) -> Result<(Workers, Vec<Forming>), CellError> {
-    let mut handles = Vec::new();
-    for worker in running {
-        handles.push(connect(worker.address).await);
-    }
-    let mut events = Vec::new();
-    let workers = form_cell(handles, OPTIONS, limits, &mut |event| events.push(event)).await?;
-    Ok((workers, events))
-}
 
 async fn refused(fakes: impl IntoIterator<Item = Fake>) -> (CellError, Vec<Running>) {
     let running = start(fakes);
     (form(&running).await.expect_err("a refusal"), running)
-}
-
-fn plan(step: u64) -> StepPlan {
-    let fence = Fence { term: OPTIONS.term, epoch: OPTIONS.epoch, step: StepId(step) };
-    StepPlan {
-        header: StepHeader { fence, deadline_ms: 1000, rows_of_rank: vec![0; 3], ..StepHeader::default() },
-        ..StepPlan::default()
-    }
-}
-
-async fn heard(link: &mut ChannelLink) -> CellEvent {
-    tokio::time::timeout(Duration::from_secs(30), link.recv()).await.expect("an event")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -404,7 +150,7 @@ async fn loading_ends_at_its_deadline() {
     let running = start([Fake { prepare_hangs: true, ..Fake::new() }]);
     let handle = connect(running[0].address).await;
     let options = CellOptions { survive: 0, prepare_wait: Duration::from_millis(50), ..OPTIONS };
-    let error = form_cell(vec![handle], options, limits, &mut |_| {}).await.unwrap_err();
+    let error = form_cell(vec![handle], options, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
     assert!(matches!(error, CellError::Worker(WorkerError::Deadline { call: "prepare", .. })), "{error}");
 }
 
@@ -453,7 +199,7 @@ async fn a_worker_that_falls_silent_is_named_even_when_nothing_is_asked_of_it() 
     let running = start([Fake::new(), Fake::new()]);
     let (proxy, freeze) = freezing_proxy(running[1].address).await;
     let handles = vec![connect(running[0].address).await, connect(proxy).await];
-    let mut workers = form_cell(handles, OPTIONS, limits, &mut |_| {}).await.unwrap();
+    let mut workers = form_cell(handles, OPTIONS, limits, &Default::default(), &mut |_| {}).await.unwrap();
     freeze.notify_one();
     let CellEvent::Lost { rank, address, .. } = heard(&mut workers.link).await else { panic!("a reply") };
     assert_eq!((rank, address), (Rank(1), proxy.to_string()));
@@ -487,11 +233,11 @@ async fn the_token_is_sent_and_its_lack_is_told() {
     let running = start([Fake { token: Some(token.clone()), ..Fake::new() }]);
     let options = CellOptions { survive: 0, ..OPTIONS };
     let handle = connect(running[0].address).await;
-    let error = form_cell(vec![handle], options, limits, &mut |_| {}).await.unwrap_err();
+    let error = form_cell(vec![handle], options, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
     assert!(error.to_string().contains("cluster token"), "{error}");
     let address = running[0].address.to_string();
     let handle = WorkerHandle::connect(&address, Some(&token), soon()).await.unwrap();
-    form_cell(vec![handle], options, limits, &mut |_| {}).await.unwrap();
+    form_cell(vec![handle], options, limits, &Default::default(), &mut |_| {}).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -509,11 +255,11 @@ async fn addresses_that_lead_nowhere_are_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cell_needs_workers_each_once() {
-    let error = form_cell(Vec::new(), OPTIONS, limits, &mut |_| {}).await.unwrap_err();
+    let error = form_cell(Vec::new(), OPTIONS, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
     assert!(matches!(error, CellError::Layout(_)), "{error}");
     let running = start([Fake::new()]);
     let handle = connect(running[0].address).await;
-    let error = form_cell(vec![handle.clone(), handle], OPTIONS, limits, &mut |_| {}).await.unwrap_err();
+    let error = form_cell(vec![handle.clone(), handle], OPTIONS, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
     assert!(matches!(error, CellError::Twice { .. }), "{error}");
     assert!(running[0].seen.lock().unwrap().joins.is_empty());
 }
