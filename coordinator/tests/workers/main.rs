@@ -259,7 +259,8 @@ async fn a_cell_needs_workers_each_once() {
     assert!(matches!(error, CellError::Layout(_)), "{error}");
     let running = start([Fake::new()]);
     let handle = connect(running[0].address).await;
-    let error = form_cell(vec![handle.clone(), handle], OPTIONS, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
+    let error =
+        form_cell(vec![handle.clone(), handle], OPTIONS, limits, &Default::default(), &mut |_| {}).await.unwrap_err();
     assert!(matches!(error, CellError::Twice { .. }), "{error}");
     assert!(running[0].seen.lock().unwrap().joins.is_empty());
 }

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use phalanx_coordinator::workers::{CellEvent, CellLink, ChannelLink, PLANS_AHEAD_MAX, Workers, form_cell};
+use phalanx_coordinator::workers::{
+    CellEvent, CellLink, CellOptions, ChannelLink, MemoryPools, PLANS_AHEAD_MAX, Workers, form_cell,
+};
 use phalanx_proto::{Outputs, Position, Rank, Rows, SeqId, Start, StepPlan, TokenId, Tokens};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -166,7 +168,7 @@ async fn cell(addresses: impl IntoIterator<Item = SocketAddr>) -> Workers {
     for address in addresses {
         handles.push(connect(address).await);
     }
-    form_cell(handles, OPTIONS, limits, &mut |_| {}).await.unwrap()
+    form_cell(handles, OPTIONS, limits, &MemoryPools::default(), &mut |_| {}).await.unwrap()
 }
 
 /// Sends plans for the steps `from..=to` ahead of their results; each rank's must come once, in order, and right.
@@ -251,8 +253,8 @@ async fn a_damaged_reply_is_asked_for_again() {
 }
 
 async fn one(address: SocketAddr) -> Workers {
-    let options = phalanx_coordinator::workers::CellOptions { survive: 0, ..OPTIONS };
-    form_cell(vec![connect(address).await], options, limits, &mut |_| {}).await.unwrap()
+    let options = CellOptions { survive: 0, ..OPTIONS };
+    form_cell(vec![connect(address).await], options, limits, &MemoryPools::default(), &mut |_| {}).await.unwrap()
 }
 
 async fn lost(link: &mut ChannelLink) -> (Rank, String, String) {
