@@ -145,7 +145,7 @@ fn streams_are_the_same_together_on_one_two_and_three_workers() {
 
 #[test]
 fn streams_are_the_same_where_memory_is_short() {
-    let serve = streams(&["--workers", "2", "--kv-tokens", "1536"]);
+    let serve = streams(&["--workers", "2", "--kv-tokens", "512"]);
     assert!(metric(&serve, "vllm:num_preemptions_total") > 0.0, "there was room for all");
 }
 

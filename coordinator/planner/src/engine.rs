@@ -15,10 +15,11 @@ use phalanx_proto::{
 
 use crate::blocks::{BlockTable, Memory};
 use crate::invariants;
+use crate::prefix::Match;
 use crate::queue::{Key, Queue};
 use crate::router::{Affinity, SEQUENCE_TOKENS};
 use crate::schedule;
-use crate::sequence::{Home, Sequence, State, span};
+use crate::sequence::{Home, PREEMPTIONS_OF_BATCH, Sequence, State, span};
 
 /// Blocks of prompts of which it is remembered where they were computed.
 const AFFINITY_BLOCKS: usize = 1 << 16;
@@ -443,6 +444,7 @@ impl Engine {
 
     /// Forgets a sequence at any moment. No event of it follows.
     pub fn cancel(&mut self, seq: SeqId) {
+        self.events.retain(|event| !matches!(event, Event::Started { seq: started, .. } if *started == seq));
         self.remove(seq);
         self.check();
     }
@@ -590,8 +592,9 @@ impl Engine {
         }
     }
 
-    /// Gives a waiting sequence a rank, with what is cached of it there.
-    pub(crate) fn place(&mut self, seq: SeqId, rank: Rank, found: &crate::prefix::Match) {
+    /// Gives a waiting sequence a rank, with what is cached of it there. One that has waited its turn counts as
+    /// interactive from now on: those it was let in before do not drive it out again.
+    pub(crate) fn place(&mut self, seq: SeqId, rank: Rank, found: &Match, its_turn: bool) {
         let size = self.config.limits.block_size;
         let Some(sequence) = self.sequences.get(&seq) else { return };
         self.wait_no_more(sequence.key(), sequence.len());
@@ -601,6 +604,7 @@ impl Engine {
         let tell = self.ranks[rank.index()].memory.adopt(&mut table, found);
         let cached = u32::try_from(found.nodes.len()).expect("sequences are bounded by the context") * size;
         sequence.life += 1;
+        sequence.promoted |= its_turn || sequence.life > PREEMPTIONS_OF_BATCH;
         let (key, claim) = (sequence.key(), table.lacks(len + 1, size));
         sequence.seen_by = Some(rank.0);
         self.affinity.remember(&sequence.hashes, rank.0);

@@ -31,6 +31,8 @@ pub struct Offer {
     pub key: Key,
     /// Whether, if it does not fit, the other class may be asked.
     pub may_pass: bool,
+    /// Whether it is a batch request that has been passed often enough.
+    pub its_turn: bool,
 }
 
 impl Queue {
@@ -85,14 +87,14 @@ impl Queue {
     #[must_use]
     pub fn offers(&self) -> [Option<Offer>; 2] {
         let (interactive, batch) = (self.first(Class::Interactive), self.first(Class::Batch));
-        let offer = |key: Option<Key>, may_pass| key.map(|key| Offer { key, may_pass });
+        let offer = |key: Option<Key>, may_pass, its_turn| key.map(|key| Offer { key, may_pass, its_turn });
         match (interactive, batch) {
             (Some(_), Some(_)) if self.passed >= PASSED_FIRST => {
-                [offer(batch, self.passed < PASSED_MAX), offer(interactive, false)]
+                [offer(batch, self.passed < PASSED_MAX, true), offer(interactive, false, false)]
             }
             // A batch request never takes room that an interactive one waits for.
-            (Some(_), _) => [offer(interactive, false), None],
-            (None, batch) => [offer(batch, false), None],
+            (Some(_), _) => [offer(interactive, false, false), None],
+            (None, batch) => [offer(batch, false, false), None],
         }
     }
 }
@@ -128,7 +130,7 @@ mod tests {
         }
         assert_eq!(passed, PASSED_MAX);
         let [Some(first), _] = queue.offers() else { panic!("somebody waits") };
-        assert_eq!(first, Offer { key: key(Class::Batch, 1), may_pass: false });
+        assert_eq!(first, Offer { key: key(Class::Batch, 1), may_pass: false, its_turn: true });
         queue.remove(first.key);
         assert_eq!(queue.offers()[0].unwrap().key.0, Class::Interactive);
     }

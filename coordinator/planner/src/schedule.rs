@@ -64,9 +64,10 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
 fn place_waiting(engine: &mut Engine) {
     while !engine.queue.is_empty() {
         let [first, second] = engine.queue.offers();
-        let placed = first.is_some_and(|offer| place(engine, offer.key));
+        let its_turn = first.is_some_and(|offer| offer.its_turn);
+        let placed = first.is_some_and(|offer| place(engine, offer.key, its_turn));
         let second = second.filter(|_| first.is_some_and(|offer| offer.may_pass));
-        if !placed && second.is_none_or(|offer| !place(engine, offer.key)) {
+        if !placed && second.is_none_or(|offer| !place(engine, offer.key, false)) {
             return;
         }
     }
@@ -74,7 +75,7 @@ fn place_waiting(engine: &mut Engine) {
 
 /// Gives a sequence a rank: of those least loaded and the one that has seen most of its prompt, the one where least
 /// is to be done before its next token. An interactive sequence may take the place of batch sequences.
-fn place(engine: &mut Engine, (class, seq): Key) -> bool {
+fn place(engine: &mut Engine, (class, seq): Key, its_turn: bool) -> bool {
     let seen = engine.sequences[&seq].seen_by;
     let least = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank);
     let mut candidates: Vec<u32> = least.chain(seen).collect();
@@ -89,7 +90,7 @@ fn place(engine: &mut Engine, (class, seq): Key) -> bool {
         }
     }
     if let Some((_, rank, found)) = best {
-        engine.place(seq, Rank(rank), &found);
+        engine.place(seq, Rank(rank), &found, its_turn);
         return true;
     }
     class == Class::Interactive && evict_batch(engine, seq)
@@ -132,7 +133,7 @@ fn evict_batch(engine: &mut Engine, seq: SeqId) -> bool {
             let Some(victim) = batch(&state.decoding).max(batch(&state.prefilling)) else { break };
             engine.preempt(victim.1);
             if let Some((_, found)) = cost(engine, seq, rank) {
-                engine.place(seq, rank, &found);
+                engine.place(seq, rank, &found, false);
                 return true;
             }
         }

@@ -7,7 +7,7 @@ use crate::engine::{Class, EngineConfig, Request, Want};
 use crate::prefix::{BlockHash, chain};
 use crate::queue::Key;
 
-/// A batch sequence that was sent back this often has the rank of an interactive one.
+/// A batch sequence that was sent back this often counts as interactive.
 pub const PREEMPTIONS_OF_BATCH: u32 = 4;
 /// Windows are kept at every multiple of this many tokens.
 const TAIL_EVERY: u32 = 2048;
@@ -61,6 +61,8 @@ pub struct Sequence {
     pub state: State,
     /// How often it was given a rank: results of an earlier life are not its own.
     pub life: u32,
+    /// Whether it counts as interactive, whatever its class.
+    pub promoted: bool,
     /// Positions of the prompt whose logits have been told.
     pub told: u32,
     /// The rank that has seen most of its prompt.
@@ -84,7 +86,7 @@ impl Sequence {
         let keeps = config.prefix_cache && request.want == Want::Tokens;
         let root = BlockHash::root(request.salt, config.numerics);
         let hashes = if keeps { chain(&tokens, config.limits.block_size, root) } else { Vec::new() };
-        Self { tokens, hashes, request, state: State::Waiting, life: 0, told: 0, seen_by: None }
+        Self { tokens, hashes, request, state: State::Waiting, life: 0, promoted: false, told: 0, seen_by: None }
     }
 
     /// Its id.
@@ -96,7 +98,7 @@ impl Sequence {
     /// Its place among others.
     #[must_use]
     pub const fn key(&self) -> Key {
-        let class = if self.life > PREEMPTIONS_OF_BATCH { Class::Interactive } else { self.request.class };
+        let class = if self.promoted { Class::Interactive } else { self.request.class };
         (class, self.id())
     }
 
