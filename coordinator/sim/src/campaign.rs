@@ -3,10 +3,9 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::faults::{Failure, Seen, run};
-use crate::scenario::Scenario;
+use crate::faults::{Failure, Seen};
 
-/// Runs the scenarios of `seeds` on `threads` threads and sums what they saw. `done` is told how many have ended so far,
+/// Runs each of `seeds` on one of `threads` threads and sums what they saw. `done` is told how many have ended so far,
 /// from any of the threads.
 ///
 /// # Errors
@@ -14,6 +13,7 @@ use crate::scenario::Scenario;
 pub fn campaign(
     seeds: std::ops::Range<u64>,
     threads: usize,
+    run: impl Fn(u64) -> Result<Seen, Failure> + Sync,
     done: impl Fn(u64) + Sync,
 ) -> Result<Seen, (u64, Failure)> {
     let (next, ended, end) = (AtomicU64::new(seeds.start), AtomicU64::new(0), AtomicU64::new(seeds.end));
@@ -26,7 +26,7 @@ pub fn campaign(
             if seed >= end.load(Ordering::Relaxed) {
                 return;
             }
-            match run(&Scenario::of(seed), false) {
+            match run(seed) {
                 Ok(seen) => *lock(&total) += seen,
                 Err(failure) => {
                     end.fetch_min(seed, Ordering::Relaxed);
@@ -39,9 +39,7 @@ pub fn campaign(
             done(ended.fetch_add(1, Ordering::Relaxed) + 1);
         }
     };
-    std::thread::scope(|scope| {
-        (0..threads.max(1)).for_each(|_| drop(scope.spawn(worker)));
-    });
+    std::thread::scope(|scope| (0..threads.max(1)).for_each(|_| _ = scope.spawn(worker)));
     let first = lock(&first).take();
     let total = *lock(&total);
     first.map_or(Ok(total), Err)
@@ -50,4 +48,31 @@ pub fn campaign(
 /// Whoever held it and panicked left a whole value behind.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(seed: u64) -> Seen {
+        Seen { steps: seed, ..Seen::default() }
+    }
+
+    #[test]
+    fn every_seed_runs_once_and_is_counted() {
+        let ended = AtomicU64::new(0);
+        let seen = campaign(10..20, 3, |seed| Ok(one(seed)), |done| _ = ended.fetch_max(done, Ordering::Relaxed));
+        assert_eq!(seen, Ok(one((10..20).sum())));
+        assert_eq!(ended.into_inner(), 10);
+    }
+
+    #[test]
+    fn the_first_failing_seed_is_told_whatever_the_threads() {
+        for threads in [1, 2, 7] {
+            let failure = |seed: u64| Failure { why: seed.to_string(), log: Vec::new() };
+            let run = |seed| if seed >= 30 { Err(failure(seed)) } else { Ok(one(seed)) };
+            let (seed, failure) = campaign(0..1000, threads, run, |_| ()).unwrap_err();
+            assert_eq!((seed, failure.why.as_str()), (30, "30"));
+        }
+    }
 }

@@ -126,31 +126,31 @@ pub fn run(scenario: &Scenario, log: bool) -> Result<Seen, Failure> {
     Err(Failure { why, log: run.cell.take_log() })
 }
 
-/// The smallest scenario found that fails like this one: requests and faults are left out one by one for as long as
-/// something still fails. A scenario that does not fail comes back as it is.
+/// A smaller scenario that `fails`, too: requests and faults are left out one by one for as long as it does. A scenario
+/// that does not fail comes back as it is.
 #[must_use]
-pub fn reduce(scenario: &Scenario) -> Scenario {
+pub fn reduce(scenario: &Scenario, fails: impl Fn(&Scenario) -> bool) -> Scenario {
     let mut smallest = scenario.clone();
-    if run(&smallest, false).is_ok() {
+    if !fails(&smallest) {
         return smallest;
     }
     loop {
-        let (arrivals, faults) = (smallest.arrivals.len(), smallest.faults.len());
-        for index in (0..arrivals).rev() {
+        let before = smallest.arrivals.len() + smallest.faults.len();
+        for index in (0..smallest.arrivals.len()).rev() {
             let mut without = smallest.clone();
             without.arrivals.remove(index);
-            if run(&without, false).is_err() {
+            if fails(&without) {
                 smallest = without;
             }
         }
-        for index in (0..faults).rev() {
+        for index in (0..smallest.faults.len()).rev() {
             let mut without = smallest.clone();
             without.faults.remove(index);
-            if run(&without, false).is_err() {
+            if fails(&without) {
                 smallest = without;
             }
         }
-        if (arrivals, faults) == (smallest.arrivals.len(), smallest.faults.len()) {
+        if smallest.arrivals.len() + smallest.faults.len() == before {
             return smallest;
         }
     }
@@ -334,10 +334,28 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn client(&mut self, seq: SeqId) -> Result<(&mut Client, usize), String> {
+    fn client(&mut self, seq: SeqId) -> Result<&mut Client, String> {
         let index = self.scenario.arrivals.iter().position(|arrival| arrival.request.seq == seq);
-        let index = index.ok_or_else(|| format!("an event names {seq}, which does not exist"))?;
-        Ok((&mut self.clients[index], self.scenario.arrivals[index].request.prompt.len()))
+        index.map(|index| &mut self.clients[index]).ok_or_else(|| format!("an event names {seq}, which does not exist"))
+    }
+
+    /// What is cached of a prompt must have come with a request of the same salt that was taken.
+    fn check_cached(&self, seq: SeqId, cached: u32) -> Result<(), String> {
+        let (cached, all) = (cached as usize, || self.scenario.arrivals.iter().zip(&self.clients));
+        let Some((Arrival { request, .. }, _)) = all().find(|(arrival, _)| arrival.request.seq == seq) else {
+            return Ok(());
+        };
+        let begins_alike = |(Arrival { request: other, .. }, client): (&Arrival, &Client)| {
+            let answer = client.truth.tokens.iter().map(|(token, _)| token);
+            let tokens = other.prompt.iter().chain(answer).take(cached);
+            let taken = !matches!(client.life, Life::NotYet) && other.seq != seq && other.salt == request.salt;
+            taken && tokens.eq(&request.prompt[..cached])
+        };
+        let whole = cached < request.prompt.len() && (cached == 0 || self.scenario.config.prefix_cache);
+        if whole && (cached == 0 || all().any(begins_alike)) {
+            return Ok(());
+        }
+        Err(format!("{cached} of {} tokens of {seq} are said to be cached", request.prompt.len()))
     }
 
     fn check_event(&mut self, event: Event) -> Result<(), String> {
@@ -345,20 +363,17 @@ impl<'a> Run<'a> {
         | Event::Logits { seq, .. }
         | Event::Started { seq, .. }
         | Event::Finished { seq, .. }) = event;
-        let prefix_cache = self.scenario.config.prefix_cache;
-        let (client, prompt) = self.client(seq)?;
+        if let Event::Started { cached, .. } = event {
+            self.check_cached(seq, cached)?;
+            self.seen.cached += u64::from(cached > 0);
+        }
+        let client = self.client(seq)?;
         let expected = if matches!(event, Event::Started { .. }) { Life::Waits } else { Life::Started };
         if client.life != expected {
             return Err(format!("{seq} is {:?}, but there is {event:?}", client.life));
         }
         match event {
-            Event::Started { cached, .. } => {
-                client.life = Life::Started;
-                if cached as usize >= prompt || (cached > 0 && !prefix_cache) {
-                    return Err(format!("{cached} of {prompt} tokens of {seq} are said to be cached"));
-                }
-                self.seen.cached += u64::from(cached > 0);
-            }
+            Event::Started { .. } => client.life = Life::Started,
             Event::Token { token, logprobs, .. } => {
                 let (index, found) = (client.tokens, (token, logprobs));
                 if client.truth.tokens.get(index) != Some(&found) {

@@ -84,7 +84,7 @@ fn main() -> ExitCode {
 fn one(seed: u64, options: &Options) -> bool {
     let mut scenario = Scenario::of(seed);
     if options.reduce {
-        scenario = reduce(&scenario);
+        scenario = reduce(&scenario, |scenario| run(scenario, false).is_err());
     }
     if options.trace {
         println!("{scenario:#?}");
@@ -114,7 +114,7 @@ fn many(first: u64, seeds: u64) -> bool {
             std::io::stderr().flush().ok();
         }
     };
-    let outcome = campaign(first..first.saturating_add(seeds), threads, bar);
+    let outcome = campaign(first..first.saturating_add(seeds), threads, |seed| run(&Scenario::of(seed), false), bar);
     if shows {
         eprintln!();
     }

@@ -76,6 +76,27 @@ pub enum RankError {
         /// The last step of this rank that was applied when this one was planned.
         answered: StepId,
     },
+    /// A row sees what another sequence writes in a step whose result is not applied: if that step is lost, so is this.
+    #[error(
+        "step {}: sequence {seq} sees {pool:?} block {block}, which sequence {writer} writes in step {}, but only {} is applied",
+        .step.0, .written.0, .answered.0
+    )]
+    Unapplied {
+        /// The step.
+        step: StepId,
+        /// The sequence that sees it.
+        seq: SeqId,
+        /// Pool of the block.
+        pool: Pool,
+        /// The block.
+        block: u32,
+        /// The sequence that writes it.
+        writer: SeqId,
+        /// When.
+        written: StepId,
+        /// The last step of this rank that was applied when this one was planned.
+        answered: StepId,
+    },
 }
 
 /// What a position of a block holds; the default where nobody wrote.
@@ -94,6 +115,8 @@ struct Memory {
     held: Vec<Held>,
     /// The last use of each block: by whom, and in which step.
     used: Vec<(SeqId, StepId)>,
+    /// The last write to each block: by whom, and in which step.
+    written: Vec<(SeqId, StepId)>,
 }
 
 /// A sequence that lives on the rank.
@@ -135,7 +158,8 @@ impl VirtualRank {
         let memory = POOLS.map(|pool| {
             let blocks = limits.blocks(pool) as usize;
             let held = vec![Held::default(); blocks * limits.block_size as usize];
-            Memory { pool, held, used: vec![(SeqId(0), StepId(0)); blocks] }
+            let never = vec![(SeqId(0), StepId(0)); blocks];
+            Memory { pool, held, used: never.clone(), written: never }
         });
         Self {
             rank,
@@ -180,7 +204,7 @@ impl VirtualRank {
             starts.push(self.write(rows, answered)?);
         }
         for (rows, &start) in plan.rows.iter().zip(&starts) {
-            self.read(rows, start)?;
+            self.read(rows, start, answered)?;
         }
         let mut result = StepResult { fence, rank: self.rank, ..StepResult::default() };
         for (rows, &start) in plan.rows.iter().zip(&starts) {
@@ -300,13 +324,14 @@ impl VirtualRank {
                     return Err(RankError::Reused { step, seq, pool: memory.pool, block, user, used, answered });
                 }
                 memory.held[(block * size + position % size) as usize] = held;
+                memory.written[block as usize] = (seq, step);
             }
         }
         Ok(start)
     }
 
     /// Every position that the rows see must hold what belongs there.
-    fn read(&mut self, rows: &Rows, start: u32) -> Result<(), RankError> {
+    fn read(&mut self, rows: &Rows, start: u32, answered: StepId) -> Result<(), RankError> {
         let (seq, step, size) = (rows.seq, self.fence.next().step, self.limits.block_size);
         let sequence = &self.sequences[&seq];
         for memory in &mut self.memory {
@@ -324,6 +349,10 @@ impl VirtualRank {
                     let empty = found == Held::default();
                     let found = if empty { "nothing" } else { "the keys and values of another prefix" };
                     return Err(RankError::Memory { step, seq, position, pool, block, found });
+                }
+                let (writer, written) = memory.written[block as usize];
+                if writer != seq && written > answered {
+                    return Err(RankError::Unapplied { step, seq, pool, block, writer, written, answered });
                 }
                 memory.used[block as usize] = (seq, step);
             }
