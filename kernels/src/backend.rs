@@ -6,6 +6,8 @@
 //! Ops are enqueued: they return nothing, and what they find out (routes, counts, tokens) stays where the
 //! backend keeps it until [`Backend::finish`]. Shapes come from the plan alone.
 
+use std::sync::Arc;
+
 use crate::memory::Source;
 
 /// Positions of a KV block.
@@ -185,21 +187,93 @@ pub struct ExpertSource<'a> {
     pub down_bias: Source<'a>,
 }
 
-/// How a token is drawn from a row of logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How a token is drawn from a row of logits, in this order: single logits are edited; tokens that are not allowed are
+/// dropped; logits are divided by the temperature; the `top_k` most likely tokens are kept, of those the nucleus of
+/// `top_p`, of those what `min_p` allows; one is drawn.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Draw {
     /// Where the token is kept for [`TokenSource::Sampled`]; below the number given to [`Backend::token_slots`].
     pub slot: u32,
     /// 0 takes the largest logit, the lowest id among equals.
     pub temperature: f32,
-    /// Keeps the smallest set of most likely tokens with at least this probability.
+    /// Keeps this many most likely tokens, the lowest ids among equals; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the smallest set of most likely tokens with at least this probability among those kept so far.
     pub top_p: f32,
+    /// Keeps tokens with at least this share of the most likely one's probability; 0 keeps all.
+    pub min_p: f32,
     /// Seed of the request.
     pub seed: u64,
     /// Choice of the request.
     pub choice: u32,
     /// Position that the token will have.
     pub position: u32,
+    /// Changes to single logits, each token at most once; tokens outside the vocabulary are ignored.
+    pub edits: Vec<Edit>,
+    /// Which tokens may be drawn, bit `i % 64` of word `i / 64` for token `i`; absent, all may. Missing words allow
+    /// nothing.
+    pub allowed: Option<Arc<[u64]>>,
+    /// How many of the most likely tokens are reported with the one drawn; absent, nothing is reported.
+    pub logprobs: Option<u32>,
+}
+
+impl Draw {
+    /// The largest logit.
+    #[must_use]
+    pub const fn greedy(slot: u32, position: u32) -> Self {
+        Self {
+            slot,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            choice: 0,
+            position,
+            edits: Vec::new(),
+            allowed: None,
+            logprobs: None,
+        }
+    }
+
+    /// Whether a token may be drawn.
+    #[must_use]
+    pub fn allows(&self, token: usize) -> bool {
+        self.allowed
+            .as_ref()
+            .is_none_or(|words| words.get(token / 64).is_some_and(|word| word >> (token % 64) & 1 == 1))
+    }
+}
+
+/// A change to the logit of one token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Edit {
+    /// The token.
+    pub token: u32,
+    /// Divides a logit above 0 and multiplies any other; 1 changes nothing.
+    pub repetition: f32,
+    /// Added afterwards.
+    pub add: f32,
+}
+
+impl Edit {
+    /// The logit after the change.
+    #[must_use]
+    pub fn apply(&self, logit: f32) -> f32 {
+        (if logit > 0.0 { logit / self.repetition } else { logit * self.repetition }) + self.add
+    }
+}
+
+/// A token that was drawn.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Logarithm of its probability by the logits as they were, before anything of [`Draw`]; 0 unless asked for.
+    pub logprob: f32,
+    /// The most likely tokens by the same measure, in descending order, the lowest ids first among equals; as many as
+    /// were asked for, or as there are.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// A processor that runs gpt-oss.
@@ -362,8 +436,8 @@ pub trait Backend: Send + Sized + 'static {
 
     // Reading back; these wait.
 
-    /// The tokens of all [`Backend::sample`]s since [`Backend::begin`], in order.
-    fn sampled(&mut self) -> Vec<u32>;
+    /// What all [`Backend::sample`]s since [`Backend::begin`] drew, in order.
+    fn sampled(&mut self) -> Vec<Sampled>;
 
     /// The numbers of `rows`, row-major.
     fn read(&mut self, rows: &Self::Rows) -> Vec<f32>;
@@ -390,7 +464,7 @@ pub trait Backend: Send + Sized + 'static {
 }
 
 /// Where the embedding table's bytes are: bf16 little endian, `[V, H]`.
-pub type EmbeddingSource = std::sync::Arc<dyn EmbeddingBytes>;
+pub type EmbeddingSource = Arc<dyn EmbeddingBytes>;
 
 /// Owns the bytes of an embedding table, in memory or in a mapped checkpoint.
 pub trait EmbeddingBytes: Send + Sync {

@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::{Backend, Draw, StepInputs, TokenSource};
+use phalanx_kernels::{Backend, Draw, Sampled, StepInputs, TokenSource};
 use phalanx_model::{Collectives, ForwardError, GptOss, Step, Watch};
 use phalanx_proto::{
     Admission, Fence, KvOp, Limits, Outputs, PlanError, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
@@ -147,7 +147,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         };
         let ((), jobs) = self.beside.evaluate(jobs, forward)?;
         let draws = self.draws(plan, &inputs, jobs);
-        self.model.sample(&draws, &mut result.phases);
+        self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
         let tokens = self.model.finish()?;
         self.keep_tokens(plan, &tokens, &mut result);
@@ -243,8 +243,8 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     }
 
     /// Hands the sampled tokens to their sequences and to the result.
-    fn keep_tokens(&mut self, plan: &StepPlan, tokens: &[u32], result: &mut StepResult) {
-        let mut tokens = tokens.iter().map(|&t| TokenId(t));
+    fn keep_tokens(&mut self, plan: &StepPlan, tokens: &[Sampled], result: &mut StepResult) {
+        let mut tokens = tokens.iter().map(|sampled| TokenId(sampled.token));
         let asked = plan.rows.iter().filter(|rows| rows.outputs != Outputs::None);
         for (rows, result) in asked.zip(&mut result.rows) {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
@@ -305,6 +305,6 @@ fn guesses(rows: &Rows) -> &[TokenId] {
 }
 
 fn draw(sequence: &Sequence, position: u32) -> Draw {
-    let Sampling { temperature, top_p, seed, choice, .. } = sequence.sampling;
-    Draw { slot: sequence.slot, temperature, top_p, seed, choice, position }
+    let Sampling { temperature, top_k, top_p, min_p, seed, choice, logprobs, .. } = sequence.sampling;
+    Draw { temperature, top_k, top_p, min_p, seed, choice, logprobs, ..Draw::greedy(sequence.slot, position) }
 }

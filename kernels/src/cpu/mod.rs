@@ -37,7 +37,7 @@ use self::threads::Threads;
 use crate::memory::{Source, resident};
 use crate::{
     Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer, KvShape, Precision,
-    RopeTable, Stack, StepInputs, TokenSource, bf16, wire,
+    RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
 };
 
 /// Rows whose router logits are held at once.
@@ -69,8 +69,8 @@ pub struct Cpu {
     logits: Vec<f32>,
     /// Last sampled token of each slot.
     tokens: Vec<u32>,
-    /// Tokens sampled in this step.
-    sampled: Vec<u32>,
+    /// What was sampled in this step.
+    sampled: Vec<Sampled>,
     /// The first thing that went wrong since the last [`Backend::finish`].
     error: Option<KernelError>,
     allocated: u64,
@@ -212,7 +212,7 @@ impl Cpu {
 
     fn sample_rows(&mut self, logits: &Rows, draws: &[Draw]) -> Result<(), KernelError> {
         need("the draws of the logits", draws.len(), logits.len())?;
-        let mut tokens = vec![0; draws.len()];
+        let mut tokens = vec![Sampled::default(); draws.len()];
         // A vocabulary's softmax is as dear as a few multiplications an entry.
         let work = logits.values().len() * 8;
         self.threads.each_chunk(&mut tokens, 1, work, |row, token| {
@@ -220,7 +220,7 @@ impl Cpu {
         });
         for (draw, token) in draws.iter().zip(&tokens) {
             let slot = check("token slot", draw.slot as usize, self.tokens.len())?;
-            self.tokens[slot] = *token;
+            self.tokens[slot] = token.token;
         }
         self.sampled.extend(tokens);
         Ok(())
@@ -442,7 +442,7 @@ impl Backend for Cpu {
         self.note(result);
     }
 
-    fn sampled(&mut self) -> Vec<u32> {
+    fn sampled(&mut self) -> Vec<Sampled> {
         self.sampled.clone()
     }
 

@@ -4,7 +4,7 @@ use super::{attention, exchange, linear, mxfp4, rms_norm, rope, router, sample, 
 use crate::memory::Source;
 use crate::{
     BLOCK_SIZE, Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer, KvShape,
-    NO_SLOT, Precision, RopeTable, Stack, StepInputs, TokenSource, bf16, wire,
+    NO_SLOT, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
 };
 
 /// Every op by its reference function, on one thread; for tests of models and of other backends.
@@ -17,7 +17,7 @@ pub struct Reference {
     inputs: StepInputs,
     rope: Option<RopeTable>,
     tokens: Vec<u32>,
-    sampled: Vec<u32>,
+    sampled: Vec<Sampled>,
     error: Option<KernelError>,
     allocated: u64,
 }
@@ -415,9 +415,9 @@ impl Backend for Reference {
 
     fn sample(&mut self, logits: &Rows, draws: &[Draw]) {
         for (row, draw) in logits.iter().zip(draws) {
-            let token = sample::sample(row, draw);
-            self.tokens[draw.slot as usize] = token;
-            self.sampled.push(token);
+            let sampled = sample::sample(row, draw);
+            self.tokens[draw.slot as usize] = sampled.token;
+            self.sampled.push(sampled);
         }
     }
 
@@ -425,7 +425,7 @@ impl Backend for Reference {
         self.tokens[slot as usize] = token;
     }
 
-    fn sampled(&mut self) -> Vec<u32> {
+    fn sampled(&mut self) -> Vec<Sampled> {
         self.sampled.clone()
     }
 

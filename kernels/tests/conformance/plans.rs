@@ -8,7 +8,7 @@ use crate::cpu;
 use crate::data::{Random, Tensor, rope_table};
 
 const LAYER: KvLayer = KvLayer { pool: 0, layer: 0 };
-const DRAW: Draw = Draw { slot: 0, temperature: 0.0, top_p: 1.0, seed: 0, choice: 0, position: 0 };
+const DRAW: Draw = Draw::greedy(0, 0);
 
 /// What is named and how.
 type Fault = (&'static str, fn(&mut StepInputs));

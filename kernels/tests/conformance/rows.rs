@@ -22,9 +22,9 @@ pub(crate) fn embeds_given_and_sampled_tokens<B: Tested>(make: &Make<B>) {
     one_hot[37] = 1.0;
     b.begin(&StepInputs::default(), &rope_table(8));
     b.write(&mut logits, &one_hot);
-    b.sample(&logits, &[Draw { slot: 2, temperature: 0.0, top_p: 1.0, seed: 0, choice: 0, position: 0 }]);
+    b.sample(&logits, &[Draw::greedy(2, 0)]);
     b.set_token(0, 49);
-    assert_eq!(b.sampled(), [37]);
+    assert_eq!(b.sampled()[0].token, 37);
     let tokens = vec![TokenSource::Given(0), TokenSource::Sampled(2), TokenSource::Given(49), TokenSource::Sampled(0)];
     let inputs = StepInputs { tokens, positions: vec![0; 4], sequences: vec![0; 4], tables: Vec::new() };
     b.begin(&inputs, &rope_table(8));

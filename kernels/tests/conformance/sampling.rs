@@ -1,17 +1,28 @@
 //! Drawing tokens.
 
-use phalanx_kernels::Draw;
+use std::sync::Arc;
+
 use phalanx_kernels::random::uniform;
-use phalanx_kernels::reference::sample::probabilities;
+use phalanx_kernels::reference::sample::{log_softmax, probabilities};
+use phalanx_kernels::{Draw, Edit, Sampled};
 
 use crate::data::{Random, rope_table};
 use crate::experts::step;
 use crate::{Make, Tested, tolerances};
 
-const DRAW: Draw = Draw { slot: 0, temperature: 1.0, top_p: 1.0, seed: 1, choice: 0, position: 0 };
+const DRAW: Draw = {
+    let mut draw = Draw::greedy(0, 0);
+    (draw.temperature, draw.seed) = (1.0, 1);
+    draw
+};
 
 /// A token from each row.
 fn draw<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw]) -> Vec<u32> {
+    sampled(make, logits, draws).into_iter().map(|sampled| sampled.token).collect()
+}
+
+/// What each row gives.
+fn sampled<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw]) -> Vec<Sampled> {
     let vocab = logits.len() / draws.len();
     let mut b = make.backend();
     b.token_slots(1);
@@ -34,13 +45,13 @@ pub(crate) fn takes_the_largest<B: Tested>(make: &Make<B>) {
         ([0.0, 1.0, inf, inf], 2),
         ([-0.0, 0.0, 0.0, -1.0], 0),
     ] {
-        assert_eq!(draw(make, &logits, &[greedy]), [expected], "{} {logits:?}", make.name);
+        assert_eq!(draw(make, &logits, &[greedy.clone()]), [expected], "{} {logits:?}", make.name);
     }
     if make.name.starts_with("reference") {
         return;
     }
     for (logits, expected) in [([nan, 1.0, nan, 2.0], 3), ([nan; 4], 0), ([-inf; 4], 0), ([nan, -inf, 5.0, nan], 2)] {
-        assert_eq!(draw(make, &logits, &[greedy]), [expected], "{} {logits:?}", make.name);
+        assert_eq!(draw(make, &logits, &[greedy.clone()]), [expected], "{} {logits:?}", make.name);
         let token = draw(make, &logits, &[DRAW])[0] as usize;
         assert!(!logits[token].is_nan() || expected == 0, "{} {logits:?} drew {token}", make.name);
     }
@@ -95,4 +106,103 @@ pub(crate) fn keeps_the_nucleus<B: Tested>(make: &Make<B>) {
     assert!(tokens.contains(&0) && tokens.contains(&1) && tokens.iter().all(|&t| t < 2), "{} {tokens:?}", make.name);
     // Nothing asked for still keeps the likeliest.
     assert_eq!(draw(make, &[0.0, 1.0, 0.5], &[Draw { top_p: 0.0, ..DRAW }]), [1], "{}", make.name);
+}
+
+/// Bits of the tokens that `keep` keeps, of `vocab`.
+fn mask(vocab: u32, keep: impl Fn(u32) -> bool) -> Arc<[u64]> {
+    let word = |first: u32| (first..(first + 64).min(vocab)).filter(|&t| keep(t)).fold(0, |w, t| w | 1 << (t % 64));
+    (0..vocab).step_by(64).map(word).collect()
+}
+
+pub(crate) fn keeps_what_is_asked_for<B: Tested>(make: &Make<B>) {
+    let vocab = 333;
+    let mut random = Random(23);
+    let edit = |i: usize| {
+        let tokens = (0..4).map(|n| (i * 31 + n * 77) as u32 % 333);
+        let mut edits: Vec<Edit> = tokens
+            .zip([0.7, 1.0, 1.4, 2.0])
+            .map(|(token, r)| Edit { token, repetition: r, add: 3.0 - r * 2.0 })
+            .collect();
+        edits.dedup_by_key(|edit| edit.token);
+        edits
+    };
+    let draws: Vec<Draw> = (0..180)
+        .map(|i| Draw {
+            temperature: [1.0, 0.5, 1.7][i % 3],
+            top_k: [0, 1, 7, 50, 332, 333, 1000][i % 7],
+            top_p: [1.0, 0.9, 0.3][i % 3],
+            min_p: [0.0, 0.05, 0.5, 1.0][i % 4],
+            edits: if i % 2 == 0 { edit(i) } else { Vec::new() },
+            allowed: (i % 5 == 0).then(|| mask(vocab, |token| token % 3 == i as u32 % 3)),
+            position: i as u32,
+            ..DRAW
+        })
+        .collect();
+    let logits: Vec<f32> = random.numbers(draws.len() * vocab as usize).iter().map(|x| x * 4.0).collect();
+    let tokens = draw(make, &logits, &draws);
+    for ((logits, one), token) in logits.chunks(vocab as usize).zip(&draws).zip(&tokens) {
+        check(&make.name, logits, one, *token);
+        assert!(one.allows(*token as usize), "{} {one:?} drew {token}", make.name);
+    }
+    // One most likely token is the greedy choice.
+    let ones: Vec<Draw> = draws.iter().map(|draw| Draw { top_k: 1, ..draw.clone() }).collect();
+    let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..draw.clone() }).collect();
+    assert_eq!(draw(make, &logits, &ones), draw(make, &logits, &greedy), "{}", make.name);
+    // Among equals the lowest ids are kept.
+    let equals: Vec<Draw> = (0..60).map(|position| Draw { top_k: 3, position, ..DRAW }).collect();
+    let drawn = draw(make, &[1.0; 60 * 40], &equals);
+    assert_eq!(drawn.iter().max(), Some(&2), "{} {drawn:?}", make.name);
+}
+
+pub(crate) fn reports_logprobs_of_the_row_as_it_was<B: Tested>(make: &Make<B>) {
+    let vocab = 200;
+    let logits: Vec<f32> = Random(24).numbers(vocab).iter().map(|x| (x * 5.0 * 8.0).round() / 8.0).collect();
+    let expected = log_softmax(&logits);
+    let edits = vec![Edit { token: 9, repetition: 1.0, add: 100.0 }];
+    let all = Draw { temperature: 0.7, edits, logprobs: Some(200), ..DRAW };
+    for count in [0, 1, 5, 20, 200, 1000] {
+        let [given] = sampled(make, &logits, &[Draw { logprobs: Some(count), ..all.clone() }]).try_into().unwrap();
+        assert_eq!(given.token, 9, "{}", make.name);
+        assert!((f64::from(given.logprob) - expected[9]).abs() < 1e-4, "{} {}", make.name, given.logprob);
+        assert_eq!(given.top.len(), vocab.min(count as usize));
+        for pair in given.top.windows(2) {
+            let ((a, before), (b, after)) = (pair[0], pair[1]);
+            assert!(before > after || (before == after && a < b), "{} {pair:?}", make.name);
+        }
+        for &(token, logprob) in &given.top {
+            assert!((f64::from(logprob) - expected[token as usize]).abs() < 1e-4, "{} {token}", make.name);
+        }
+    }
+    let [whole] = sampled(make, &logits, &[all]).try_into().unwrap();
+    let sum: f64 = whole.top.iter().map(|(_, logprob)| f64::from(*logprob).exp()).sum();
+    assert!((sum - 1.0).abs() < 1e-5, "{} {sum}", make.name);
+    let nothing = sampled(make, &logits, &[DRAW]);
+    assert!(nothing[0].top.is_empty() && nothing[0].logprob == 0.0);
+}
+
+pub(crate) fn survives_what_nobody_should_ask<B: Tested>(make: &Make<B>) {
+    if make.name.starts_with("reference") {
+        return;
+    }
+    let logits: Vec<f32> = Random(25).numbers(100).iter().map(|x| x * 3.0).collect();
+    let numbers = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, 0.0, 1e30, f32::MIN_POSITIVE];
+    for a in numbers {
+        for b in numbers {
+            let edits = vec![Edit { token: 3, repetition: a, add: b }, Edit { token: 5000, repetition: 1.0, add: b }];
+            let draws = [
+                Draw { temperature: a, top_p: b, logprobs: Some(3), ..DRAW },
+                Draw { min_p: a, top_p: b, top_k: 2, ..DRAW },
+                Draw { temperature: b, edits, logprobs: Some(u32::MAX), ..DRAW },
+            ];
+            for one in draws {
+                assert!(draw(make, &logits, &[one])[0] < 100);
+            }
+        }
+    }
+    // Nothing is allowed, or only what lies beyond the words given.
+    for allowed in [Arc::from([]), Arc::from([0u64, 0])] {
+        assert_eq!(draw(make, &logits, &[Draw { allowed: Some(allowed), ..DRAW }]), [0], "{}", make.name);
+    }
+    let last = Draw { allowed: Some(mask(100, |token| token == 99)), ..DRAW };
+    assert_eq!(draw(make, &logits, &[last]), [99], "{}", make.name);
 }

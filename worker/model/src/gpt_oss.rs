@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use phalanx_kernels::{Backend, Draw, RopeTable, StepInputs};
+use phalanx_kernels::{Backend, Draw, RopeTable, Sampled, StepInputs};
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{Fence, LayerIdx, Limits, ModelConfig, Phase, PhaseTimes, Placement, Rank};
 
@@ -187,10 +187,11 @@ impl<B: Backend> GptOss<B> {
     }
 
     /// Draws a token from each of the rows `wanted` of the step, `[n]` of (row, draw).
-    pub fn sample(&mut self, wanted: &[(u32, Draw)], phases: &mut PhaseTimes) {
+    pub fn sample(&mut self, wanted: Vec<(u32, Draw)>, phases: &mut PhaseTimes) {
         let mut laps = Laps { phases, last: Instant::now() };
-        for chunk in wanted.chunks(LOGITS_ROWS_MAX as usize) {
-            let (rows, draws): (Vec<u32>, Vec<Draw>) = chunk.iter().copied().unzip();
+        let mut wanted = wanted.into_iter().peekable();
+        while wanted.peek().is_some() {
+            let (rows, draws): (Vec<u32>, Vec<Draw>) = wanted.by_ref().take(LOGITS_ROWS_MAX as usize).unzip();
             self.unembed(&rows);
             laps.lap(Phase::Unembed);
             self.backend.sample(&self.buffers.logits, &draws);
@@ -219,11 +220,11 @@ impl<B: Backend> GptOss<B> {
         self.backend.set_token(slot, token);
     }
 
-    /// Waits for the step and returns the sampled tokens, in the order they were asked for.
+    /// Waits for the step and returns what was sampled, in the order it was asked for.
     ///
     /// # Errors
     /// An op of the step failed.
-    pub fn finish(&mut self) -> Result<Vec<u32>, ForwardError> {
+    pub fn finish(&mut self) -> Result<Vec<Sampled>, ForwardError> {
         let tokens = self.backend.sampled();
         self.backend.finish()?;
         Ok(tokens)
