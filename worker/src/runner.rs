@@ -11,6 +11,7 @@ mod check;
 mod outcomes;
 mod sequence;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,12 +21,12 @@ use phalanx_kernels::{Backend, Draw, Sampled, StepInputs, TokenSource};
 use phalanx_model::{Collectives, ForwardError, GptOss, Step, Watch};
 use phalanx_proto::{
     Admission, Fence, KvOp, Limits, Outputs, PlanError, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
-    StepPlan, StepResult, TableId, TokenId, Tokens,
+    StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
 };
 
-use crate::constraints::{Beside, ConstraintFailure, Job, Table};
+use crate::constraints::{Beside, ConstraintFailure, Job, Mask, Table};
 pub use outcomes::{OutOfStep, Outcomes, STEPS_IN_FLIGHT};
-use sequence::Sequence;
+use sequence::{Past, Sequence};
 
 /// Why a step was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -149,8 +150,8 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
-        let tokens = self.model.finish()?;
-        self.keep_tokens(plan, &tokens, &mut result);
+        let sampled = self.model.finish()?;
+        self.keep_sampled(plan, sampled, &mut result);
         result.exchange = self.collectives.counters();
         Ok(result)
     }
@@ -211,18 +212,28 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let mut draws = Vec::new();
         for (index, (rows, all)) in runs(plan).enumerate() {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
-            let job = jobs.next_if(|job| job.index == index);
-            if let Some(job) = job {
+            let mut masks = Vec::new();
+            if let Some(job) = jobs.next_if(|job| job.index == index) {
                 sequence.constraint = Some(job.constraint);
+                masks = job.masks;
             }
-            for row in drawn(rows, all) {
-                draws.push((row, draw(sequence, inputs.positions[row as usize] + 1)));
+            // A row after a guess is of use only if the guess was right: its past has the guess, and no mask is
+            // needed after one that is refused.
+            let mut masks = masks.into_iter();
+            let mut past = Cow::Borrowed(&sequence.past);
+            let guessed = [None].into_iter().chain(guesses(rows).iter().map(Some));
+            for (row, guess) in drawn(rows, all).zip(guessed) {
+                if let Some(&guess) = guess.filter(|_| sequence.sampling.looks_back()) {
+                    past.to_mut().generated(guess);
+                }
+                let position = inputs.positions[row as usize] + 1;
+                draws.push((row, draw(sequence, &past, masks.next(), position)));
             }
         }
         draws
     }
 
-    /// What each run that asked for something gave, but for the tokens.
+    /// What each run that asked for something gave, but for what was sampled.
     fn results(&mut self, plan: &StepPlan, inputs: &StepInputs) -> Vec<RowsResult> {
         let mut results = Vec::new();
         for (rows, all) in runs(plan) {
@@ -243,8 +254,8 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     }
 
     /// Hands the sampled tokens to their sequences and to the result.
-    fn keep_tokens(&mut self, plan: &StepPlan, tokens: &[Sampled], result: &mut StepResult) {
-        let mut tokens = tokens.iter().map(|sampled| TokenId(sampled.token));
+    fn keep_sampled(&mut self, plan: &StepPlan, sampled: Vec<Sampled>, result: &mut StepResult) {
+        let mut sampled = sampled.into_iter();
         let asked = plan.rows.iter().filter(|rows| rows.outputs != Outputs::None);
         for (rows, result) in asked.zip(&mut result.rows) {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
@@ -253,11 +264,15 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
                 continue;
             }
             let guesses = guesses(rows);
-            let drawn: Vec<TokenId> = tokens.by_ref().take(draws).collect();
-            let right = guesses.iter().zip(&drawn).take_while(|(guess, token)| guess == token).count();
+            let mut drawn: Vec<Sampled> = sampled.by_ref().take(draws).collect();
+            let right = guesses.iter().zip(&drawn).take_while(|(guess, drawn)| guess.0 == drawn.token).count();
+            drawn.truncate(right + 1);
             let wrong = u32::try_from(guesses.len() - right).expect("`check` bounds the rows");
             sequence.reached -= wrong;
-            result.tokens = drawn[..=right].to_vec();
+            result.tokens = drawn.iter().map(|drawn| TokenId(drawn.token)).collect();
+            if sequence.sampling.logprobs.is_some() {
+                result.logprobs = drawn.into_iter().map(logprobs).collect();
+            }
             sequence.sampled(&result.tokens, sequence.reached);
             if let (Some(last), true) = (sequence.last, wrong > 0) {
                 self.model.set_token(sequence.slot, last.0);
@@ -304,7 +319,14 @@ fn guesses(rows: &Rows) -> &[TokenId] {
     }
 }
 
-fn draw(sequence: &Sequence, position: u32) -> Draw {
-    let Sampling { temperature, top_k, top_p, min_p, seed, choice, logprobs, .. } = sequence.sampling;
-    Draw { temperature, top_k, top_p, min_p, seed, choice, logprobs, ..Draw::greedy(sequence.slot, position) }
+fn draw(sequence: &Sequence, past: &Past, allowed: Option<Mask>, position: u32) -> Draw {
+    let sampling = &sequence.sampling;
+    let Sampling { temperature, top_k, top_p, min_p, seed, choice, logprobs, .. } = *sampling;
+    let (slot, edits) = (sequence.slot, past.edits(sampling));
+    Draw { slot, temperature, top_k, top_p, min_p, seed, choice, position, edits, allowed, logprobs }
+}
+
+fn logprobs(sampled: Sampled) -> TokenLogprobs {
+    let top = sampled.top.into_iter().map(|(token, logprob)| (TokenId(token), logprob)).collect();
+    TokenLogprobs { logprob: sampled.logprob, top }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use phalanx_kernels::Edit;
 use phalanx_model::weights::pool_index;
 use phalanx_proto::{Admission, BlockGrant, Pool, Sampling, TokenId};
 
@@ -115,5 +116,20 @@ impl Past {
     /// A token of the answer.
     pub(super) fn generated(&mut self, token: TokenId) {
         self.0.entry(token).or_default().generated += 1;
+    }
+
+    /// The changes to logits, in the order of tokens.
+    pub(super) fn edits(&self, sampling: &Sampling) -> Vec<Edit> {
+        let edit = |(token, known): (&TokenId, &Known)| {
+            let Known { bias, given, generated } = *known;
+            let before = given || generated > 0;
+            let penalty = sampling.presence_penalty + sampling.frequency_penalty * generated as f32;
+            Edit {
+                token: token.0,
+                repetition: if before { sampling.repetition_penalty } else { 1.0 },
+                add: if generated > 0 { bias - penalty } else { bias },
+            }
+        };
+        self.0.iter().map(edit).collect()
     }
 }
