@@ -114,8 +114,8 @@ pub struct Answer {
     pub prompt_tokens_per_second: f64,
     /// Tokens of answers in a second.
     pub answer_tokens_per_second: f64,
-    /// From arrival to the first token.
-    pub time_to_first_token: Percentiles,
+    /// From arrival to the first token, by class in the order of [`Class`].
+    pub time_to_first_token: [Percentiles; 2],
     /// From one token to the next of the same answer.
     pub inter_token: Percentiles,
     /// Steps.
@@ -171,6 +171,7 @@ impl Worker for CountingRank {
 /// A request on its way, as its client sees it.
 #[derive(Clone, Copy, Debug)]
 struct Client {
+    class: Class,
     arrived: Nanos,
     last_token: Option<Nanos>,
 }
@@ -188,8 +189,11 @@ struct Serving {
     vocab: u32,
     /// Requests that have come.
     came: u64,
+    /// Requests of which it is not said yet when they come.
+    to_come: u64,
     open: BTreeMap<SeqId, Client>,
-    first_tokens: Vec<Nanos>,
+    /// By class.
+    first_tokens: [Vec<Nanos>; 2],
     between: Vec<Nanos>,
     prompt_tokens: u64,
     imbalance: f64,
@@ -209,24 +213,34 @@ impl Serving {
             }
         };
         let engine = Engine::new(config, Fence::default());
-        let mut cell = Cell::new(engine, workers, Network::steady(setup.delay), pace);
-        let at_once = match workload.load {
-            Load::Rate(_) => 1,
-            Load::Concurrency(requests) => u64::from(requests),
-        };
-        (0..at_once.min(workload.requests)).for_each(|_| cell.at(0, ()));
-        Self {
+        let cell = Cell::new(engine, workers, Network::steady(setup.delay), pace);
+        let mut serving = Self {
             workload: *workload,
             random: Random::new(workload.seed),
             cell,
             vocab,
             came: 0,
+            to_come: workload.requests,
             open: BTreeMap::new(),
-            first_tokens: Vec::new(),
+            first_tokens: [Vec::new(), Vec::new()],
             between: Vec::new(),
             prompt_tokens: 0,
             imbalance: 0.0,
             answer: Answer::default(),
+        };
+        let at_once = match workload.load {
+            Load::Rate(_) => 1,
+            Load::Concurrency(requests) => requests,
+        };
+        (0..at_once).for_each(|_| serving.next_comes(0));
+        serving
+    }
+
+    /// The next request comes at a time, if there is one.
+    fn next_comes(&mut self, at: Nanos) {
+        if let Some(left) = self.to_come.checked_sub(1) {
+            self.to_come = left;
+            self.cell.at(at, ());
         }
     }
 
@@ -273,27 +287,22 @@ impl Serving {
         self.prompt_tokens += u64::from(length);
         let now = self.cell.now();
         match self.cell.engine.submit(Request { class, ..Request::greedy(seq, prompt, answer) }) {
-            Ok(()) => drop(self.open.insert(seq, Client { arrived: now, last_token: None })),
+            Ok(()) => drop(self.open.insert(seq, Client { class, arrived: now, last_token: None })),
             Err(_) => {
                 self.answer.refused += 1;
                 self.next_of_loop();
             }
         }
-        if let Load::Rate(rate) = workload.load
-            && self.came < workload.requests
-        {
+        if let Load::Rate(rate) = workload.load {
             let pause = -(1.0 - self.random.unit()).ln() / rate;
-            self.cell.at(now + (pause * 1e9) as Nanos, ());
+            self.next_comes(now + (pause * 1e9) as Nanos);
         }
     }
 
     /// In a closed loop, whoever ends makes room for the next.
     fn next_of_loop(&mut self) {
-        let Load::Concurrency(at_once) = self.workload.load else { return };
-        // Those that came at once are counted when they come.
-        if self.came >= u64::from(at_once).min(self.workload.requests) && self.came < self.workload.requests {
-            let now = self.cell.now();
-            self.cell.at(now, ());
+        if let Load::Concurrency(_) = self.workload.load {
+            self.next_comes(self.cell.now());
         }
     }
 
@@ -303,7 +312,7 @@ impl Serving {
             Event::Token { seq, .. } => {
                 let Some(client) = self.open.get_mut(seq) else { return };
                 match client.last_token.replace(now) {
-                    None => self.first_tokens.push(now - client.arrived),
+                    None => self.first_tokens[client.class as usize].push(now - client.arrived),
                     Some(last) => self.between.push(now - last),
                 }
             }
@@ -317,15 +326,16 @@ impl Serving {
         }
     }
 
-    fn sum_up(mut self) -> Answer {
+    fn sum_up(self) -> Answer {
         let (stats, work) = (self.cell.engine.stats(), self.cell.engine.work());
         let mut answer = self.answer;
         let per_second = |n: usize| if answer.seconds > 0.0 { n as f64 / answer.seconds } else { 0.0 };
         let share = |part: f64, of: f64| if of > 0.0 { part / of } else { 0.0 };
         answer.prompt_tokens_per_second = per_second(self.prompt_tokens as usize);
-        answer.answer_tokens_per_second = per_second(self.first_tokens.len() + self.between.len());
-        answer.time_to_first_token = Percentiles::of(std::mem::take(&mut self.first_tokens));
-        answer.inter_token = Percentiles::of(std::mem::take(&mut self.between));
+        answer.answer_tokens_per_second =
+            per_second(self.first_tokens.iter().map(Vec::len).sum::<usize>() + self.between.len());
+        answer.time_to_first_token = self.first_tokens.map(Percentiles::of);
+        answer.inter_token = Percentiles::of(self.between);
         answer.steps = work.steps;
         answer.rows_per_step = share(work.rows as f64, work.steps as f64);
         answer.imbalance = share(self.imbalance, work.steps as f64);
