@@ -45,13 +45,13 @@ pub(crate) fn takes_the_largest<B: Tested>(make: &Make<B>) {
         ([0.0, 1.0, inf, inf], 2),
         ([-0.0, 0.0, 0.0, -1.0], 0),
     ] {
-        assert_eq!(draw(make, &logits, &[greedy.clone()]), [expected], "{} {logits:?}", make.name);
+        assert_eq!(draw(make, &logits, std::slice::from_ref(&greedy)), [expected], "{} {logits:?}", make.name);
     }
     if make.name.starts_with("reference") {
         return;
     }
     for (logits, expected) in [([nan, 1.0, nan, 2.0], 3), ([nan; 4], 0), ([-inf; 4], 0), ([nan, -inf, 5.0, nan], 2)] {
-        assert_eq!(draw(make, &logits, &[greedy.clone()]), [expected], "{} {logits:?}", make.name);
+        assert_eq!(draw(make, &logits, std::slice::from_ref(&greedy)), [expected], "{} {logits:?}", make.name);
         let token = draw(make, &logits, &[DRAW])[0] as usize;
         assert!(!logits[token].is_nan() || expected == 0, "{} {logits:?} drew {token}", make.name);
     }
