@@ -70,12 +70,14 @@ impl Scenario {
 }
 
 fn config(random: &mut Random) -> EngineConfig {
-    let block_size = random.pick(&[2, 4, 8, 16]);
+    // A few worlds have long prompts, of which windows are kept here and there.
+    let long = random.chance(0.005);
+    let block_size = if long { 16 } else { random.pick(&[2, 4, 8, 16]) };
     let window = random.between(1, 3 * block_size);
     let seqs_max = random.between(1, 6);
-    let step_rows_max = random.between(1, 40);
+    let step_rows_max = if long { random.between(100, 400) } else { random.between(1, 40) };
     // Room for one whole context and little more, so that sequences are sent back.
-    let context_blocks = random.pick(&[2, 3, 4, 6, 10]);
+    let context_blocks = if long { 300 } else { random.pick(&[2, 3, 4, 6, 10]) };
     let full_blocks = context_blocks + random.between(0, context_blocks);
     let live = seqs_max * (window.div_ceil(block_size) + 2) + step_rows_max.div_ceil(block_size);
     let limits = Limits {
@@ -94,11 +96,16 @@ fn config(random: &mut Random) -> EngineConfig {
         prefix_cache: random.chance(0.7),
         numerics: random.next(),
         tables: (0..random.between(0, 2)).map(|id| table(random, TableId(id), vocab)).collect(),
-        chunk_max: random.between(1, step_rows_max),
+        chunk_max: random.between(if long { 50 } else { 1 }, step_rows_max),
         deadline_ms: random.between(1, 1000),
         checked: true,
         ..EngineConfig::of(window, vocab, limits, random.between(1, 4))
     }
+}
+
+/// Whether prompts may be long.
+const fn is_long(config: &EngineConfig) -> bool {
+    config.limits.context > 1000
 }
 
 /// A small automaton over two classes of tokens in which every state has a way on.
@@ -128,7 +135,7 @@ fn arrivals(random: &mut Random, config: &EngineConfig) -> Vec<Arrival> {
     let batch = random.pick(&[0.0, 0.3, 0.8]);
     let cancels = random.pick(&[0.0, 0.1, 0.5]);
     let mut arrivals: Vec<Arrival> = Vec::new();
-    let most = random.pick(&[6, 24, 24, 60]);
+    let most = if is_long(config) { 12 } else { random.pick(&[6, 24, 24, 60]) };
     for seq in 0..u64::from(random.between(1, most)) {
         let prompt = prompt(random, config, &prefixes, &arrivals);
         let at = random.below(last);
@@ -172,7 +179,8 @@ fn prompt(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<TokenId>],
 
 fn request(random: &mut Random, config: &EngineConfig, seq: SeqId, prompt: Vec<TokenId>, batch: f64) -> Request {
     let room = config.limits.context.saturating_sub(prompt.len() as u32);
-    let mut request = Request::greedy(seq, prompt, random.between(0, room));
+    let most = if is_long(config) { room.min(20) } else { room };
+    let mut request = Request::greedy(seq, prompt, random.between(0, most));
     if random.chance(0.02) {
         request.max_tokens = room + 1;
     }
@@ -218,6 +226,7 @@ fn fault(random: &mut Random, config: &EngineConfig) -> Fault {
         3..5 => Fault::Repeat(rank),
         5 | 6 => Fault::Forged(rank),
         7 => Fault::Slow(rank, random.between(2, 20)),
+        8 if is_long(config) => Fault::ChunkMax(config.limits.step_rows_max / 2),
         8 => Fault::ChunkMax(random.between(0, 2 * config.limits.step_rows_max)),
         _ => Fault::Twice,
     }
