@@ -120,6 +120,7 @@ impl Server {
             served_model_name: model.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             context: limits.context,
+            vocab: config.vocab,
             eos: config.eos.iter().map(|&id| TokenId(id)).collect(),
             reasoning_effort: api.effort(),
             api_keys: api.keys(),

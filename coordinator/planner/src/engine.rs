@@ -9,8 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use phalanx_proto::{
-    ConstraintStart, ConstraintTable, Fence, Limits, ModelConfig, Rank, RowsResult, Sampling, SeqId, StepId, StepPlan,
-    StepResult, TokenId, TokenLogprobs,
+    Admission, ConstraintStart, ConstraintTable, Fence, Limits, ModelConfig, Rank, RowsResult, Sampling, SeqId, StepId,
+    StepPlan, StepResult, TokenId, TokenLogprobs,
 };
 
 use crate::blocks::{BlockTable, Memory};
@@ -111,6 +111,14 @@ pub enum Refused {
     /// The prompt is empty or names a token outside the vocabulary.
     #[error("the prompt is empty or names a token outside the vocabulary")]
     Prompt,
+    /// A way to choose tokens that no rank would take.
+    #[error("{field} {range}")]
+    Sampling {
+        /// What is wrong.
+        field: &'static str,
+        /// What it must be.
+        range: &'static str,
+    },
     /// The id is in use.
     #[error("sequence {0} exists already")]
     Twice(SeqId),
@@ -407,6 +415,23 @@ impl Engine {
         if request.prompt.len() as u64 + u64::from(request.max_tokens) > u64::from(context) {
             let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
             return Err(Refused::ContextLength { prompt, max_tokens, context });
+        }
+        request.sampling.check().map_err(|(field, range)| Refused::Sampling { field, range })?;
+        let biased = request.bias.len() <= Admission::BIAS_MAX
+            && request.bias.is_sorted_by(|a, b| a.0 < b.0)
+            && request
+                .bias
+                .iter()
+                .all(|(token, bias)| token.0 < self.config.vocab && bias.abs() <= Sampling::PENALTY_MAX);
+        if !biased {
+            return Err(Refused::Sampling { field: "bias", range: "must name ascending tokens of the vocabulary" });
+        }
+        let known = |start: ConstraintStart| {
+            let table = self.config.tables.iter().find(|table| table.id == start.table);
+            table.is_some_and(|table| (start.state as usize) < table.states())
+        };
+        if request.constraint.is_some_and(|start| !known(start)) {
+            return Err(Refused::Sampling { field: "constraint", range: "must name a state of a table" });
         }
         let (waiting, tokens) = (self.queue.len(), self.waiting_tokens);
         let full = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max && waiting > 0;

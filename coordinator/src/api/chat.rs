@@ -7,14 +7,15 @@ use axum::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use futures::future::try_join_all;
-use phalanx_planner::Class;
 use phalanx_proto::{Sampling, TokenId};
 
 use super::auth::Tenant;
-use super::choice::{Choice, ChoiceEvent, total_usage};
+use super::choice::{Choice, ChoiceEvent, Piece, total_usage};
 use super::error::ApiError;
 use super::request::ChatRequest;
-use super::types::{Completion, CompletionChoice, FunctionCall, Head, Message, ToolCall, Usage};
+use super::types::{
+    Completion, CompletionChoice, FunctionCall, Head, Logprobs, Message, TokenLogprob, ToolCall, Usage,
+};
 use super::{ApiConfig, App, RequestId, body, models, random, random_id, stream};
 use crate::engine_client::{EngineError, GenerateRequest};
 use crate::harmony::{self, Prompt, TurnDelta, special};
@@ -31,25 +32,27 @@ pub(super) async fn completions(
     let (request, prompt) = read(app.clone(), bytes).await?;
     let prompt_tokens = u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX);
     let max_tokens = max_tokens(&request, prompt_tokens, app.config())?;
-    let seed = request.seed.unwrap_or_else(random);
+    let choosing = &request.choosing;
+    let seed = if choosing.seeded { choosing.sampling.seed } else { random() };
     tracing::info!(request_id, tenant, prompt_tokens, max_tokens, seed, choices = request.choices, "chat completion");
 
     let sequence = |choice| GenerateRequest {
         request_id: format!("{request_id}/{choice}"),
         prompt: prompt.tokens.clone(),
         max_tokens,
-        sampling: Sampling { temperature: request.temperature, top_p: request.top_p, seed, choice, ..Sampling::GREEDY },
-        bias: Vec::new(),
-        stop_tokens: stop_tokens(app.config()),
+        sampling: Sampling { seed, choice, ..choosing.sampling },
+        bias: choosing.bias.clone(),
+        stop_tokens: if choosing.ignore_eos { Vec::new() } else { stop_tokens(app.config()) },
         tenant: tenant.clone(),
-        class: Class::Interactive,
-        salt: 0,
+        class: choosing.class,
+        salt: choosing.salt(&tenant),
     };
     let generations = try_join_all((0..request.choices).map(|choice| app.engine().submit(sequence(choice)))).await?;
     app.metrics().asked(request.choices, max_tokens);
     let choices = generations.into_iter().map(|generation| {
         let reads = (app.tokenizer(), prompt.start);
-        Choice::new(generation, reads, &request.stops, prompt_tokens, (app.metrics().clone(), arrived))
+        let logprobs = request.choosing.sampling.logprobs.is_some();
+        Choice::new(generation, reads, &request.stops, (prompt_tokens, logprobs), (app.metrics().clone(), arrived))
     });
     let choices: Vec<Choice> = choices.collect();
     let head = head(&app, if request.stream { "chat.completion.chunk" } else { "chat.completion" });
@@ -106,13 +109,15 @@ fn head(app: &App, object: &'static str) -> Head {
 
 /// Waits for the whole of a choice.
 async fn collect(index: u32, mut choice: Choice) -> Result<(CompletionChoice, Usage), ApiError> {
+    let wants_logprobs = choice.wants_logprobs();
     let mut answer = Answer::default();
     while let Some(event) = choice.next().await {
         match event {
-            ChoiceEvent::Deltas(deltas) => answer.extend(deltas),
-            ChoiceEvent::Finished(deltas, finish_reason, usage) => {
-                answer.extend(deltas);
-                return Ok((CompletionChoice { index, message: answer.message(), logprobs: (), finish_reason }, usage));
+            ChoiceEvent::Piece(piece) => answer.extend(piece),
+            ChoiceEvent::Finished(piece, finish_reason, usage) => {
+                answer.extend(piece);
+                let logprobs = wants_logprobs.then(|| Logprobs::new(std::mem::take(&mut answer.logprobs)));
+                return Ok((CompletionChoice { index, message: answer.message(), logprobs, finish_reason }, usage));
             }
             ChoiceEvent::Failed(error) => return Err(error.into()),
         }
@@ -126,11 +131,13 @@ struct Answer {
     reasoning: String,
     content: String,
     tool_calls: Vec<ToolCall>,
+    logprobs: Vec<TokenLogprob>,
 }
 
 impl Answer {
-    fn extend(&mut self, deltas: Vec<TurnDelta>) {
-        for delta in deltas {
+    fn extend(&mut self, piece: Piece) {
+        self.logprobs.extend(piece.logprobs);
+        for delta in piece.deltas {
             match delta {
                 TurnDelta::Reasoning(text) => self.reasoning += &text,
                 TurnDelta::Content(text) => self.content += &text,
@@ -149,7 +156,7 @@ impl Answer {
     }
 
     fn message(self) -> Message {
-        let Self { reasoning, content, tool_calls } = self;
+        let Self { reasoning, content, tool_calls, .. } = self;
         let reasoning = Some(reasoning).filter(|text| !text.is_empty());
         let only_calls = content.is_empty() && !tool_calls.is_empty();
         Message {

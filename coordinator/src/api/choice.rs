@@ -1,22 +1,36 @@
 //! One choice of an answer: tokens in, pieces of the answer out.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::types::{CompletionDetails, FinishReason, PromptDetails, Usage};
+use phalanx_proto::{TokenId, TokenLogprobs};
+
+use super::types::{CompletionDetails, FinishReason, LikelyToken, PromptDetails, TokenLogprob, Usage};
 use crate::engine_client::{self, EngineError, GenerateEvent, Generation, Stamped};
 use crate::harmony::{Start, StopScanner, Tokenizer, TurnDelta, TurnReader, special};
 use crate::metrics::{Metrics, Outcome};
+
+/// Stands for what is less likely, and for what JSON cannot say.
+const LOGPROB_MIN: f32 = -9999.0;
 
 /// What a choice tells.
 #[derive(Debug)]
 pub(super) enum ChoiceEvent {
     /// More of the answer; possibly nothing to show yet.
-    Deltas(Vec<TurnDelta>),
+    Piece(Piece),
     /// The answer is complete; the last event.
-    Finished(Vec<TurnDelta>, FinishReason, Usage),
+    Finished(Piece, FinishReason, Usage),
     /// The engine failed; the last event.
     Failed(EngineError),
+}
+
+/// A piece of an answer.
+#[derive(Debug, Default)]
+pub(super) struct Piece {
+    pub(super) deltas: Vec<TurnDelta>,
+    /// Of the tokens whose text begins in the content of `deltas`.
+    pub(super) logprobs: Vec<TokenLogprob>,
 }
 
 /// Reads a generation. Dropping it before the end cancels the generation.
@@ -27,8 +41,45 @@ pub(super) struct Choice {
     reader: Option<TurnReader>,
     stops: StopScanner,
     calls: bool,
+    logprobs: Option<Likelihoods>,
     usage: Counts,
     clock: Clock,
+}
+
+/// Logprobs of tokens of the content that have not been shown yet.
+#[derive(Debug)]
+struct Likelihoods {
+    tokenizer: Tokenizer,
+    /// With the byte of the content at which each token begins.
+    waiting: VecDeque<(usize, TokenLogprob)>,
+    /// Bytes of the content read, and shown.
+    read: usize,
+    shown: usize,
+}
+
+impl Likelihoods {
+    /// A token of the content.
+    fn read(&mut self, token: TokenId, logprobs: &TokenLogprobs) {
+        let likely = |token: TokenId, logprob: f32| {
+            let bytes = self.tokenizer.token_bytes(token).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            LikelyToken { token: text, logprob: logprob.max(LOGPROB_MIN), bytes }
+        };
+        let entry = TokenLogprob {
+            token: likely(token, logprobs.logprob),
+            top_logprobs: logprobs.top.iter().map(|&(token, logprob)| likely(token, logprob)).collect(),
+        };
+        let len = entry.token.bytes.len();
+        self.waiting.push_back((self.read, entry));
+        self.read += len;
+    }
+
+    /// More of the content is shown: the tokens that begin in it.
+    fn show(&mut self, bytes: usize) -> Vec<TokenLogprob> {
+        self.shown += bytes;
+        let count = self.waiting.partition_point(|(start, _)| *start < self.shown);
+        self.waiting.drain(..count).map(|(_, entry)| entry).collect()
+    }
 }
 
 /// Tokens so far.
@@ -57,12 +108,14 @@ impl Choice {
         generation: Generation,
         (tokenizer, start): (Tokenizer, Start),
         stops: &[String],
-        prompt_tokens: u32,
+        (prompt_tokens, logprobs): (u32, bool),
         (metrics, arrived): (Arc<Metrics>, Instant),
     ) -> Self {
         let cell = generation.cell();
+        let likelihoods = || Likelihoods { tokenizer, waiting: VecDeque::new(), read: 0, shown: 0 };
         Self {
             generation,
+            logprobs: logprobs.then(likelihoods),
             reader: Some(TurnReader::new(tokenizer, start)),
             stops: StopScanner::new(stops),
             calls: false,
@@ -71,26 +124,38 @@ impl Choice {
         }
     }
 
+    /// Whether logprobs were asked for.
+    pub(super) const fn wants_logprobs(&self) -> bool {
+        self.logprobs.is_some()
+    }
+
     /// The next event; none after the last.
     pub(super) async fn next(&mut self) -> Option<ChoiceEvent> {
         self.reader.as_ref()?;
         let Stamped { at, event } = self.generation.next().await?;
         let mut reader = self.reader.take()?;
         match event {
-            GenerateEvent::Tokens { tokens, .. } => {
+            GenerateEvent::Tokens { tokens, logprobs } => {
                 self.clock.tokens(tokens.len() as u64, at);
-                let mut deltas = Vec::new();
+                let mut piece = Piece::default();
+                let mut logprobs = logprobs.iter();
                 for token in tokens {
+                    let likely = logprobs.next();
+                    if let (Some(likelihoods), Some(likely), true) =
+                        (&mut self.logprobs, likely, reader.answers() && token < special::FIRST_SPECIAL)
+                    {
+                        likelihoods.read(token, likely);
+                    }
                     let read = reader.push(token);
                     self.usage.token(&read);
-                    deltas.extend(read.into_iter().filter_map(|delta| self.shown(delta)));
+                    read.into_iter().for_each(|delta| self.show(delta, &mut piece));
                     if self.stops.stopped() {
                         self.clock.metrics.repaired(reader.repairs());
-                        return Some(self.finished(deltas, FinishReason::Stop, at, 0));
+                        return Some(self.finished(piece, FinishReason::Stop, at, 0));
                     }
                 }
                 self.reader = Some(reader);
-                Some(ChoiceEvent::Deltas(deltas))
+                Some(ChoiceEvent::Piece(piece))
             }
             GenerateEvent::Finished { reason, cached_tokens } => {
                 let mut read = Vec::new();
@@ -112,37 +177,51 @@ impl Choice {
                 };
                 let (last, turn) = reader.finish();
                 self.clock.metrics.repaired(&turn.repairs);
-                let mut deltas: Vec<_> = read.into_iter().chain(last).filter_map(|delta| self.shown(delta)).collect();
+                let mut piece = Piece::default();
+                read.into_iter().chain(last).for_each(|delta| self.show(delta, &mut piece));
                 let held = self.stops.finish();
                 if !held.is_empty() {
-                    deltas.push(TurnDelta::Content(held));
+                    piece.deltas.push(TurnDelta::Content(held));
+                }
+                if let Some(likelihoods) = &mut self.logprobs {
+                    piece.logprobs.extend(likelihoods.waiting.drain(..).map(|(_, entry)| entry));
                 }
                 let reason = if self.calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
-                Some(self.finished(deltas, reason, at, cached_tokens))
+                Some(self.finished(piece, reason, at, cached_tokens))
             }
             GenerateEvent::Failed(error) => Some(self.failed(error, at)),
         }
     }
 
-    /// What of a piece may be shown, now that stop strings were looked for. Nothing follows a stop string.
-    fn shown(&mut self, delta: TurnDelta) -> Option<TurnDelta> {
-        match delta {
-            _ if self.stops.stopped() => None,
+    /// Adds what may be shown to a piece, now that stop strings were looked for. Nothing follows a stop string.
+    fn show(&mut self, delta: TurnDelta, piece: &mut Piece) {
+        if self.stops.stopped() {
+            return;
+        }
+        let delta = match delta {
             TurnDelta::Content(text) => {
-                Some(self.stops.push(&text)).filter(|text| !text.is_empty()).map(TurnDelta::Content)
+                let text = self.stops.push(&text);
+                if text.is_empty() {
+                    return;
+                }
+                if let Some(likelihoods) = &mut self.logprobs {
+                    piece.logprobs.extend(likelihoods.show(text.len()));
+                }
+                TurnDelta::Content(text)
             }
             TurnDelta::ToolCall { .. } => {
                 self.calls = true;
-                Some(delta)
+                delta
             }
-            TurnDelta::Reasoning(_) | TurnDelta::Arguments { .. } => Some(delta),
-        }
+            TurnDelta::Reasoning(_) | TurnDelta::Arguments { .. } => delta,
+        };
+        piece.deltas.push(delta);
     }
 
-    fn finished(&mut self, deltas: Vec<TurnDelta>, reason: FinishReason, at: Instant, cached: u32) -> ChoiceEvent {
+    fn finished(&mut self, piece: Piece, reason: FinishReason, at: Instant, cached: u32) -> ChoiceEvent {
         let outcome = if reason == FinishReason::Length { Outcome::Length } else { Outcome::Stop };
         self.clock.end(outcome, at);
-        ChoiceEvent::Finished(deltas, reason, self.usage.total(cached))
+        ChoiceEvent::Finished(piece, reason, self.usage.total(cached))
     }
 
     fn failed(&mut self, error: EngineError, at: Instant) -> ChoiceEvent {

@@ -2,14 +2,16 @@
 
 use axum::Json;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::engine_client::{EngineError, SubmitError};
 
-/// When a client should come again after 503, in seconds.
-const UNAVAILABLE_RETRY_AFTER_S: u64 = 5;
+/// When a client should come again after 503, in milliseconds.
+const UNAVAILABLE_RETRY_AFTER_MS: u64 = 5000;
+/// The same as `retry-after`, finer; OpenAI's clients read it first.
+const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 /// Longest piece of a request that an error repeats, in characters.
 const QUOTE_CHARS_MAX: usize = 64;
 
@@ -21,7 +23,7 @@ pub(super) struct ApiError {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
-    retry_after_s: Option<u64>,
+    retry_after_ms: Option<u64>,
 }
 
 /// `{"error": {...}}`.
@@ -46,7 +48,7 @@ impl ApiError {
             500.. => "server_error",
             _ => "invalid_request_error",
         };
-        Self { status, kind, message: message.into(), param: None, code: Some(code), retry_after_s: None }
+        Self { status, kind, message: message.into(), param: None, code: Some(code), retry_after_ms: None }
     }
 
     /// 400 because of the field `param`.
@@ -118,7 +120,7 @@ impl ApiError {
     /// 503 with what is in the way.
     pub(super) fn unavailable(code: &'static str, message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message);
-        Self { retry_after_s: Some(UNAVAILABLE_RETRY_AFTER_S), ..error }
+        Self { retry_after_ms: Some(UNAVAILABLE_RETRY_AFTER_MS), ..error }
     }
 
     /// 400 because prompt and completion exceed the context.
@@ -140,7 +142,7 @@ impl From<SubmitError> for ApiError {
         match error {
             SubmitError::QueueFull { retry_after_ms } => {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message);
-                Self { retry_after_s: Some(retry_after_ms.div_ceil(1000).max(1)), ..error }
+                Self { retry_after_ms: Some(retry_after_ms), ..error }
             }
             SubmitError::ContextLength { .. } => Self::context_length(message),
             SubmitError::Draining => Self::unavailable("shutting_down", message),
@@ -162,8 +164,9 @@ impl From<EngineError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.envelope())).into_response();
-        if let Some(seconds) = self.retry_after_s {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        if let Some(ms) = self.retry_after_ms {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000).max(1)));
+            response.headers_mut().insert(RETRY_AFTER_MS, HeaderValue::from(ms));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

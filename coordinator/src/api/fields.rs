@@ -35,9 +35,14 @@ impl<'a> Fields<'a> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    /// Whether the object has no fields.
-    pub(super) fn is_empty(&self) -> bool {
-        self.map.is_empty()
+    /// Fields there are.
+    pub(super) fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// All fields.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
+        self.map.iter()
     }
 
     /// Whether the field stands there, even as `null`.

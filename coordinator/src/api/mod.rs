@@ -14,6 +14,7 @@ mod health;
 mod messages;
 mod models;
 mod request;
+mod sampling;
 mod server;
 mod stream;
 mod types;
@@ -58,6 +59,8 @@ pub struct ApiConfig {
     pub created: u64,
     /// Tokens of a sequence at most, prompt and completion together.
     pub context: u32,
+    /// Tokens there are.
+    pub vocab: u32,
     /// Tokens of the model's `eos_token_id`; they stop a generation beside harmony's own.
     pub eos: Vec<TokenId>,
     /// Who the model is told to be; absent, harmony's own sentence.

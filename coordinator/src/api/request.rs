@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::error::{ApiError, quote};
 use super::fields::{Fields, wrong_type};
 use super::messages::{read_messages, read_tools};
+use super::sampling::Choosing;
 use super::{ApiConfig, ApiLimits};
 use crate::harmony::{DeveloperContent, Message, ReasoningEffort, SystemContent};
 
@@ -22,9 +23,8 @@ pub(super) struct ChatRequest {
     pub(super) choices: u32,
     /// Most tokens of a choice, at least one; absent, as many as the context has room for.
     pub(super) max_tokens: Option<u32>,
-    pub(super) temperature: f32,
-    pub(super) top_p: f32,
-    pub(super) seed: Option<u64>,
+    /// How its tokens are chosen.
+    pub(super) choosing: Choosing,
     /// Strings that end the answer.
     pub(super) stops: Vec<String>,
     pub(super) stream: bool,
@@ -48,10 +48,7 @@ impl ChatRequest {
             messages: conversation(&fields, config)?,
             choices: fields.integer("n", 1..=limits.choices_max)?.unwrap_or(1),
             max_tokens,
-            temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0) as f32,
-            // The sampler wants a share above 0; the least one keeps the likeliest token alone, as 0 means.
-            top_p: (fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0) as f32).max(f32::MIN_POSITIVE),
-            seed: seed(&fields)?,
+            choosing: Choosing::parse(&fields, config)?,
             stops: stops(&fields, limits)?,
             stream: fields.flag("stream")?.unwrap_or(false),
             include_usage: include_usage.unwrap_or(false),
@@ -128,12 +125,6 @@ fn may_call(fields: &Fields<'_>) -> Result<bool, ApiError> {
     }
 }
 
-fn seed(fields: &Fields<'_>) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.get("seed") else { return Ok(None) };
-    let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
-    seed.map(Some).ok_or_else(|| fields.wrong("seed", "a whole number of 64 bits", value))
-}
-
 fn stops(fields: &Fields<'_>, limits: &ApiLimits) -> Result<Vec<String>, ApiError> {
     let key = "stop";
     let given = match fields.get(key) {
@@ -154,20 +145,8 @@ fn stops(fields: &Fields<'_>, limits: &ApiLimits) -> Result<Vec<String>, ApiErro
 
 /// Refuses what would change the answer and cannot be done. Values that change nothing pass.
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
-    let refuse = |key: &str| Err(ApiError::unsupported(key, format!("{key} is not supported yet, leave it out")));
-    if fields.flag("logprobs")?.unwrap_or(false) {
-        return refuse("logprobs");
-    }
-    if fields.integer("top_logprobs", 0..=20)?.is_some() {
-        return refuse("top_logprobs");
-    }
-    if fields.object("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
-        return refuse("logit_bias");
-    }
-    for key in ["frequency_penalty", "presence_penalty"] {
-        if fields.number(key, -2.0..=2.0)?.is_some_and(|penalty| penalty != 0.0) {
-            return refuse(key);
-        }
+    if fields.integer("min_tokens", 0..=u32::MAX)?.is_some_and(|least| least > 0) {
+        return Err(ApiError::unsupported("min_tokens", "min_tokens is not supported yet, leave it out"));
     }
     fields.integer("best_of", 1..=1)?;
     for key in ["functions", "function_call"] {

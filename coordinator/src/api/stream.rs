@@ -12,10 +12,10 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream, SelectAll};
 use serde::Serialize;
 
-use super::choice::{Choice, ChoiceEvent, total_usage};
+use super::choice::{Choice, ChoiceEvent, Piece, total_usage};
 use super::error::ApiError;
 use super::random_id;
-use super::types::{Chunk, ChunkChoice, Delta, FinishReason, FunctionDelta, Head, ToolCallDelta, Usage};
+use super::types::{Chunk, ChunkChoice, Delta, FinishReason, FunctionDelta, Head, Logprobs, ToolCallDelta, Usage};
 use crate::harmony::TurnDelta;
 
 /// Asks proxies to pass each event on at once.
@@ -56,7 +56,7 @@ impl Transcript {
         let mut transcript = Self { head, include_usage, choices, usages, queue, ended: false };
         for index in indices {
             let begin = Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
-            transcript.push_delta(index, begin, None);
+            transcript.push_delta(index, begin, None, None);
         }
         transcript
     }
@@ -79,10 +79,10 @@ impl Transcript {
 
     fn push(&mut self, index: u32, event: ChoiceEvent) {
         match event {
-            ChoiceEvent::Deltas(deltas) => self.push_deltas(index, deltas),
-            ChoiceEvent::Finished(deltas, reason, usage) => {
-                self.push_deltas(index, deltas);
-                self.push_delta(index, Delta::default(), Some(reason));
+            ChoiceEvent::Piece(piece) => drop(self.push_piece(index, piece)),
+            ChoiceEvent::Finished(piece, reason, usage) => {
+                let logprobs = self.push_piece(index, piece);
+                self.push_delta(index, Delta::default(), logprobs, Some(reason));
                 self.usages.push(usage);
             }
             ChoiceEvent::Failed(error) => {
@@ -103,14 +103,24 @@ impl Transcript {
         self.ended = true;
     }
 
-    fn push_deltas(&mut self, index: u32, deltas: Vec<TurnDelta>) {
-        for delta in deltas {
-            self.push_delta(index, wire_delta(delta), None);
+    /// Logprobs go with the first piece of content, and are given back if there is none.
+    fn push_piece(&mut self, index: u32, piece: Piece) -> Option<Logprobs> {
+        let mut logprobs = Some(piece.logprobs).filter(|entries| !entries.is_empty()).map(Logprobs::new);
+        for delta in piece.deltas {
+            let of_delta = if matches!(delta, TurnDelta::Content(_)) { logprobs.take() } else { None };
+            self.push_delta(index, wire_delta(delta), of_delta, None);
         }
+        logprobs
     }
 
-    fn push_delta(&mut self, index: u32, delta: Delta, finish_reason: Option<FinishReason>) {
-        let choices = vec![ChunkChoice { index, delta, logprobs: (), finish_reason }];
+    fn push_delta(
+        &mut self,
+        index: u32,
+        delta: Delta,
+        logprobs: Option<Logprobs>,
+        finish_reason: Option<FinishReason>,
+    ) {
+        let choices = vec![ChunkChoice { index, delta, logprobs, finish_reason }];
         let usage = self.include_usage.then_some(None);
         self.queue.push_back(json_event(&Chunk { head: &self.head, choices, usage }));
     }

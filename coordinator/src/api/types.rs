@@ -38,9 +38,38 @@ pub(super) struct Completion {
 pub(super) struct CompletionChoice {
     pub(super) index: u32,
     pub(super) message: Message,
-    /// Never asked for, always null.
-    pub(super) logprobs: (),
+    /// Null unless asked for.
+    pub(super) logprobs: Option<Logprobs>,
     pub(super) finish_reason: FinishReason,
+}
+
+/// How likely the tokens of the content were.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Logprobs {
+    pub(super) content: Vec<TokenLogprob>,
+    pub(super) refusal: (),
+}
+
+impl Logprobs {
+    pub(super) const fn new(content: Vec<TokenLogprob>) -> Self {
+        Self { content, refusal: () }
+    }
+}
+
+/// How likely a token was, and what else was likely there.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct TokenLogprob {
+    #[serde(flatten)]
+    pub(super) token: LikelyToken,
+    pub(super) top_logprobs: Vec<LikelyToken>,
+}
+
+/// A token's text, as far as it is text, its bytes, and the logarithm of its probability.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct LikelyToken {
+    pub(super) token: String,
+    pub(super) logprob: f32,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// What the model answered.
@@ -116,8 +145,8 @@ pub(super) struct Chunk<'a> {
 pub(super) struct ChunkChoice {
     pub(super) index: u32,
     pub(super) delta: Delta,
-    /// Never asked for, always null.
-    pub(super) logprobs: (),
+    /// Null unless asked for and there is content.
+    pub(super) logprobs: Option<Logprobs>,
     pub(super) finish_reason: Option<FinishReason>,
 }
 

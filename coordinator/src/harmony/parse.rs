@@ -111,6 +111,12 @@ impl Parser {
         events
     }
 
+    /// Whether a message's text is being read, not its header.
+    #[must_use]
+    pub const fn reads_content(&self) -> bool {
+        matches!(self.state, State::Content(_))
+    }
+
     /// What had to be mended so far.
     #[must_use]
     pub fn repairs(&self) -> &Repairs {

@@ -117,6 +117,12 @@ impl TurnReader {
         (deltas, self.turn)
     }
 
+    /// Whether a token of text that came next would be part of the answer.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        self.kind == Kind::Answer && self.parser.reads_content()
+    }
+
     /// What had to be mended so far.
     #[must_use]
     pub fn repairs(&self) -> &Repairs {

@@ -38,10 +38,25 @@ async fn numbers_out_of_range() {
     for top_p in [json!(-0.1), json!(1.1), json!(true)] {
         refused(&server, json!({"top_p": top_p}), "top_p").await;
     }
+    for top_k in [json!(-2), json!(1.5), json!("all")] {
+        refused(&server, json!({"top_k": top_k}), "top_k").await;
+    }
+    for min_p in [json!(-0.1), json!(1.1), json!("x")] {
+        refused(&server, json!({"min_p": min_p}), "min_p").await;
+    }
+    for penalty in [json!(0), json!(-1), json!(11), json!("x")] {
+        refused(&server, json!({"repetition_penalty": penalty}), "repetition_penalty").await;
+    }
+    refused(&server, json!({"priority": "high"}), "priority").await;
+    refused(&server, json!({"service_tier": 1}), "service_tier").await;
+    refused(&server, json!({"cache_salt": 1}), "cache_salt").await;
+    refused(&server, json!({"cache_salt": "x".repeat(257)}), "cache_salt").await;
+    refused(&server, json!({"min_tokens": 3}), "min_tokens").await;
+    refused(&server, json!({"ignore_eos": "yes"}), "ignore_eos").await;
     for seed in [json!(1.5), json!("x"), json!(1e40)] {
         refused(&server, json!({"seed": seed}), "seed").await;
     }
-    for penalty in [json!(2.5), json!(0.5), json!("much")] {
+    for penalty in [json!(2.5), json!(-2.5), json!("much")] {
         refused(&server, json!({"frequency_penalty": penalty}), "frequency_penalty").await;
         refused(&server, json!({"presence_penalty": penalty}), "presence_penalty").await;
     }
@@ -51,10 +66,15 @@ async fn numbers_out_of_range() {
 async fn what_is_not_supported_is_refused_rather_than_ignored() {
     let server = server().await;
     let many: serde_json::Map<String, Value> = (0..100_000).map(|id| (id.to_string(), json!(1))).collect();
-    for bias in [json!({"201088": 1}), json!({"-1": 1}), json!({"5": -100}), Value::Object(many), json!([1])] {
+    let odd = ["201088", "-1", "05", "+5", "x", "", "4294967296", "1e3"];
+    let odd = odd.into_iter().map(|id| json!({id: 1}));
+    let large = [json!({"5": -101}), json!({"5": 1e300}), json!({"5": "1"}), json!({"5": null})];
+    for bias in odd.chain(large).chain([Value::Object(many), json!([1])]) {
         refused(&server, json!({"logit_bias": bias}), "logit_bias").await;
     }
-    refused(&server, json!({"logprobs": true}), "logprobs").await;
+    for top in [json!(21), json!(-1), json!("x")] {
+        refused(&server, json!({"logprobs": true, "top_logprobs": top}), "top_logprobs").await;
+    }
     refused(&server, json!({"logprobs": 1_000_000}), "logprobs").await;
     for top in [json!(21), json!(5), json!(1_000_000), json!(-1)] {
         refused(&server, json!({"top_logprobs": top}), "top_logprobs").await;

@@ -91,6 +91,7 @@ async fn refusals_of_the_engine_have_their_status() {
             assert_eq!((reply.status, &error["code"]), (status, &json!(code)));
             assert_eq!(error["message"], message);
             assert_eq!(reply.header("retry-after"), retry_after);
+            assert_eq!(reply.header("retry-after-ms").is_some(), retry_after.is_some());
         }
     }
 }

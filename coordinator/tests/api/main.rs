@@ -8,5 +8,6 @@ mod failures;
 mod health;
 mod keys;
 mod prompts;
+mod sampling;
 mod streams;
 mod support;

@@ -11,7 +11,7 @@ use phalanx_coordinator::engine_client::{
 };
 use phalanx_coordinator::harmony::{ReasoningEffort, Tokenizer, special};
 use phalanx_coordinator::metrics::Metrics;
-use phalanx_proto::TokenId;
+use phalanx_proto::{TokenId, TokenLogprobs};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,6 +26,8 @@ pub(crate) const CONTEXT: u32 = 4096;
 pub(crate) enum Play {
     /// Sends these tokens at once.
     Tokens(Vec<TokenId>),
+    /// The same, and how likely they were.
+    Likely(Vec<TokenId>, Vec<TokenLogprobs>),
     /// Waits for the test.
     Wait(Arc<Notify>),
     /// Waits until nobody listens.
@@ -54,6 +56,7 @@ pub(crate) fn config() -> ApiConfig {
         served_model_name: MODEL.to_owned(),
         created: 1_700_000_000,
         context: CONTEXT,
+        vocab: 201_088,
         eos: vec![special::RETURN, special::END_OF_TEXT, special::CALL],
         model_identity: None,
         current_date: None,
@@ -86,6 +89,9 @@ pub(crate) async fn start(
                     match play {
                         Play::Tokens(tokens) => {
                             events.send(GenerateEvent::Tokens { tokens, logprobs: Vec::new() });
+                        }
+                        Play::Likely(tokens, logprobs) => {
+                            events.send(GenerateEvent::Tokens { tokens, logprobs });
                         }
                         Play::Wait(gate) => gate.notified().await,
                         Play::UntilCancelled => {
@@ -212,6 +218,13 @@ impl Server {
     /// A question to the model, with `more` fields.
     pub(crate) async fn ask(&self, more: Value) -> Reply {
         self.chat(&question(more)).await
+    }
+
+    /// The same with an API key.
+    pub(crate) async fn ask_as(&self, key: &str, more: Value) -> Reply {
+        let request = String::from_utf8(post_bytes(question(more).to_string().as_bytes())).unwrap();
+        let bearer = format!("authorization: Bearer {key}\r\ncontent-length:");
+        self.send(request.replacen("content-length:", &bearer, 1).as_bytes()).await
     }
 
     pub(crate) async fn post(&self, body: &[u8]) -> Reply {
