@@ -1,8 +1,8 @@
 //! What the tokens of a sequence must obey, evaluated beside the forward pass, so that no row waits for it.
 //!
 //! A [`Constraint`] says which tokens may come next. It is the seam for grammars; [`Table`] is the one there is. A step
-//! hands the constraints of its sequences to [`Beside`], a thread of its own, while the model computes, and has
-//! the masks back before the tokens are chosen.
+//! hands the constraints of its sequences to a thread of its own while the model computes, and has the masks back
+//! before the tokens are chosen.
 
 mod beside;
 mod table;

@@ -162,7 +162,9 @@ impl<H: Host> ModelThread<H> {
         }
         let status = self.shared.status();
         match status.state {
-            WorkerState::Idle | WorkerState::Loading => Err("the worker has no epoch; it was started anew".to_owned()),
+            WorkerState::Idle | WorkerState::Loading => {
+                Err("the worker has no epoch: it was started anew or given back".to_owned())
+            }
             _ if !fence.same_epoch(status.fence) => Err(format!("the last step here is of {}", status.fence)),
             WorkerState::Ready | WorkerState::Stepping | WorkerState::Failed => Ok(()),
         }
