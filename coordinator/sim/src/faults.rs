@@ -255,7 +255,8 @@ impl<'a> Run<'a> {
                 let tokens = before.waiting_tokens + prompt as u64;
                 waiting >= config.queue_max || (waiting > 0 && tokens > config.queue_tokens_max)
             }
-            Err(Refused::Twice(_)) => false,
+            // Nothing else is wrong with any of these requests.
+            Err(_) => false,
         };
         if !right {
             return Err(format!("submitting {seq} with {waiting} waiting gave {outcome:?}"));
