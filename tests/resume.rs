@@ -12,8 +12,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use phalanx_coordinator::workers::PLANS_AHEAD_MAX;
+use phalanx_worker::runner::STEPS_IN_FLIGHT;
 use serde_json::{Value, json};
 use server::Serve;
+
+/// A worker keeps a result of every plan that a coordinator may send again.
+const _: () = assert!(PLANS_AHEAD_MAX <= STEPS_IN_FLIGHT);
 
 fn phalanx(args: &[&str]) -> (Child, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_phalanx")).args(args).stdout(Stdio::piped()).spawn().unwrap();
