@@ -93,11 +93,11 @@ fn pass(mut from: TcpStream, mut to: TcpStream, armed: &AtomicBool, cuts: &Atomi
     drop(to.shutdown(Shutdown::Both));
 }
 
-fn body(index: usize) -> Value {
+fn body(index: u32) -> Value {
     json!({
         "model": "gpt-oss-nano",
         "messages": [{"role": "user", "content": format!("What is {} + {}?", 10 + index, 3 * index)}],
-        "temperature": if index % 2 == 0 { 0.0 } else { 1.0 },
+        "temperature": if index.is_multiple_of(2) { 0.0 } else { 1.0 },
         "seed": index,
         "max_completion_tokens": 120,
     })
