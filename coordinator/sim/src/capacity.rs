@@ -34,7 +34,7 @@ impl Length {
 pub enum Load {
     /// So many a second, each independent of the others.
     Rate(f64),
-    /// So many at once: whenever one ends, the next comes.
+    /// So many clients, each with one request at a time: whenever it ends, its next one of the same class comes.
     Concurrency(u32),
 }
 
@@ -55,7 +55,7 @@ pub struct Workload {
     pub shared: u32,
     /// How many such beginnings there are.
     pub beginnings: u32,
-    /// Share of batch requests, from 0 to 1.
+    /// Share of batch requests or, in a closed loop, of clients with batch requests; from 0 to 1.
     pub batch: f64,
 }
 
@@ -185,7 +185,7 @@ pub fn capacity(workload: &Workload, setup: &Setup) -> Answer {
 struct Serving {
     workload: Workload,
     random: Random,
-    cell: Cell<CountingRank, ()>,
+    cell: Cell<CountingRank, Class>,
     vocab: u32,
     /// Requests that have come.
     came: u64,
@@ -232,22 +232,29 @@ impl Serving {
             Load::Rate(_) => 1,
             Load::Concurrency(requests) => requests,
         };
-        (0..at_once).for_each(|_| serving.next_comes(0));
+        for _ in 0..at_once {
+            let class = serving.draw_class();
+            serving.next_comes(0, class);
+        }
         serving
     }
 
+    fn draw_class(&mut self) -> Class {
+        if self.random.chance(self.workload.batch) { Class::Batch } else { Class::Interactive }
+    }
+
     /// The next request comes at a time, if there is one.
-    fn next_comes(&mut self, at: Nanos) {
+    fn next_comes(&mut self, at: Nanos, class: Class) {
         if let Some(left) = self.to_come.checked_sub(1) {
             self.to_come = left;
-            self.cell.at(at, ());
+            self.cell.at(at, class);
         }
     }
 
     fn run(mut self) -> Answer {
         while let Some(occurrence) = self.cell.advance().expect("counting ranks refuse nothing") {
             match occurrence {
-                Occurrence::User(()) => self.arrive(),
+                Occurrence::User(class) => self.arrive(class),
                 Occurrence::Result(result) => {
                     let events = self.cell.apply(result).expect("every result comes once and in order");
                     events.into_iter().for_each(|event| self.see(&event));
@@ -267,7 +274,7 @@ impl Serving {
         self.sum_up()
     }
 
-    fn arrive(&mut self) {
+    fn arrive(&mut self, class: Class) {
         let workload = self.workload;
         let random = &mut self.random;
         let seq = SeqId(self.came);
@@ -283,26 +290,26 @@ impl Serving {
         });
         let prompt: Vec<TokenId> = prompt.collect();
         let answer = workload.answer.draw(random).max(1);
-        let class = if random.chance(workload.batch) { Class::Batch } else { Class::Interactive };
         self.prompt_tokens += u64::from(length);
         let now = self.cell.now();
         match self.cell.engine.submit(Request { class, ..Request::greedy(seq, prompt, answer) }) {
             Ok(()) => drop(self.open.insert(seq, Client { class, arrived: now, last_token: None })),
             Err(_) => {
                 self.answer.refused += 1;
-                self.next_of_loop();
+                self.next_of_loop(class);
             }
         }
         if let Load::Rate(rate) = workload.load {
             let pause = -(1.0 - self.random.unit()).ln() / rate;
-            self.next_comes(now + (pause * 1e9) as Nanos);
+            let class = self.draw_class();
+            self.next_comes(now + (pause * 1e9) as Nanos, class);
         }
     }
 
     /// In a closed loop, whoever ends makes room for the next.
-    fn next_of_loop(&mut self) {
+    fn next_of_loop(&mut self, class: Class) {
         if let Load::Concurrency(_) = self.workload.load {
-            self.next_comes(self.cell.now());
+            self.next_comes(self.cell.now(), class);
         }
     }
 
@@ -317,10 +324,11 @@ impl Serving {
                 }
             }
             Event::Finished { seq, .. } => {
-                self.open.remove(seq);
                 self.answer.finished += 1;
                 self.answer.seconds = now as f64 / 1e9;
-                self.next_of_loop();
+                if let Some(client) = self.open.remove(seq) {
+                    self.next_of_loop(client.class);
+                }
             }
             Event::Started { .. } | Event::Logits { .. } => {}
         }
