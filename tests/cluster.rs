@@ -89,8 +89,8 @@ fn metrics_count_what_the_workers_exchange() {
         let line = metrics.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
         line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
     };
-    assert!(value("phalanx_exchange_rows_total{kind=\"dispatch\"") > 0.0);
-    assert!(value("phalanx_exchange_bytes_total{direction=\"sent\"") > 0.0);
+    assert!(value("phalanx_exchange_rows_total{engine=\"0\",kind=\"dispatch\"") > 0.0);
+    assert!(value("phalanx_exchange_bytes_total{direction=\"sent\",engine=\"0\"") > 0.0);
     let completion = answer["usage"]["completion_tokens"].as_f64().unwrap();
     assert_eq!(value("vllm:generation_tokens_total"), completion);
 }

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use phalanx_proto::{BlockGrant, BlockId, Limits, Pool, StepId, TokenId};
 
 use crate::prefix::{BlockHash, Match, NodeId, PrefixCache};
+use crate::work::Work;
 
 /// The blocks of one pool that belong to nobody.
 #[derive(Clone, Debug)]
@@ -30,14 +31,8 @@ impl FreeBlocks {
 
     /// Blocks that can be given away.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub fn ready(&self) -> usize {
         self.free.len()
-    }
-
-    /// Whether no block can be given away.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.free.is_empty()
     }
 
     /// Blocks that can be given away once steps under way are applied.
@@ -66,14 +61,16 @@ impl FreeBlocks {
         }
     }
 
-    /// Steps up to `applied` are applied.
-    fn cool(&mut self, applied: StepId) {
+    /// Steps up to `applied` are applied. Returns whether blocks are ready that were not.
+    fn cool(&mut self, applied: StepId) -> bool {
+        let before = self.free.len();
         while let Some(&(step, block)) = self.cooling.front()
             && step <= applied
         {
             self.cooling.pop_front();
             self.free.push(block);
         }
+        self.free.len() != before
     }
 }
 
@@ -129,10 +126,10 @@ pub struct Memory {
     pub cache: PrefixCache,
     /// The last step applied on this rank.
     pub applied: StepId,
-    /// Blocks touched so far: what planning costs.
-    pub work: u64,
-    /// How often blocks for full layers have come back so far.
-    pub(crate) returns: u64,
+    /// Blocks touched so far.
+    pub work: Work,
+    /// Whether blocks for full layers have come back since this was last set to false.
+    pub(crate) returned: bool,
 }
 
 /// Positions of a step, and what is needed to find their blocks.
@@ -173,15 +170,15 @@ impl Memory {
             window: FreeBlocks::new(limits.window_blocks),
             cache: PrefixCache::default(),
             applied: StepId(0),
-            work: 0,
-            returns: 0,
+            work: Work::default(),
+            returned: false,
         }
     }
 
     /// Blocks for full layers that can be given to sequences, those that only the cache holds among them.
     #[must_use]
     pub fn available(&self) -> usize {
-        self.full.len() + self.cache.idle()
+        self.full.ready() + self.cache.idle()
     }
 
     /// Takes blocks for the positions of a span, evicting from the cache as needed; all of them or none. `planned` is
@@ -193,7 +190,7 @@ impl Memory {
         let first = count(table.full.len());
         let full: Vec<u32> = (first..span.end.div_ceil(span.block_size)).collect();
         let window: Vec<u32> = span.window_stretches().filter(|stretch| !table.window.contains_key(stretch)).collect();
-        self.work += full.len() as u64 + window.len() as u64 + 1;
+        self.work.touch_all(full.len() + window.len());
         self.make_room(full.len(), window.len(), planned)?;
         let mut grants = Vec::with_capacity(full.len() + window.len());
         for index in full {
@@ -210,21 +207,21 @@ impl Memory {
     }
 
     fn make_room(&mut self, full: usize, window: usize, planned: StepId) -> Result<(), Short> {
-        while self.full.len() < full {
+        while self.full.ready() < full {
             let Some((block, with_window)) = self.cache.evict(self.applied) else {
                 let coming = self.full.cooling() + self.cache.idle() > 0;
                 return Err(if coming { Short::ForNow } else { Short::Lasting });
             };
-            self.work += 1;
+            self.work.touch();
             self.full.free.push(block);
             self.window.free.extend(with_window);
         }
-        while self.window.len() < window {
+        while self.window.ready() < window {
             let Some(block) = self.cache.evict_window(self.applied) else {
                 // Windows move on with every step that is applied.
                 return Err(if self.applied < planned { Short::ForNow } else { Short::Lasting });
             };
-            self.work += 1;
+            self.work.touch();
             self.window.free.push(block);
         }
         Ok(())
@@ -234,7 +231,7 @@ impl Memory {
     pub fn adopt(&mut self, table: &mut BlockTable, found: &Match) -> Vec<BlockGrant> {
         let mut grants = Vec::with_capacity(found.nodes.len() * 2);
         for (index, &id) in (0..).zip(&found.nodes) {
-            self.work += 1;
+            self.work.touch();
             self.cache.hold(id);
             let block = self.cache.node(id).full;
             table.full.push(Held { block, node: Some(id) });
@@ -273,7 +270,7 @@ impl Memory {
         tokens: &[TokenId],
         step: StepId,
     ) -> Option<BlockGrant> {
-        self.work += 1;
+        self.work.touch();
         let held = &mut table.full[stretch as usize];
         let Some(id) = self.cache.publish(parent, hash, tokens, held.block) else {
             table.closed = true;
@@ -302,7 +299,7 @@ impl Memory {
 
     fn drop_window(&mut self, table: &mut BlockTable, stretch: u32, step: StepId, is_tail: &impl Fn(u32) -> bool) {
         let Some((block, own)) = table.window.remove(&stretch) else { return };
-        self.work += 1;
+        self.work.touch();
         let node = table.full.get(stretch as usize).and_then(|held| held.node);
         match node {
             Some(node) if !own => {
@@ -321,8 +318,8 @@ impl Memory {
         }
         // Last to first, so that no cached block is evicted after the one before it.
         for held in std::mem::take(&mut table.full).into_iter().rev() {
-            self.work += 1;
-            self.returns += 1;
+            self.work.touch();
+            self.returned = true;
             match held.node {
                 Some(node) => self.cache.let_go(node, step),
                 None => self.full.give_back(held.block, step, self.applied),
@@ -334,9 +331,7 @@ impl Memory {
     /// A step is applied: what cooled until then can be used.
     pub fn apply(&mut self, step: StepId) {
         self.applied = self.applied.max(step);
-        let free = self.full.len();
-        self.full.cool(self.applied);
-        self.returns += u64::from(self.full.len() > free);
+        self.returned |= self.full.cool(self.applied);
         self.window.cool(self.applied);
     }
 }

@@ -20,6 +20,7 @@ use crate::queue::{Key, Queue};
 use crate::router::{Affinity, SEQUENCE_TOKENS};
 use crate::schedule;
 use crate::sequence::{Home, PREEMPTIONS_OF_BATCH, Sequence, State, span};
+use crate::work::Work;
 
 /// Blocks of prompts of which it is remembered where they were computed.
 const AFFINITY_BLOCKS: usize = 1 << 16;
@@ -288,12 +289,10 @@ pub struct RankState {
     pub prefill_tokens: u64,
     /// Blocks that prefilling sequences will still take.
     pub claimed: u64,
-    /// A sequence that did not fit when so many blocks had come back: it does not fit before more have.
-    pub(crate) refused: Option<(SeqId, u64)>,
+    /// A sequence that did not fit: it does not before blocks have come back.
+    pub(crate) refused: Option<SeqId>,
     /// Sequences the rank is to forget with the next plan.
     pub release: Vec<SeqId>,
-    /// With whom decoding goes on where not everybody has a row in each step.
-    pub(crate) cursor: Option<Key>,
     /// Its load when it was weighed last.
     pub(crate) weighed: u64,
     /// Whether it has the constraint tables.
@@ -334,17 +333,6 @@ pub(crate) struct Flight {
     pub(crate) asked: Vec<Option<Vec<Asked>>>,
 }
 
-/// What planning has cost so far, in operations whose cost is bounded: it does not depend on the machine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Work {
-    /// Steps planned.
-    pub steps: u64,
-    /// Rows planned.
-    pub rows: u64,
-    /// Operations: sequences and ranks looked at, blocks touched.
-    pub ops: u64,
-}
-
 /// The engine of one cell.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -380,7 +368,6 @@ impl Engine {
             claimed: 0,
             refused: None,
             release: Vec::new(),
-            cursor: None,
             weighed: 0,
             has_tables: false,
         };
@@ -443,7 +430,7 @@ impl Engine {
         }
         let mut sequence = Sequence::new(request, &self.config);
         sequence.seen_by = self.affinity.longest(&sequence.hashes).map(|(rank, _)| rank);
-        self.work.ops += 1 + sequence.hashes.len() as u64;
+        self.work.touch_all(1 + sequence.hashes.len());
         self.wait(sequence.key(), sequence.len());
         self.sequences.insert(sequence.id(), sequence);
         self.check();
@@ -510,7 +497,7 @@ impl Engine {
         let mut events = std::mem::take(&mut self.events);
         let mut rows = result.rows.into_iter();
         for asked in asked {
-            self.work.ops += 1;
+            self.work.touch();
             let result = if asked.wants { rows.next() } else { None };
             self.apply_rows(asked, result, &mut events);
         }
@@ -633,7 +620,7 @@ impl Engine {
         let (key, claim) = (sequence.key(), table.lacks(len + 1, size));
         sequence.seen_by = Some(rank.0);
         self.affinity.remember(&sequence.hashes, rank.0);
-        self.work.ops += sequence.hashes.len() as u64;
+        self.work.touch_all(sequence.hashes.len());
         if !sequence.hashes.is_empty() && first {
             self.prefix.0 += u64::from(len);
             self.prefix.1 += u64::from(cached);
@@ -668,7 +655,7 @@ impl Engine {
         let (key, len) = (sequence.key(), sequence.len());
         self.wait(key, len);
         self.preemptions += 1;
-        self.work.ops += 1;
+        self.work.touch();
     }
 
     fn check(&self) {
@@ -712,8 +699,7 @@ impl Engine {
     /// What planning has cost so far.
     #[must_use]
     pub fn work(&self) -> Work {
-        let blocks: u64 = self.ranks.iter().map(|rank| rank.memory.work).sum();
-        Work { ops: self.work.ops + blocks, ..self.work }
+        self.ranks.iter().fold(self.work, |work, rank| work.and(rank.memory.work))
     }
 
     /// Share of the KV blocks for full layers that sequences hold, from 0 to 1.
@@ -734,7 +720,7 @@ impl Engine {
             waiting: self.queue.by_class(),
             waiting_tokens: self.waiting_tokens,
             running: self.running(),
-            kv_usage: share(&|m| m.full.total() as usize - m.full.len() - m.full.cooling() - m.cache.idle()),
+            kv_usage: share(&|m| m.full.total() as usize - m.full.ready() - m.full.cooling() - m.cache.idle()),
             cache_usage: share(&|m| m.cache.idle()),
             preemptions: self.preemptions,
             prefix_queries: self.prefix.0,

@@ -5,6 +5,7 @@
 //! - [`router`]: in which cell and on which rank a request lives.
 //! - [`schedule`]: what each rank does in the next step.
 //! - [`blocks`]: which KV block belongs to whom, and [`prefix`]: which are kept for prompts that begin alike.
+//! - [`work`]: what planning costs.
 //! - [`invariants`]: what must hold after every decision.
 //! - [`cost`]: how long a step takes, and how long a rank may be waited for.
 //!
@@ -19,5 +20,7 @@ pub mod queue;
 pub mod router;
 pub mod schedule;
 pub mod sequence;
+pub mod work;
 
-pub use engine::{ApplyError, Class, Engine, EngineConfig, Event, FinishReason, Refused, Request, Stats, Want, Work};
+pub use engine::{ApplyError, Class, Engine, EngineConfig, Event, FinishReason, Refused, Request, Stats, Want};
+pub use work::Work;

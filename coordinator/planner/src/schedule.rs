@@ -31,8 +31,9 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let mut plans = Vec::with_capacity(engine.ranks.len());
     let mut asked = Vec::with_capacity(engine.ranks.len());
     for rank in (0..engine.config.ranks).map(Rank) {
-        engine.work.ops += 1;
-        let mut of_rank = OfRank { rank, step: fence.step, plan: StepPlan::default(), asked: Vec::new() };
+        engine.work.touch();
+        let budget = engine.config.limits.step_rows_max;
+        let mut of_rank = OfRank { rank, step: fence.step, plan: StepPlan::default(), asked: Vec::new(), budget };
         of_rank.decode(engine);
         of_rank.prefill(engine, level);
         plans.push(of_rank.plan);
@@ -53,8 +54,7 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
             plan.tables.clone_from(&engine.config.tables);
         }
     }
-    engine.work.steps += 1;
-    engine.work.rows += u64::from(sum);
+    engine.work.step(sum);
     engine.fence = fence;
     engine.flights.push_back(Flight { fence, asked });
     Some(plans)
@@ -83,7 +83,7 @@ fn place(engine: &mut Engine, (class, seq): Key, its_turn: bool) -> bool {
     candidates.dedup();
     let mut best: Option<(u64, u32, Match)> = None;
     for rank in candidates {
-        engine.work.ops += 1;
+        engine.work.touch();
         let Some((cost, found)) = cost(engine, seq, Rank(rank)) else { continue };
         if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
             best = Some((cost, rank, found));
@@ -101,17 +101,17 @@ fn place(engine: &mut Engine, (class, seq): Key, its_turn: bool) -> bool {
 fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
     let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
     let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
-    let returns = state.memory.returns;
     let busy = state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max);
-    if busy || (state.refused == Some((seq, returns)) && state.running() > 0) {
+    if busy || (state.refused == Some(seq) && !state.memory.returned) {
         return None;
     }
     let found = state.memory.cache.find(&sequence.tokens, &sequence.hashes, limits.block_size, config.window);
-    engine.work.ops += found.nodes.len() as u64;
+    engine.work.touch_all(found.nodes.len());
     let cached = found.nodes.len() as u64;
     let need = u64::from((sequence.len() + 1).div_ceil(limits.block_size)) - cached + u64::from(found.idle);
     if state.running() > 0 && need + state.claimed > state.memory.available() as u64 {
-        engine.ranks[rank.index()].refused = Some((seq, returns));
+        let state = &mut engine.ranks[rank.index()];
+        (state.refused, state.memory.returned) = (Some(seq), false);
         return None;
     }
     Some((state.weighed + u64::from(sequence.len()) - cached * u64::from(limits.block_size), found))
@@ -123,7 +123,7 @@ fn evict_batch(engine: &mut Engine, seq: SeqId) -> bool {
     let ranks: Vec<u32> = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank).collect();
     for rank in ranks.into_iter().map(Rank) {
         loop {
-            engine.work.ops += 1;
+            engine.work.touch();
             let state = &engine.ranks[rank.index()];
             if state.prefill_tokens >= u64::from(engine.config.limits.step_rows_max) || state.memory.full.cooling() > 0
             {
@@ -147,43 +147,32 @@ struct OfRank {
     step: StepId,
     plan: StepPlan,
     asked: Vec<Asked>,
+    /// Rows that the step has left.
+    budget: u32,
 }
 
 impl OfRank {
-    fn budget(&self, engine: &Engine) -> u32 {
-        let planned: u32 = self.plan.rows.iter().map(|rows| count(rows.tokens.rows())).sum();
-        engine.config.limits.step_rows_max - planned
-    }
-
-    /// A row for each sequence that only lacks its next token. Where there are more than rows, they take turns.
+    /// A row for each sequence that only lacks its next token. There are hardly ever more of them than rows in a step:
+    /// each had a row beside the others when its prompt was read.
     fn decode(&mut self, engine: &mut Engine) {
-        let state = &engine.ranks[self.rank.index()];
-        let mut budget = engine.config.limits.step_rows_max as usize;
-        let mut keys: Vec<Key> = state.decoding.iter().copied().collect();
-        let crowded = keys.len() > budget;
-        if crowded && let Some(cursor) = state.cursor {
-            let from = keys.partition_point(|key| *key <= cursor);
-            keys.rotate_left(from);
-        }
+        let keys: Vec<Key> = engine.ranks[self.rank.index()].decoding.iter().copied().collect();
         for key in keys {
-            if budget == 0 {
+            engine.work.touch();
+            if self.budget == 0 {
                 return;
             }
-            engine.work.ops += 1;
-            let pending = engine.sequences.get(&key.1).map(Sequence::pending);
-            if pending == Some(Pending::Decode) && self.run(engine, key, 1) {
-                budget -= 1;
-                engine.ranks[self.rank.index()].cursor = Some(key);
+            if engine.sequences.get(&key.1).map(Sequence::pending) == Some(Pending::Decode) {
+                self.run(engine, key, 1);
             }
         }
     }
 
     /// Chunks of prompts, in order, until the budget or the blocks are used up.
     fn prefill(&mut self, engine: &mut Engine, level: u32) {
-        let mut budget = self.budget(engine).min(level);
+        let mut budget = self.budget.min(level);
         let keys: Vec<Key> = engine.ranks[self.rank.index()].prefilling.iter().copied().collect();
         for key in keys {
-            engine.work.ops += 1;
+            engine.work.touch();
             let Some(sequence) = engine.sequences.get(&key.1) else { continue };
             let (mut rows, planned) = match (sequence.pending(), &sequence.state) {
                 (Pending::Prefill(rows), State::Running(home)) => (rows, home.planned),
@@ -206,7 +195,7 @@ impl OfRank {
     fn run(&mut self, engine: &mut Engine, key: Key, rows: u32) -> bool {
         let Some(grants) = self.take_blocks(engine, key, rows) else { return false };
         let rank = self.rank;
-        let (config, block_size) = (&engine.config, engine.config.limits.block_size);
+        let block_size = engine.config.limits.block_size;
         let sequence = engine.sequences.get_mut(&key.1).expect("it has blocks, so it exists");
         let (len, life) = (sequence.len(), sequence.life);
         let State::Running(home) = &mut sequence.state else { unreachable!("it has just been given blocks") };
@@ -240,7 +229,7 @@ impl OfRank {
         }
         self.plan.rows.push(Rows { seq: key.1, start: from, tokens, outputs, grants: all });
         self.asked.push(Asked { seq: key.1, life, end, wants: outputs != Outputs::None, samples });
-        debug_assert!(end - start <= config.limits.step_rows_max, "chunks are within the budget");
+        self.budget -= rows;
         if engine.ranks[rank.index()].prefilling.contains(&key) {
             let claim = if reads_all { self.claim_of(engine, key) } else { 0 };
             engine.weigh(rank, |state| {
@@ -293,12 +282,10 @@ impl OfRank {
     }
 
     /// The last sequence of the rank, not before `key`, that has no row in this step.
-    fn victim(&self, engine: &mut Engine, key: Key) -> Option<Key> {
+    fn victim(&self, engine: &Engine, key: Key) -> Option<Key> {
         let state = &engine.ranks[self.rank.index()];
-        let mut looked = 0;
-        let mut last = |keys: &std::collections::BTreeSet<Key>| {
+        let last = |keys: &std::collections::BTreeSet<Key>| {
             keys.range(key..).rev().copied().find(|key| {
-                looked += 1;
                 let home = match engine.sequences.get(&key.1).map(|sequence| &sequence.state) {
                     Some(State::Running(Home { last_step, .. })) => *last_step,
                     _ => return false,
@@ -306,9 +293,7 @@ impl OfRank {
                 home != self.step
             })
         };
-        let victim = last(&state.decoding).max(last(&state.prefilling));
-        engine.work.ops += looked;
-        victim
+        last(&state.decoding).max(last(&state.prefilling))
     }
 }
 
@@ -328,8 +313,4 @@ fn admission(sequence: &Sequence, cached: u32) -> Admission {
         history,
         ..Admission::new(request.seq, request.sampling)
     }
-}
-
-fn count(n: usize) -> u32 {
-    u32::try_from(n).expect("rows are bounded by the limits")
 }

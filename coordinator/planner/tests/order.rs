@@ -4,8 +4,8 @@
 
 mod support;
 
-use phalanx_planner::{Class, EngineConfig, Event, FinishReason, Request};
-use phalanx_proto::{SeqId, Tokens};
+use phalanx_planner::{Class, EngineConfig, Event, FinishReason, Refused, Request, Want};
+use phalanx_proto::{ConstraintStart, ConstraintTable, Outputs, SeqId, TableId, TokenId, Tokens};
 use support::{Cell, VOCAB, alone, config, limits, request};
 
 /// A prompt of `len` tokens that no other `salt` shares.
@@ -229,20 +229,138 @@ fn when_blocks_run_out_the_last_to_come_gives_way() {
 }
 
 #[test]
-fn decoding_takes_turns_where_there_are_more_sequences_than_rows() {
-    let mut limits = limits(6, 6, 64);
-    limits.step_rows_max = 2;
-    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits, 1) });
-    for seq in 1..=6 {
-        cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 1), 20)).unwrap();
+fn a_rank_is_not_promised_blocks_that_others_will_take() {
+    // Two prompts of 13 blocks do not fit 20, though only one chunk of the first is computed yet.
+    let mut cell = Cell::new(EngineConfig { chunk_max: 16, depth: 1, ..config(limits(4, 512, 20), 1) });
+    for seq in 1..=2 {
+        cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 200), 2)).unwrap();
     }
-    for _ in 0..60 {
-        cell.step();
-    }
-    let counts: Vec<usize> = (1..=6).map(|seq| cell.tokens(seq).len()).collect();
-    let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
-    assert!(most - least <= 8, "{counts:?}");
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (1, 1));
     cell.run();
+    assert_eq!(cell.engine.stats().preemptions, 0, "nobody is let in to be sent back");
+    // A third fits beside the first, to the block.
+    let mut cell = Cell::new(EngineConfig { chunk_max: 16, depth: 1, ..config(limits(4, 512, 20), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 2)).unwrap();
+    cell.engine.submit(endless(2, &prompt(2, 111), 2)).unwrap();
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (2, 0), "13 blocks and 7");
+    let mut cell = Cell::new(EngineConfig { chunk_max: 16, depth: 1, ..config(limits(4, 512, 20), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 2)).unwrap();
+    cell.engine.submit(endless(2, &prompt(2, 112), 2)).unwrap();
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (1, 1), "13 blocks and 8");
+}
+
+#[test]
+fn what_is_promised_shrinks_as_it_is_taken() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 20), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 150), 60)).unwrap();
+    cell.step();
+    cell.engine.submit(endless(2, &prompt(2, 150), 2)).unwrap();
+    cell.step();
+    assert_eq!(cell.engine.running(), 2, "10 blocks are held, 10 are free, and nothing more is promised");
+}
+
+#[test]
+fn a_rank_takes_no_new_prompt_while_it_has_a_step_of_others_to_read() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 16, 64), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 32), 2)).unwrap();
+    cell.engine.submit(endless(2, &prompt(2, 8), 2)).unwrap();
+    cell.step();
+    assert_eq!(cell.engine.running(), 1, "16 more tokens are a whole step");
+    cell.step();
+    cell.step();
+    assert_eq!(cell.started(), [1, 2]);
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 16, 64), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 15), 2)).unwrap();
+    cell.engine.submit(endless(2, &prompt(2, 8), 2)).unwrap();
+    cell.plan();
+    assert_eq!(rows_of(&cell), [[(1, 15), (2, 1)]], "15 leave room for one");
+}
+
+#[test]
+fn a_prefix_outweighs_load_to_the_token() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(64, 1024, 256), 3) });
+    // Ranks 0 and 1 are busy when the prompt comes first, so it lives on rank 2.
+    let long = prompt(1, 640);
+    for (seq, own) in [(1, prompt(5, 600)), (2, prompt(6, 600)), (3, long.clone())] {
+        cell.engine.submit(endless(seq, &own, 2)).unwrap();
+    }
+    cell.run();
+    // 624 tokens are saved there, and each sequence counts 32.
+    let mut homes = Vec::new();
+    for seq in 10..32 {
+        cell.engine.submit(endless(seq, &long, 500)).unwrap();
+        cell.plan();
+        homes.push((0..3).find(|&rank| cell.plans[rank].admit.iter().any(|a| a.seq == SeqId(seq))).unwrap());
+        cell.answer();
+    }
+    assert!(homes[..20].iter().all(|&home| home == 2), "{homes:?}");
+    assert_ne!(homes[20], 2, "{homes:?}");
+}
+
+#[test]
+fn constraint_tables_go_out_once_and_a_sequence_names_its_own() {
+    let table = ConstraintTable { id: TableId(3), runs: vec![(TokenId(0), 0)], classes: 1, next: vec![0] };
+    let tables = vec![table.clone()];
+    let mut cell = Cell::new(EngineConfig { tables, depth: 1, ..config(limits(4, 64, 64), 2) });
+    let constraint = Some(ConstraintStart { table: TableId(3), state: 0 });
+    let bias = vec![(TokenId(4), 1.5), (TokenId(9), -2.0)];
+    let asked = Request { constraint, bias: bias.clone(), ..endless(1, &prompt(1, 20), 3) };
+    cell.engine.submit(asked).unwrap();
+    cell.step();
+    assert!(cell.plans.iter().all(|plan| plan.tables == [table.clone()]), "every rank gets them");
+    let admit = &cell.plans[0].admit[0];
+    assert_eq!((admit.constraint, &admit.bias), (constraint, &bias));
+    cell.step();
+    assert!(cell.plans.iter().all(|plan| plan.tables.is_empty()));
+    cell.run();
+    let unknown = Some(ConstraintStart { table: TableId(4), state: 0 });
+    let beyond = Some(ConstraintStart { table: TableId(3), state: 1 });
+    for constraint in [unknown, beyond] {
+        let refused = cell.engine.submit(Request { constraint, ..endless(2, &[1], 3) });
+        assert!(matches!(refused, Err(Refused::Sampling { field: "constraint", .. })), "{refused:?}");
+    }
+    let bias = vec![(TokenId(VOCAB), 1.0)];
+    let refused = cell.engine.submit(Request { bias, ..endless(2, &[1], 3) });
+    assert!(matches!(refused, Err(Refused::Sampling { field: "bias", .. })), "{refused:?}");
+}
+
+#[test]
+fn what_a_preempted_sequence_had_said_goes_with_it() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(2, 64, 8), 1) });
+    let mut second = endless(2, &prompt(2, 40), 60);
+    second.sampling.frequency_penalty = 0.5;
+    cell.engine.submit(endless(1, &prompt(1, 40), 60)).unwrap();
+    cell.engine.submit(second).unwrap();
+    let mut again = None;
+    for _ in 0..400 {
+        cell.step();
+        let admitted = cell.plans[0].admit.iter().find(|a| a.seq == SeqId(2) && cell.engine.stats().preemptions > 0);
+        if let Some(admission) = admitted {
+            again = Some((admission.history.clone(), cell.tokens(2)));
+            break;
+        }
+    }
+    let (history, tokens) = again.expect("it was sent back and came again");
+    assert!(history.prompt.is_empty() && !history.generated.is_empty());
+    assert_eq!(history.generated, tokens[..history.generated.len()]);
+}
+
+#[test]
+fn logits_of_a_prompt_are_told_once_also_if_it_is_sent_back() {
+    let mut cell = Cell::new(EngineConfig { chunk_max: 2, depth: 1, ..config(limits(2, 64, 16), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 16), 150)).unwrap();
+    cell.engine.submit(Request { want: Want::Logits, ..endless(2, &prompt(2, 200), 0) }).unwrap();
+    let mut asked = 0;
+    while cell.step() {
+        let rows = cell.plans[0].rows.iter().filter(|rows| rows.outputs == Outputs::AllLogits);
+        asked += rows.map(|rows| rows.tokens.rows()).sum::<usize>();
+    }
+    assert!(cell.engine.is_idle());
+    assert_eq!(asked, 200);
+    assert!(cell.engine.stats().preemptions > 0, "it was never sent back");
 }
 
 #[test]

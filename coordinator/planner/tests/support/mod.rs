@@ -104,6 +104,10 @@ impl VirtualRank {
                     }
                 }
             }
+            if run.outputs == Outputs::AllLogits {
+                let (position, logits) = (Position(0), vec![0.0; run.tokens.rows()]);
+                rows.push(RowsResult { seq: run.seq, position, tokens: Vec::new(), logprobs: Vec::new(), logits });
+            }
             if run.outputs == Outputs::Sample {
                 let token = next_token(&sequence.tokens);
                 sequence.last = Some(token);
