@@ -181,3 +181,45 @@ impl Drop for Ended {
         drop(self.0.wait());
     }
 }
+
+/// The value of a metric with these labels.
+fn metric(serve: &Serve, line: &str) -> f64 {
+    let (_, text) = serve.get("/metrics");
+    let found = text.lines().find(|found| found.starts_with(line)).unwrap_or_else(|| panic!("no {line}"));
+    found.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn cells_share_the_requests_and_one_outlives_the_other() {
+    let serve = Serve::start(&["--replicas", "2", "--workers", "1"]);
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let asked: Vec<_> =
+            (0..12).map(|_| scope.spawn(|| serve.post("/v1/chat/completions", &chat(QUESTION)))).collect();
+        asked.into_iter().map(|answer| answer.join().unwrap().1).collect()
+    });
+    for answer in &answers {
+        assert_eq!(answer["choices"], answers[0]["choices"]);
+    }
+    for cell in ["0", "1"] {
+        let prompts = metric(&serve, &format!("vllm:prompt_tokens_total{{engine=\"{cell}\""));
+        assert!(prompts > 0.0, "cell {cell} had nothing to do");
+        let blocks = metric(
+            &serve,
+            &format!("vllm:cache_config_info{{block_size=\"16\",enable_prefix_caching=\"True\",engine=\"{cell}\""),
+        );
+        assert_eq!(blocks, 1.0);
+    }
+    kill(serve.workers()[0], "KILL");
+    until("the lost cell is noticed", || metric(&serve, "phalanx_cell_workers{state=\"lost\"}") == 1.0);
+    for _ in 0..4 {
+        let (status, answer) = serve.post("/v1/chat/completions", &chat(QUESTION));
+        assert_eq!((status, &answer["choices"]), (200, &answers[0]["choices"]), "{answer}");
+    }
+    assert_eq!(serve.get("/readyz").0, 200, "one cell serves");
+    let (status, health) = serve.get("/health");
+    let health: Value = serde_json::from_str(&health).unwrap();
+    assert_eq!(status, 200, "{health}");
+    let states: Vec<&Value> = health["cells"].as_array().unwrap().iter().map(|cell| &cell["status"]).collect();
+    assert_eq!(states, [&json!("failed"), &json!("ok")], "{health}");
+    assert!(health["cells"][0]["reason"].as_str().unwrap().contains("worker 0"), "{health}");
+}

@@ -167,10 +167,9 @@ fn streams_are_the_same_from_the_cache() {
 
 #[test]
 fn clients_that_leave_free_their_memory_and_disturb_nobody() {
-    let serve = Serve::start(&["--workers", "2", "--seqs-max", "64"]);
-    let stories = 100;
+    let serve = Serve::start(&["--workers", "2"]);
     let given: Vec<Option<Given>> = std::thread::scope(|scope| {
-        let asked: Vec<_> = (0..stories)
+        let asked: Vec<_> = (0..400)
             .map(|index| {
                 let serve = &serve;
                 scope.spawn(move || {

@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::App;
 use super::error::ApiError;
@@ -40,13 +40,10 @@ pub(super) async fn readyz(State(app): State<App>) -> Response {
 pub(super) async fn health(State(app): State<App>) -> Response {
     let status = app.engine().status();
     let error = not_ready(&status);
-    let workers: Vec<_> =
-        status.workers.iter().map(|worker| json!({"rank": worker.rank.0, "state": worker.state.name()})).collect();
     let mut body = json!({
         "status": state_name(&status.state),
         "model": app.config().served_model_name,
-        "epoch": status.epoch.0,
-        "workers": workers,
+        "cells": app.engine().cells().iter().map(cell).collect::<Vec<_>>(),
     });
     let Some(error) = error else { return Json(body).into_response() };
     if let (Some(body), Ok(envelope)) = (body.as_object_mut(), serde_json::to_value(error.envelope())) {
@@ -55,6 +52,25 @@ pub(super) async fn health(State(app): State<App>) -> Response {
     let mut response = error.into_response();
     *response.body_mut() = body.to_string().into();
     response
+}
+
+/// What a cell is doing, and each of its workers.
+fn cell(status: &CellStatus) -> Value {
+    let workers: Vec<_> =
+        status.workers.iter().map(|worker| json!({"rank": worker.rank.0, "state": worker.state.name()})).collect();
+    let CellStatus { running, waiting, .. } = status;
+    let reason = match &status.state {
+        CellState::Loading(reason) | CellState::Failed(reason) => Some(reason),
+        CellState::Ready | CellState::Draining => None,
+    };
+    json!({
+        "status": state_name(&status.state),
+        "reason": reason,
+        "epoch": status.epoch.0,
+        "workers": workers,
+        "running": running,
+        "waiting": waiting,
+    })
 }
 
 /// `/metrics`: Prometheus's text format.

@@ -25,7 +25,8 @@ async fn ready_is_whether_the_cell_can_serve() {
     });
     let health = server.get("/health").await;
     let workers = json!([{"rank": 0, "state": "ready"}, {"rank": 1, "state": "ready"}]);
-    assert_eq!(health.json(), json!({"status": "ok", "model": "gpt-oss-test", "epoch": 3, "workers": workers}));
+    let cell = json!({"status": "ok", "reason": null, "epoch": 3, "workers": workers, "running": 0, "waiting": 0});
+    assert_eq!(health.json(), json!({"status": "ok", "model": "gpt-oss-test", "cells": [cell]}));
     for (state, name) in [
         (CellState::Loading("worker 1 has read 40 of 100 MB".to_owned()), "loading"),
         (CellState::Draining, "draining"),
