@@ -110,7 +110,9 @@ impl LocalCell {
             }
         }
         anyhow::ensure!(ready == options.workers, "a rank died while loading");
-        let engine = Engine::new(EngineConfig::new(config, options.limits, options.workers), Fence::default());
+        // One step after the other and everything computed: what is measured or proved here is the work itself.
+        let engine = EngineConfig::new(config, options.limits, options.workers);
+        let engine = Engine::new(EngineConfig { depth: 1, prefix_cache: false, ..engine }, Fence::default());
         Ok(Self { engine, plans, answers, threads, totals: Totals::default() })
     }
 

@@ -1,11 +1,11 @@
-//! `phalanx bench`: measures speed.
+//! `phalanx bench offline`: the engine without HTTP.
 
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::Args;
 use phalanx_model::{checkpoint, nano};
 use phalanx_planner::{Event, Want};
 use phalanx_proto::{Limits, Phase};
@@ -16,13 +16,6 @@ use crate::cli::DeviceArgs;
 use crate::commands::model::request;
 use crate::commands::{say, say_json, start_cell};
 use crate::local::CellOptions;
-
-/// Measures speed.
-#[derive(Debug, Subcommand)]
-pub enum BenchCommand {
-    /// The engine without HTTP: prefill and decode of a batch
-    Offline(OfflineArgs),
-}
 
 /// Arguments of `bench offline`.
 #[derive(Debug, Args)]
@@ -52,17 +45,11 @@ pub struct OfflineArgs {
     device: DeviceArgs,
 }
 
-/// Runs `phalanx bench`.
+/// Runs `phalanx bench offline`.
 ///
 /// # Errors
 /// The model does not open, or a step fails.
-pub fn run(command: BenchCommand) -> Result<ExitCode> {
-    match command {
-        BenchCommand::Offline(args) => offline(&args),
-    }
-}
-
-fn offline(args: &OfflineArgs) -> Result<ExitCode> {
+pub fn run(args: &OfflineArgs) -> Result<ExitCode> {
     let begun = Instant::now();
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let tokens = (args.prompt_len + args.gen_len).next_multiple_of(Limits::BLOCK_SIZE).saturating_mul(args.batch);
