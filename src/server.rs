@@ -14,6 +14,7 @@ use phalanx_coordinator::engine_client;
 use phalanx_coordinator::metrics::Metrics;
 use phalanx_coordinator::workers::{CellOptions, Forming, MemoryPools, WorkerHandle, Workers, form_cell, release_all};
 use phalanx_planner::Engine;
+use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware};
 use phalanx_proto::{CellId, Epoch, Rank, Term, TokenId};
 use phalanx_wire::ClusterToken;
 use phalanx_worker::device::Device;
@@ -37,6 +38,9 @@ const RELEASE_WAIT: Duration = Duration::from_secs(2);
 const DRIVER_WAIT: Duration = Duration::from_secs(2);
 /// Submissions that may await the driver's attention.
 const SUBMISSIONS_MAX: usize = 256;
+/// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
+/// lose.
+const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
 /// Exit code after an interrupt, as shells have it.
 const EXIT_INTERRUPTED: u8 = 130;
 /// Exit code after a request to terminate.
@@ -134,7 +138,10 @@ impl Server {
         let (mut workers, mut drivers) = (Vec::new(), Vec::new());
         for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
             let Workers { fence, config, numerics, layout, limits, handles, link, .. } = formed;
-            let engine = Engine::new(engine.config(&config, limits, layout.ep, &numerics), fence);
+            let mut engine = Engine::new(engine.config(&config, limits, layout.ep, &numerics), fence);
+            // Whatever the hardware is, the engine learns how much slower or faster than this.
+            let cost = Cost::new(&config, layout, Formats::BF16, Hardware::CPU_2_CORES);
+            engine.set_pace(Calibrated::new(cost, DEADLINES));
             let blocks = engine.stats().blocks;
             metrics.cache_config(cell, limits.block_size, blocks, engine.config().prefix_cache);
             let addresses = handles.iter().map(|handle| handle.address().to_owned()).collect();

@@ -14,6 +14,7 @@ use phalanx_proto::{
 };
 
 use crate::blocks::{BlockTable, Memory};
+use crate::cost::{Calibrated, PhaseSeconds};
 use crate::invariants;
 use crate::prefix::Match;
 use crate::queue::{Key, Queue};
@@ -318,7 +319,9 @@ pub(crate) struct Asked {
     pub(crate) seq: SeqId,
     /// Which life of the sequence.
     pub(crate) life: u32,
-    /// One past the last position.
+    /// The first position,
+    pub(crate) start: u32,
+    /// and one past the last.
     pub(crate) end: u32,
     /// Whether a result is awaited.
     pub(crate) wants: bool,
@@ -331,6 +334,8 @@ pub(crate) struct Asked {
 pub(crate) struct Flight {
     pub(crate) fence: Fence,
     pub(crate) asked: Vec<Option<Vec<Asked>>>,
+    /// What each rank is expected to take; empty if nothing is expected.
+    pub(crate) expected: Vec<PhaseSeconds>,
 }
 
 /// The engine of one cell.
@@ -348,6 +353,8 @@ pub struct Engine {
     pub(crate) queue: Queue,
     waiting_tokens: u64,
     pub(crate) flights: VecDeque<Flight>,
+    /// What steps cost, if deadlines follow it.
+    pub(crate) pace: Option<Calibrated>,
     /// Events of planning, told with the next result.
     pub(crate) events: Vec<Event>,
     pub(crate) preemptions: u64,
@@ -382,12 +389,18 @@ impl Engine {
             queue: Queue::default(),
             waiting_tokens: 0,
             flights: VecDeque::new(),
+            pace: None,
             events: Vec::new(),
             preemptions: 0,
             prefix: (0, 0),
             imbalance: 1.0,
             work: Work::default(),
         }
+    }
+
+    /// Deadlines of steps follow what steps take, as `pace` learns it, and no longer the configuration.
+    pub fn set_pace(&mut self, pace: Calibrated) {
+        self.pace = Some(pace);
     }
 
     /// Takes a request.
@@ -487,6 +500,9 @@ impl Engine {
             flight.asked[rank.index()] = Some(asked);
             return Err(ApplyError::Mismatch { rank, fence });
         }
+        if let (Some(pace), Some(expected)) = (&mut self.pace, flight.expected.get(rank.index())) {
+            pace.observe(expected, &result.phases);
+        }
         while let Some(flight) = self.flights.front()
             && flight.asked.iter().all(Option::is_none)
         {
@@ -585,6 +601,7 @@ impl Engine {
         if rank.prefilling.remove(&key) {
             rank.prefill_tokens -= u64::from(len - home.planned);
             rank.claimed -= u64::from(home.claim);
+            rank.memory.returned = true;
         }
         if home.admitted {
             rank.release.push(seq);

@@ -2,7 +2,7 @@
 //! class and order of arrival, within a budget of rows for each rank.
 //!
 //! Ranks march in lockstep, so a step is as long as its fullest rank's: what is read of prompts is levelled, no rank
-//! reads more than the mean of what there is to read (or [`LEVEL_ROWS`], whichever is more).
+//! reads more than the mean of what there is to read (or a [`LEVEL_SHARE`]th of a step, whichever is more).
 //!
 //= arXiv:2403.02310 (Sarathi-Serve)
 
@@ -11,13 +11,14 @@ use phalanx_proto::{
 };
 
 use crate::blocks::Short;
+use crate::cost::{PhaseSeconds, RankShape, StepShape};
 use crate::engine::{Asked, Class, Engine, Flight, Want};
 use crate::prefix::Match;
 use crate::queue::Key;
 use crate::sequence::{Home, Pending, Sequence, State, span};
 
-/// Rows of prompts that a rank may always compute in a step, however little the others have to read.
-pub const LEVEL_ROWS: u64 = 256;
+/// A rank may always fill this part of a step with prompts, however little the others have to read.
+pub const LEVEL_SHARE: u32 = 4;
 /// The least loaded ranks that are looked at for a place.
 const CANDIDATES: usize = 4;
 
@@ -26,8 +27,8 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     place_waiting(engine);
     let fence = engine.fence.next();
     let prefill: u64 = engine.ranks.iter().map(|rank| rank.prefill_tokens).sum();
-    let level = prefill.div_ceil(u64::from(engine.config.ranks.max(1))).max(LEVEL_ROWS);
-    let level = u32::try_from(level).unwrap_or(u32::MAX);
+    let mean = prefill.div_ceil(u64::from(engine.config.ranks.max(1)));
+    let level = u32::try_from(mean).unwrap_or(u32::MAX).max(engine.config.limits.step_rows_max.div_ceil(LEVEL_SHARE));
     let mut plans = Vec::with_capacity(engine.ranks.len());
     let mut asked = Vec::with_capacity(engine.ranks.len());
     for rank in (0..engine.config.ranks).map(Rank) {
@@ -46,8 +47,9 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let rows_of_rank: Vec<u32> = plans.iter().map(count).collect();
     let (most, sum) = (rows_of_rank.iter().max().copied().unwrap_or(0), rows_of_rank.iter().sum::<u32>());
     engine.imbalance = f64::from(most) * rows_of_rank.len() as f64 / f64::from(sum);
+    let (deadline_ms, expected) = expect(engine, &asked);
     for (plan, rank) in plans.iter_mut().zip(&mut engine.ranks) {
-        let (deadline_ms, applied) = (engine.config.deadline_ms, engine.applied);
+        let applied = engine.applied;
         plan.header = StepHeader { fence, deadline_ms, applied, rows_of_rank: rows_of_rank.clone() };
         plan.release = std::mem::take(&mut rank.release);
         if !std::mem::replace(&mut rank.has_tables, true) {
@@ -56,8 +58,22 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     }
     engine.work.step(sum);
     engine.fence = fence;
-    engine.flights.push_back(Flight { fence, asked });
+    engine.flights.push_back(Flight { fence, asked, expected });
     Some(plans)
+}
+
+/// How long ranks may wait for each other in a step, and what each is expected to take.
+fn expect(engine: &Engine, asked: &[Option<Vec<Asked>>]) -> (u32, Vec<PhaseSeconds>) {
+    let Some(pace) = &engine.pace else { return (engine.config.deadline_ms, Vec::new()) };
+    let of_rank = |asked: &Option<Vec<Asked>>| {
+        let mut shape = RankShape::default();
+        for run in asked.iter().flatten() {
+            shape.add_run(run.start, run.end - run.start, u32::from(run.samples), engine.config.window);
+        }
+        shape
+    };
+    let shape = StepShape(asked.iter().map(of_rank).collect());
+    (pace.deadline(&shape), pace.cost().phases(&shape))
 }
 
 /// Gives waiting sequences a rank, for as long as who is next fits somewhere.
@@ -102,7 +118,7 @@ fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
     let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
     let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
     let busy = state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max);
-    if busy || (state.refused == Some(seq) && !state.memory.returned) {
+    if busy || (state.refused == Some(seq) && !state.memory.returned && state.running() > 0) {
         return None;
     }
     let found = state.memory.cache.find(&sequence.tokens, &sequence.hashes, limits.block_size, config.window);
@@ -228,7 +244,7 @@ impl OfRank {
             self.plan.admit.push(admission(sequence, cached));
         }
         self.plan.rows.push(Rows { seq: key.1, start: from, tokens, outputs, grants: all });
-        self.asked.push(Asked { seq: key.1, life, end, wants: outputs != Outputs::None, samples });
+        self.asked.push(Asked { seq: key.1, life, start, end, wants: outputs != Outputs::None, samples });
         self.budget -= rows;
         if engine.ranks[rank.index()].prefilling.contains(&key) {
             let claim = if reads_all { self.claim_of(engine, key) } else { 0 };

@@ -4,9 +4,10 @@
 
 mod support;
 
+use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware};
 use phalanx_planner::{Class, EngineConfig, Event, FinishReason, Refused, Request, Want};
-use phalanx_proto::{ConstraintStart, ConstraintTable, Outputs, SeqId, TableId, TokenId, Tokens};
-use support::{Cell, VOCAB, alone, config, limits, request};
+use phalanx_proto::{ConstraintStart, ConstraintTable, Layout, Outputs, Phase, SeqId, TableId, TokenId, Tokens};
+use support::{Cell, VOCAB, alone, config, gpt_oss, limits, request};
 
 /// A prompt of `len` tokens that no other `salt` shares.
 fn prompt(salt: u32, len: u32) -> Vec<u32> {
@@ -478,4 +479,28 @@ fn a_long_prompt_that_does_not_fit_yet_is_not_looked_up_each_step() {
     let ops = cell.engine.work().ops - before;
     assert_eq!(cell.engine.waiting(), 1);
     assert!(ops < 50 * 8, "{ops} operations in 50 steps of one row, of 20 blocks that would be found");
+}
+
+#[test]
+fn deadlines_follow_what_steps_take() {
+    let rule = DeadlineRule { factor: 10.0, min_ms: 1, max_ms: 60_000 };
+    let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::H100);
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 64, 64), 1) });
+    cell.engine.set_pace(Calibrated::new(cost, rule));
+    cell.engine.submit(endless(1, &prompt(1, 8), 400)).unwrap();
+    cell.plan();
+    let first = cell.plans[0].header.deadline_ms;
+    let slow = |cell: &mut Cell| {
+        let mut result = cell.results().remove(0);
+        Phase::ALL.iter().for_each(|&phase| result.phases.add(phase, 100_000));
+        cell.engine.apply(result).unwrap();
+    };
+    for _ in 0..100 {
+        slow(&mut cell);
+        cell.plan();
+    }
+    let later = cell.plans[0].header.deadline_ms;
+    assert!(first < 1000, "{first} ms for a step of an H100");
+    assert!((2_000..=9_000).contains(&later), "{later} ms where steps take 800");
+    assert!(cell.plans[0].header.deadline_ms <= 60_000);
 }

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use phalanx_planner::{Engine, EngineConfig, Event, FinishReason, Request};
 use phalanx_proto::{
-    Fence, Limits, Outputs, Pool, Position, Rank, RowsResult, SeqId, Start, StepPlan, StepResult, TokenId, Tokens,
+    Fence, LayerKind, Limits, ModelConfig, Outputs, Pool, Position, Rank, Rope, RowsResult, SeqId, Start, StepPlan,
+    StepResult, TokenId, Tokens,
 };
 
 pub(crate) const VOCAB: u32 = 97;
@@ -175,6 +176,12 @@ impl Cell {
         true
     }
 
+    /// What every rank answers to its first step that waits for an answer, without telling the engine.
+    pub(crate) fn results(&mut self) -> Vec<StepResult> {
+        let ranks = self.workers.iter_mut().zip(&mut self.inbox);
+        ranks.filter_map(|(worker, inbox)| inbox.pop_front().map(|plan| worker.run(&plan))).collect()
+    }
+
     /// Every rank answers its first step that waits for an answer.
     pub(crate) fn answer(&mut self) -> bool {
         let mut any = false;
@@ -223,5 +230,36 @@ impl Cell {
     pub(crate) fn started(&self) -> Vec<u64> {
         let of = |event: &Event| if let Event::Started { seq, .. } = event { Some(seq.0) } else { None };
         self.events.iter().filter_map(of).collect()
+    }
+}
+
+/// gpt-oss-20b.
+pub(crate) fn gpt_oss() -> ModelConfig {
+    let rope = Rope {
+        theta: 150_000.0,
+        factor: 32.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_context: 4096,
+        truncate: false,
+        attention_factor: 1.35,
+    };
+    let kind = |layer| if layer % 2 == 0 { LayerKind::Sliding } else { LayerKind::Full };
+    ModelConfig {
+        hidden: 2880,
+        intermediate: 2880,
+        layers: (0..24).map(kind).collect(),
+        heads: 64,
+        kv_heads: 8,
+        head_dim: 64,
+        experts: 32,
+        top_k: 4,
+        window: 128,
+        vocab: 201_088,
+        eps: 1e-5,
+        swiglu_limit: 7.0,
+        rope,
+        context: 131_072,
+        eos: vec![200_002],
     }
 }
