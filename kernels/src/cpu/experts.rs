@@ -402,9 +402,11 @@ impl<O: Operand> Kernel for GateUp<'_, O> {
             self.items::<L, 1, 4>(l, at);
             at += 4;
         }
-        while at < self.items.len() {
-            self.items::<L, 4, 1>(l, at);
-            at += 1;
+        match self.items.len() - at {
+            3 => self.items::<L, 1, 3>(l, at),
+            2 => self.items::<L, 1, 2>(l, at),
+            1 => self.items::<L, 1, 1>(l, at),
+            _ => {}
         }
     }
 }
@@ -472,9 +474,11 @@ impl<O: Operand> Kernel for Down<'_, O> {
             self.items::<L, 1, 4>(l, at);
             at += 4;
         }
-        while at < self.items.len() {
-            self.items::<L, 4, 1>(l, at);
-            at += 1;
+        match self.items.len() - at {
+            3 => self.items::<L, 1, 3>(l, at),
+            2 => self.items::<L, 1, 2>(l, at),
+            1 => self.items::<L, 1, 1>(l, at),
+            _ => {}
         }
     }
 }
