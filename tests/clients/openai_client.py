@@ -104,6 +104,27 @@ def check(client):
     stopped = client.chat.completions.create(**arguments(next(c for c in CASES if sure(c, "arith"))), stop=["="])
     assert "=" not in (stopped.choices[0].message.content or "")
 
+    # Logprobs are those of the content; biases, penalties and the cache do what they say.
+    case = arguments(next(c for c in CASES if sure(c, "arith")))
+    plain = client.chat.completions.create(**case)
+    likely = client.chat.completions.create(**case, logprobs=True, top_logprobs=3)
+    tokens = likely.choices[0].logprobs.content
+    assert bytes(b for t in tokens for b in t.bytes).decode() == plain.choices[0].message.content
+    for token in tokens:
+        best = token.top_logprobs[0]
+        assert len(token.top_logprobs) == 3 and best.token == token.token and best.logprob == token.logprob <= 0
+    assert likely.usage.prompt_tokens_details.cached_tokens > 0, "the same prompt was asked before"
+    streamed = []
+    for chunk in client.chat.completions.create(**case, logprobs=True, stream=True):
+        for part in chunk.choices:
+            streamed += part.logprobs.content if part.logprobs else []
+    assert [t.token for t in streamed] == [t.token for t in tokens]
+    stop = 200002
+    biased = client.chat.completions.create(**{**case, "max_completion_tokens": 400}, logit_bias={stop: -100})
+    assert biased.choices[0].finish_reason in ("stop", "length", "tool_calls") and biased.usage.completion_tokens > 0
+    penal = lambda: client.chat.completions.create(**case, presence_penalty=1.5, frequency_penalty=0.5, n=2)
+    assert texts(penal()) == texts(penal())
+
     # Errors are the client's own classes.
     for wrong, error in [
         ({"messages": []}, openai.BadRequestError),
