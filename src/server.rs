@@ -110,10 +110,14 @@ impl Server {
         let listen = options.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
+        // Probes are answered from now on, and all else is told to come again.
+        let (early, listener) = twice(listener).context("the system refuses a second handle of the listener")?;
+        let (progress, waits_for) = watch::channel("waiting for the workers".to_owned());
+        let loading = tokio::spawn(api::serve_loading(early, waits_for, api_limits(&options.api)));
         // Nothing remembers terms between starts, so the coordinator that starts later reigns: one that is started
         // again after it was killed finds its workers free to take.
         let term = Term(SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs()));
-        let formed = form_cells(&options, term).await?;
+        let formed = form_cells(&options, term, &progress).await?;
         let ServerOptions { api, engine, .. } = options;
         check_same_model(&formed)?;
         let Some(Workers { model, config, limits, .. }) = formed.first() else {
@@ -155,6 +159,9 @@ impl Server {
         }
         // Reading the vocabulary takes a while.
         let app = tokio::task::spawn_blocking(move || App::new(app_config, client, metrics)).await?;
+        drop(progress);
+        // It can only end.
+        drop(loading.await);
         let (shutdown, mut shut) = watch::channel(false);
         let api = tokio::spawn(async move {
             let asked = async move {
@@ -190,11 +197,11 @@ impl Server {
 }
 
 /// Connects to all workers and forms the cells, side by side. Says on standard error how memory is planned.
-async fn form_cells(options: &ServerOptions, term: Term) -> Result<Vec<Workers>> {
+async fn form_cells(options: &ServerOptions, term: Term, progress: &watch::Sender<String>) -> Result<Vec<Workers>> {
     let instance = getrandom::u64().context("the system has no randomness")?;
     let deadline = tokio::time::Instant::now() + CONNECT_WAIT;
     let (limits, engine) = (options.limits, options.engine);
-    let (pools, bar) = (MemoryPools::default(), Mutex::new(LoadingBar::new()));
+    let (pools, bar) = (MemoryPools::default(), Mutex::new(LoadingBar::new(progress)));
     let formed = try_join_all((0u32..).zip(&options.cells).map(|(cell, workers)| {
         let (pools, bar) = (&pools, &bar);
         async move {
@@ -212,6 +219,12 @@ async fn form_cells(options: &ServerOptions, term: Term) -> Result<Vec<Workers>>
     .await;
     bar.lock().unwrap_or_else(PoisonError::into_inner).finish();
     formed
+}
+
+/// Two handles of one listener.
+fn twice(listener: TcpListener) -> std::io::Result<(TcpListener, TcpListener)> {
+    let listener = listener.into_std()?;
+    Ok((TcpListener::from_std(listener.try_clone()?)?, TcpListener::from_std(listener)?))
 }
 
 /// All cells serve one model with the same bits.
@@ -325,14 +338,16 @@ fn random_token() -> Result<ClusterToken> {
 }
 
 /// A bar over the bytes that all workers load, and a table of the memory they will take.
-struct LoadingBar {
+struct LoadingBar<'a> {
     bar: ProgressBar,
+    /// The same in words.
+    progress: &'a watch::Sender<String>,
     ranks: BTreeMap<(CellId, Rank), (u64, u64)>,
 }
 
-impl LoadingBar {
-    fn new() -> Self {
-        Self { bar: byte_bar("loading"), ranks: BTreeMap::new() }
+impl<'a> LoadingBar<'a> {
+    fn new(progress: &'a watch::Sender<String>) -> Self {
+        Self { bar: byte_bar("loading"), progress, ranks: BTreeMap::new() }
     }
 
     fn show(&mut self, cell: CellId, event: Forming) {
@@ -354,6 +369,7 @@ impl LoadingBar {
                 self.ranks.insert((cell, rank), (progress.done_bytes, progress.total_bytes));
                 let sum = self.ranks.values().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
                 advance(&self.bar, sum.0, sum.1);
+                self.progress.send_replace(format!("{:.0} of {:.0} MiB are read", mib(sum.0), mib(sum.1)));
             }
             Forming::Joined { .. } | Forming::Loading { .. } | Forming::Ready { .. } => {}
         }

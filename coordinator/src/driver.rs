@@ -190,7 +190,9 @@ impl<L: CellLink> Driver<L> {
             Refused::ContextLength { prompt, max_tokens, context } => {
                 SubmitError::ContextLength { prompt: u32::try_from(prompt).unwrap_or(u32::MAX), max_tokens, context }
             }
-            Refused::Prompt | Refused::Sampling { .. } | Refused::Twice(_) => SubmitError::Unavailable { reason: refused.to_string() },
+            Refused::Prompt | Refused::Sampling { .. } | Refused::Twice(_) => {
+                SubmitError::Unavailable { reason: refused.to_string() }
+            }
         }
     }
 

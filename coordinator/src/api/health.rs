@@ -1,15 +1,27 @@
 //! Whether the server lives, and whether it can serve.
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::App;
 use super::error::ApiError;
 use crate::engine_client::{CellState, CellStatus};
+
+/// What is answered before there is a model: the process lives, and nothing else can be served yet.
+pub(super) fn loading(waits_for: watch::Receiver<String>) -> Router {
+    let not_yet = async move || {
+        let message = format!("the model is loading: {}", *waits_for.borrow());
+        ApiError::unavailable("loading", message)
+    };
+    let lives = get(async || Json(json!({"status": "loading"})));
+    Router::new().route("/livez", lives).fallback(not_yet)
+}
 
 /// `/livez`: steps advance, or there is nothing to do. Anything else needs a restart.
 pub(super) async fn livez(State(app): State<App>) -> Response {

@@ -33,7 +33,7 @@ use phalanx_proto::TokenId;
 use tokio::sync::Semaphore;
 
 pub use auth::ApiKeys;
-pub use server::serve;
+pub use server::{serve, serve_loading};
 
 use crate::engine_client::EngineClient;
 use crate::harmony::{ReasoningEffort, Tokenizer};

@@ -4,15 +4,16 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::{App, router};
+use super::{ApiLimits, App, health, router};
 
 /// Wait after a failure to accept, for instance because all file descriptors are in use.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -20,7 +21,19 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Serves `app` on `listener` until `shutdown`, then lets running requests go on for the grace time and ends the rest.
 pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output = ()>) {
     let limits = app.config().limits.clone();
-    let service = TowerToHyperService::new(router(app));
+    serve_routes(listener, router(app), limits, shutdown).await;
+}
+
+/// Serves in place of an [`App`] that cannot be yet: says that the process lives, and what it waits for, until the sender
+/// of `waits_for` is gone.
+pub async fn serve_loading(listener: TcpListener, waits_for: watch::Receiver<String>, limits: ApiLimits) {
+    let mut ended = waits_for.clone();
+    let until = async move { while ended.changed().await.is_ok() {} };
+    serve_routes(listener, health::loading(waits_for), limits, until).await;
+}
+
+async fn serve_routes(listener: TcpListener, routes: Router, limits: ApiLimits, shutdown: impl Future<Output = ()>) {
+    let service = TowerToHyperService::new(routes);
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_wait)

@@ -7,6 +7,11 @@ use phalanx_planner::Stats;
 use phalanx_proto::{Epoch, ExchangeCounters, Phase, PhaseTimes, Rank, StepResult};
 use serde_json::json;
 
+use phalanx_coordinator::api::{ApiLimits, serve_loading};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
 use crate::support::{Server, start_writing};
 
 async fn server() -> Server {
@@ -152,4 +157,33 @@ async fn requests_and_steps_are_counted() {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
     }
+}
+
+#[tokio::test]
+async fn probes_are_answered_while_the_model_loads() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (progress, waits_for) = watch::channel("waiting for the workers".to_owned());
+    let loading = tokio::spawn(serve_loading(listener, waits_for, ApiLimits::default()));
+    let ask = async |method: &str, path: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    assert!(ask("GET", "/livez").await.starts_with("HTTP/1.1 200"));
+    let ready = ask("GET", "/readyz").await;
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("waiting for the workers"), "{ready}");
+    progress.send_replace("7 of 9 MiB are read".to_owned());
+    for (method, path) in [("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/nowhere")] {
+        let answer = ask(method, path).await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("7 of 9 MiB"), "{answer}");
+        assert!(answer.contains("retry-after: 5") && answer.contains("\"code\":\"loading\""), "{answer}");
+    }
+    drop(progress);
+    loading.await.unwrap();
+    assert!(TcpStream::connect(address).await.is_err(), "it ends when the model is there");
 }
