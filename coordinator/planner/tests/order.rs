@@ -4,10 +4,10 @@
 
 mod support;
 
-use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware};
+use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware, RankShape, StepShape};
 use phalanx_planner::{Class, EngineConfig, Event, FinishReason, Refused, Request, Want};
 use phalanx_proto::{ConstraintStart, ConstraintTable, Layout, Outputs, Phase, SeqId, TableId, TokenId, Tokens};
-use support::{Cell, VOCAB, alone, config, gpt_oss, limits, request};
+use support::{Cell, VOCAB, WINDOW, alone, config, gpt_oss, limits, request};
 
 /// A prompt of `len` tokens that no other `salt` shares.
 fn prompt(salt: u32, len: u32) -> Vec<u32> {
@@ -479,6 +479,71 @@ fn a_long_prompt_that_does_not_fit_yet_is_not_looked_up_each_step() {
     let ops = cell.engine.work().ops - before;
     assert_eq!(cell.engine.waiting(), 1);
     assert!(ops < 50 * 8, "{ops} operations in 50 steps of one row, of 20 blocks that would be found");
+}
+
+#[test]
+fn interactive_requests_wait_for_a_busy_rank_rather_than_drive_batch_out() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(3, 16, 64), 1) });
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 5), 60) }).unwrap();
+    cell.step();
+    cell.engine.submit(endless(2, &prompt(2, 64), 2)).unwrap();
+    cell.step();
+    cell.engine.submit(endless(3, &prompt(3, 5), 2)).unwrap();
+    cell.step();
+    assert_eq!((cell.engine.waiting(), cell.engine.stats().preemptions), (1, 0), "it reads enough for now");
+    cell.run();
+    assert_eq!(cell.engine.stats().preemptions, 0);
+}
+
+#[test]
+fn no_more_batch_sequences_are_driven_out_than_needed() {
+    let mut cell = Cell::new(EngineConfig { depth: 3, ..config(limits(8, 256, 24), 1) });
+    for seq in 1..=3 {
+        let own = prompt(u32::try_from(seq).unwrap(), 100);
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &own, 20) }).unwrap();
+    }
+    while cell.tokens(3).is_empty() {
+        cell.step();
+    }
+    // 21 of 24 blocks are held; what one of the three gives back cools while steps are under way, and is enough.
+    cell.plan();
+    cell.engine.submit(endless(9, &prompt(9, 80), 2)).unwrap();
+    while cell.tokens(9).is_empty() {
+        cell.step();
+    }
+    assert_eq!(cell.engine.stats().preemptions, 1);
+    cell.run();
+}
+
+#[test]
+fn what_is_cached_is_not_asked_room_for_twice() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 20), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 2)).unwrap();
+    cell.run();
+    cell.engine.submit(endless(2, &prompt(2, 70), 50)).unwrap();
+    cell.step();
+    // 12 blocks are cached, 5 are held, 3 are free: the prompt of 13 fits with the 12.
+    cell.engine.submit(endless(3, &prompt(1, 200), 2)).unwrap();
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.cached(3)), (2, Some(192)));
+    cell.run();
+}
+
+#[test]
+fn deadlines_are_those_of_the_rows_planned() {
+    let rule = DeadlineRule { factor: 1e6, min_ms: 1, max_ms: u32::MAX };
+    let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::H100);
+    let pace = Calibrated::new(cost, rule);
+    let mut cell = Cell::new(EngineConfig { depth: 4, chunk_max: 24, ..config(limits(4, 64, 64), 1) });
+    cell.engine.set_pace(pace.clone());
+    cell.engine.submit(endless(1, &prompt(1, 60), 3)).unwrap();
+    for (start, rows, sampled) in [(0, 24, 0), (24, 24, 0), (48, 12, 1), (60, 1, 1)] {
+        cell.plan();
+        let mut shape = RankShape::default();
+        shape.add_run(start, rows, sampled, WINDOW);
+        assert_eq!(cell.plans[0].header.deadline_ms, pace.deadline(&StepShape(vec![shape])));
+    }
+    cell.run();
 }
 
 #[test]
