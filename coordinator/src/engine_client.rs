@@ -413,6 +413,22 @@ pub fn channels(cells: usize, capacity: usize) -> (EngineClient, Vec<EngineComma
     (client, commands)
 }
 
+/// Tokens on their way to a cell, for as long as somebody waits for their admission.
+struct InTransit<'a>(&'a AtomicU64, u64);
+
+impl<'a> InTransit<'a> {
+    fn new(count: &'a AtomicU64, tokens: u64) -> Self {
+        count.fetch_add(tokens, Ordering::Relaxed);
+        Self(count, tokens)
+    }
+}
+
+impl Drop for InTransit<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
 impl CellClient {
     fn load(&self) -> Load {
         let status = self.status.borrow();
@@ -441,9 +457,9 @@ impl EngineClient {
             mpsc::error::TrySendError::Closed(_) => stopped(),
         })?;
         generation.ended = false;
-        cell.in_transit.fetch_add(tokens, Ordering::Relaxed);
+        let in_transit = InTransit::new(&cell.in_transit, tokens);
         let answer = tokio::time::timeout(SUBMIT_WAIT_MAX, answer).await;
-        cell.in_transit.fetch_sub(tokens, Ordering::Relaxed);
+        drop(in_transit);
         cell.answers.store(answer.is_ok(), Ordering::Relaxed);
         match answer {
             Ok(Ok(Ok(()))) => Ok(generation),
