@@ -201,6 +201,10 @@ async fn form_cells(options: &ServerOptions, term: Term, progress: &watch::Sende
     let instance = getrandom::u64().context("the system has no randomness")?;
     let deadline = tokio::time::Instant::now() + CONNECT_WAIT;
     let (limits, engine) = (options.limits, options.engine);
+    note(format_args!(
+        "memory of each worker: room for {} tokens of context and {} sequences, and for the experts of {} lost workers",
+        limits.kv_tokens, limits.seqs_max, engine.survive
+    ));
     let (pools, bar) = (MemoryPools::default(), Mutex::new(LoadingBar::new(progress)));
     let formed = try_join_all((0u32..).zip(&options.cells).map(|(cell, workers)| {
         let (pools, bar) = (&pools, &bar);
