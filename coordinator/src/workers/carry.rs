@@ -113,9 +113,10 @@ impl Carrier {
                 Err(error) => return End::Broken(error),
             };
             let fence = reply.as_ref().map_or_else(|failure| failure.fence, |result| result.fence);
-            match self.unanswered.pop_front() {
-                Some((asked, _)) if asked == fence => {}
-                Some((asked, _)) => return End::Nonsense(format!("asked for {asked}, it answers for {fence}")),
+            match self.unanswered.iter().position(|(asked, _)| *asked == fence) {
+                Some(0) => drop(self.unanswered.pop_front()),
+                // Bytes that were damaged can hide whole messages.
+                Some(missing) => return End::Broken(self.gap(missing)),
                 None => return End::Nonsense(format!("it answers for {fence}, which was not asked")),
             }
             if let Ok(result) = &reply
@@ -128,6 +129,11 @@ impl Carrier {
                 return End::Done;
             }
         }
+    }
+
+    fn gap(&self, missing: usize) -> WorkerError {
+        let (who, why) = (self.worker.who().clone(), format!("{missing} replies are missing from its stream"));
+        WorkerError::Failed { who, call: "steps", code: Code::DataLoss, why }
     }
 
     /// Another stream in place of the one that broke, with all plans that were not answered; or why there is none.
