@@ -36,8 +36,6 @@ const PREPARE_WAIT: Duration = Duration::from_secs(3600);
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Longest wait for the driver after its last request.
 const DRIVER_WAIT: Duration = Duration::from_secs(2);
-/// Submissions that may await the driver's attention.
-const SUBMISSIONS_MAX: usize = 256;
 /// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
 /// lose.
 const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
@@ -136,8 +134,10 @@ impl Server {
             model_identity: api.model_identity,
             current_date: api.current_date,
         };
+        // What the queue has room for is not refused on its way there.
+        let submissions = engine.queue_requests as usize;
         let metrics = Arc::new(Metrics::new(&model, formed.len()));
-        let (client, commands) = engine_client::channels(formed.len(), SUBMISSIONS_MAX);
+        let (client, commands) = engine_client::channels(formed.len(), submissions);
         let (drain, draining) = watch::channel(false);
         let (mut workers, mut drivers) = (Vec::new(), Vec::new());
         for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
