@@ -38,7 +38,7 @@ fn reference(checkpoint: &Arc<Checkpoint>, prompt: &[u32]) -> Vec<f32> {
     let limits = Limits::new(config, 1, rows, rows);
     let layout = Layout::new(1, 0).unwrap();
     let placement = Placement::contiguous(u32::try_from(config.layers.len()).unwrap(), config.experts, layout);
-    let backend = Reference::new(Precision::Exact);
+    let backend = Reference::new(Precision::Exact, DenseFormat::Bf16);
     let model = GptOss::load(backend, checkpoint, &placement, Rank(0), 1, &limits, &mut |_, _| ()).unwrap();
     let collectives = local::group(1).remove(0);
     let mut runner = Runner::new(model, collectives, limits, Fence::default());

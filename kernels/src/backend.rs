@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::memory::Source;
+use crate::memory::{Packed, Source};
 
 /// Positions of a KV block.
 pub const BLOCK_SIZE: usize = 16;
@@ -32,6 +32,25 @@ pub enum Precision {
     /// int8 activations per block of 32 in the experts; bf16 KV and wire.
     #[default]
     Fast,
+}
+
+/// How dense weights are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DenseFormat {
+    /// As in the checkpoint; products in f32.
+    #[default]
+    Bf16,
+    /// int8 with a scale per block of 32, like the rows they are multiplied with.
+    Q8,
+}
+
+/// What a dense matrix is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenseUse {
+    /// Attention and unembedding: held as the backend was told.
+    Projection,
+    /// Choosing experts: never rounded beyond the checkpoint's bf16.
+    Router,
 }
 
 /// What went wrong inside a step; found at [`Backend::finish`].
@@ -157,6 +176,24 @@ pub struct Stack<'a> {
     pub weight: Source<'a>,
     /// bf16 little endian, `[rows]`.
     pub bias: Option<Source<'a>>,
+}
+
+impl Stack<'_> {
+    /// Rows of the matrix, if it has `cols` columns.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`] where weight or bias have another size.
+    pub fn rows(&self, cols: usize) -> Result<usize, KernelError> {
+        let got = self.weight.bytes().len();
+        let rows = got.checked_div(2 * cols).unwrap_or(0);
+        if got != rows * cols * 2 {
+            return Err(KernelError::Size { what: "a weight matrix", got, need: rows * cols * 2 });
+        }
+        match self.bias.map(|bias| bias.bytes().len()) {
+            Some(got) if got != rows * 2 => Err(KernelError::Size { what: "a bias", got, need: rows * 2 }),
+            _ => Ok(rows),
+        }
+    }
 }
 
 /// Widths of the experts of a layer.
@@ -330,11 +367,42 @@ pub trait Backend: Send + Sized + 'static {
     /// [`KernelError::Size`].
     fn vector(&mut self, source: Source<'_>) -> Result<Self::Vector, KernelError>;
 
-    /// Matrices `[rows, cols]` stacked into one.
+    // Matrices are packed into bytes, once and for all layouts of a cell, and then held as those bytes: packed bytes can
+    // be kept in a file and used by the next process, or by another rank.
+
+    /// Names the form of packed bytes. What is packed under one name can be held under it.
+    fn packing(&self) -> String;
+
+    /// Bytes of a packed dense matrix.
+    fn dense_bytes(&self, used: DenseUse, rows: usize, cols: usize) -> usize;
+
+    /// Packs bf16 matrices `[rows, cols]`, stacked into one, into all of `out`.
     ///
     /// # Errors
     /// [`KernelError::Size`].
-    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Self::Dense, KernelError>;
+    fn pack_dense(&self, used: DenseUse, cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError>;
+
+    /// Holds a packed matrix `[rows, cols]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn hold_dense(
+        &mut self,
+        used: DenseUse,
+        rows: usize,
+        cols: usize,
+        packed: Packed,
+    ) -> Result<Self::Dense, KernelError>;
+
+    /// Packs matrices `[rows, cols]`, stacked into one, and holds them.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`].
+    fn dense(&mut self, used: DenseUse, cols: usize, stack: &[Stack<'_>]) -> Result<Self::Dense, KernelError> {
+        let rows = stack.iter().map(|matrix| matrix.rows(cols)).sum::<Result<_, _>>()?;
+        let packed = Packed::filled(self.dense_bytes(used, rows, cols), |out| self.pack_dense(used, cols, stack, out))?;
+        self.hold_dense(used, rows, cols, packed)
+    }
 
     /// The embedding, bf16 `[V, H]`. Used in place where the backend reads host memory.
     ///
@@ -345,16 +413,44 @@ pub trait Backend: Send + Sized + 'static {
     /// Room for the experts of one layer.
     fn experts(&mut self, slots: usize, shape: ExpertShape) -> Self::Experts;
 
-    /// Puts an expert into a slot.
+    /// Bytes of a packed expert of the layer.
+    fn expert_bytes(&self, experts: &Self::Experts) -> usize;
+
+    /// Packs an expert of the layer into all of `out`.
     ///
     /// # Errors
-    /// [`KernelError::Size`].
+    /// [`KernelError::Size`], [`KernelError::Scale`].
+    fn pack_expert(
+        &self,
+        experts: &Self::Experts,
+        source: &ExpertSource<'_>,
+        out: &mut [u8],
+    ) -> Result<(), KernelError>;
+
+    /// Puts a packed expert into a slot.
+    ///
+    /// # Errors
+    /// [`KernelError::Size`], [`KernelError::Plan`] for a slot that does not exist.
+    fn hold_expert(&mut self, experts: &mut Self::Experts, slot: usize, packed: Packed) -> Result<(), KernelError>;
+
+    /// Empties a slot, so that there is room for another expert.
+    fn clear_expert(&mut self, experts: &mut Self::Experts, slot: usize);
+
+    /// Packs an expert and puts it into a slot.
+    ///
+    /// # Errors
+    /// Those of packing and holding; the slot is then empty.
     fn load_expert(
         &mut self,
         experts: &mut Self::Experts,
         slot: usize,
         source: &ExpertSource<'_>,
-    ) -> Result<(), KernelError>;
+    ) -> Result<(), KernelError> {
+        // What was there is dropped first: there is no room for both.
+        self.clear_expert(experts, slot);
+        let packed = Packed::filled(self.expert_bytes(experts), |out| self.pack_expert(experts, source, out))?;
+        self.hold_expert(experts, slot, packed)
+    }
 
     /// Where each expert of a layer lives, `[E]` of (rank, slot).
     fn places(&mut self, places: &[(u32, u32)]) -> Self::Places;

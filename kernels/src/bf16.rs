@@ -17,6 +17,13 @@ pub(crate) const fn narrow(value: f32) -> u16 {
     ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 
+/// The least bf16 that is not below `value`, a positive number; NaN and infinity stay what they are.
+#[inline(always)]
+pub(crate) const fn above(value: f32) -> u16 {
+    let cut = narrow(value);
+    if widen(cut) < value { cut + 1 } else { cut }
+}
+
 /// Numbers of a bf16 little endian tensor.
 pub(crate) fn values(bytes: &[u8]) -> impl ExactSizeIterator<Item = f32> + '_ {
     bytes.as_chunks::<2>().0.iter().map(|&pair| widen(u16::from_le_bytes(pair)))
@@ -41,6 +48,16 @@ mod tests {
             assert_eq!(narrow(f32::from_bits(bits)), expected, "{bits:08x}");
         }
         assert!(widen(narrow(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+
+    #[test]
+    fn rounding_up_never_falls_below() {
+        for (bits, expected) in
+            [(0x3f80_0000, 0x3f80), (0x3f80_0001, 0x3f81), (0x3f80_ffff, 0x3f81), (0x7f80_0000, 0x7f80)]
+        {
+            assert_eq!(above(f32::from_bits(bits)), expected, "{bits:08x}");
+        }
+        assert!(widen(above(f32::NAN)).is_nan());
     }
 
     #[test]

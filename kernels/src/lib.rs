@@ -25,9 +25,10 @@ pub use parts::HostParts;
 pub use reference::Reference;
 
 pub use backend::{
-    BLOCK_SIZE, Backend, Draw, Edit, EmbeddingBytes, EmbeddingSource, ExpertShape, ExpertSource, KernelError, KvLayer,
-    KvShape, NO_SLOT, PoolShape, Precision, RopeTable, SEGMENT, SWIGLU_ALPHA, Sampled, Stack, StepInputs, TokenSource,
+    BLOCK_SIZE, Backend, DenseFormat, DenseUse, Draw, Edit, EmbeddingBytes, EmbeddingSource, ExpertShape, ExpertSource,
+    KernelError, KvLayer, KvShape, NO_SLOT, PoolShape, Precision, RopeTable, SEGMENT, SWIGLU_ALPHA, Sampled, Stack,
+    StepInputs, TokenSource,
 };
 
 /// Changes whenever the bits of any op change: part of every worker's numerics id.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;

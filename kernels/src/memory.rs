@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A file mapped for reading.
 #[derive(Debug)]
@@ -128,7 +129,101 @@ fn touch<T: Default>(data: &mut [T]) {
 }
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
+
+/// Weights as a backend lays them out: bytes that begin on a cache line, in memory or in a mapped file. Clones and
+/// slices share them.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    memory: PackedMemory,
+    range: Range<usize>,
+}
+
+#[derive(Clone, Debug)]
+enum PackedMemory {
+    Own(Arc<Aligned<u8>>),
+    File(Arc<MappedFile>),
+}
+
+impl Packed {
+    /// `len` bytes of memory, filled by `fill`.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub fn filled<E>(len: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
+        let mut bytes = Aligned::zeroed(len);
+        bytes.use_large_pages();
+        fill(&mut bytes)?;
+        Ok(Self { memory: PackedMemory::Own(Arc::new(bytes)), range: 0..len })
+    }
+
+    /// Bytes of a mapped file, or `None` where they lie outside it or do not begin on a cache line.
+    #[must_use]
+    pub fn mapped(file: &Arc<MappedFile>, range: Range<usize>) -> Option<Self> {
+        let fits = range.start.is_multiple_of(LINE) && file.slice(range.clone()).is_some();
+        fits.then(|| Self { memory: PackedMemory::File(Arc::clone(file)), range })
+    }
+
+    /// A part of the bytes.
+    ///
+    /// # Panics
+    /// If it lies outside them.
+    pub(crate) fn slice(&self, part: Range<usize>) -> Self {
+        let range = self.range.start + part.start..self.range.start + part.end;
+        assert!(range.start <= range.end && range.end <= self.range.end, "a part lies within its bytes");
+        Self { memory: self.memory.clone(), range }
+    }
+}
+
+impl std::ops::Deref for Packed {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        match &self.memory {
+            PackedMemory::Own(bytes) => &bytes[self.range.clone()],
+            PackedMemory::File(file) => &file.map[self.range.clone()],
+        }
+    }
+}
+
+/// A number, or an array of numbers, of which every pattern of bits is a value.
+///
+/// # Safety
+/// No padding, no pattern that is not a value, alignment of at most a cache line.
+pub(crate) unsafe trait Plain: Copy {}
+// SAFETY: numbers.
+unsafe impl Plain for u8 {}
+// SAFETY: numbers.
+unsafe impl Plain for u16 {}
+// SAFETY: numbers.
+unsafe impl Plain for u32 {}
+// SAFETY: numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: arrays of such have neither padding nor other patterns.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
+
+/// Bytes as numbers in the machine's order. The bytes that do not fill an element are left out.
+///
+/// # Panics
+/// If the bytes do not begin at a multiple of the type's alignment.
+#[inline(always)]
+pub(crate) fn view<T: Plain>(bytes: &[u8]) -> &[T] {
+    assert!(bytes.as_ptr().addr().is_multiple_of(align_of::<T>()), "numbers are aligned");
+    // Of elements without bytes there are as many as one likes.
+    let len = bytes.len().checked_div(size_of::<T>()).unwrap_or(usize::MAX);
+    // SAFETY: aligned, as asserted; `len` elements lie within the bytes; every pattern is a value of a plain type.
+    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
+}
+
+/// As [`view`], for writing.
+#[inline(always)]
+pub(crate) fn view_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
+    assert!(bytes.as_ptr().addr().is_multiple_of(align_of::<T>()), "numbers are aligned");
+    let len = bytes.len().checked_div(size_of::<T>()).unwrap_or(usize::MAX);
+    // SAFETY: as in `view`, and whatever is written is a value of bytes.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), len) }
+}
 
 /// A slice of numbers that begins on a cache line, so that no vector of 64 bytes is read from two lines.
 #[derive(Debug)]
@@ -156,6 +251,23 @@ impl<T: Copy + Default> Aligned<T> {
     /// Bytes of the numbers.
     pub(crate) const fn bytes(&self) -> u64 {
         (self.len * size_of::<T>()) as u64
+    }
+
+    /// Asks for large pages, which cost fewer look-ups; the system may decline.
+    fn use_large_pages(&mut self) {
+        #[cfg(target_os = "linux")]
+        {
+            const PAGE: usize = 4096;
+            let range = self.data.as_ptr_range();
+            let start = range.start.addr().next_multiple_of(PAGE);
+            let end = range.end.addr() / PAGE * PAGE;
+            if start < end {
+                let first = self.data.as_mut_ptr().cast::<u8>().wrapping_add(start - range.start.addr());
+                // SAFETY: whole pages of a live allocation of ours; the advice changes no byte.
+                let _declined =
+                    unsafe { rustix::mm::madvise(first.cast(), end - start, rustix::mm::Advice::LinuxHugepage) };
+            }
+        }
     }
 }
 

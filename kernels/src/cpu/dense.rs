@@ -1,112 +1,110 @@
-//! Dense matrices: `x: [n, cols] -> [n, rows]`, `x W^T + b`, bf16 weights widened in registers.
+//! Dense matrices: `x: [n, cols] -> [n, rows]`, `x W^T + b`, in bf16 or q8.
 //!
-//! Layout: tiles of 16 output rows, `[tile][cols][16]`, the last tile padded with zeros. A lane is an output row;
-//! its sum runs over the columns ascending, one fused multiply-add each, from zero; the bias is added last.
-//! Several tiles and several `x` rows are worked on at once to fill the registers, which no sum notices.
+//! bf16: weights are widened in registers; a lane is an output row, its sum runs over the columns ascending, one fused
+//! multiply-add each, from zero. q8: see [`super::q8`] and [`super::int8`]; rows of `x` are rounded to int8 first. The
+//! bias is added last. Several tiles and several `x` rows are worked on at once, which no sum notices.
 
+use super::int8::{Int8Block, Multiply, to_operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
+use super::q8::{self, Q8};
 use super::threads::{Disjoint, Threads};
-use crate::memory::{Aligned, Source};
-use crate::{KernelError, Stack, bf16};
+use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks};
+use crate::memory::Packed;
+use crate::{DenseFormat, KernelError, Stack};
 
 /// Tiles of a task.
 const GROUP: usize = 4;
 /// `x` rows of a task: with the weights of a group they stay in a core's own cache.
 const CHUNK: usize = 64;
-/// Bytes that a thread reads before it gives their pages back.
-const PIECE_BYTES: usize = 4 << 20;
 
 /// A packed matrix with its bias.
 #[derive(Debug)]
-pub struct Dense {
-    rows: usize,
+pub struct Dense(Weights);
+
+#[derive(Debug)]
+enum Weights {
+    Bf16(Tiles<Bf16>),
+    Q8(Tiles<Q8>),
+}
+
+/// bf16: a block is 32 vectors, each a column of 16 rows.
+#[derive(Debug)]
+struct Bf16;
+
+impl Format for Bf16 {
+    type Codes = [[u16; LANES]; BLOCK];
+    type Scales = [u8; 0];
+}
+
+/// Bytes of a packed matrix.
+pub(super) const fn bytes_of(format: DenseFormat, rows: usize, cols: usize) -> usize {
+    match format {
+        DenseFormat::Bf16 => Tiles::<Bf16>::bytes_of(rows, cols),
+        DenseFormat::Q8 => Tiles::<Q8>::bytes_of(rows, cols),
+    }
+}
+
+/// Packs bf16 matrices `[rows, cols]` one under the other.
+pub(super) fn pack(
+    threads: &Threads,
+    format: DenseFormat,
     cols: usize,
-    /// bf16 `[tile][cols][16]`
-    weights: Aligned<u16>,
-    /// `[tile * 16]`, zeros without a bias.
-    bias: Aligned<f32>,
+    stack: &[Stack<'_>],
+    out: &mut [u8],
+) -> Result<(), KernelError> {
+    let mut parts = Vec::with_capacity(stack.len());
+    let mut first = 0;
+    for matrix in stack {
+        let rows = matrix.rows(cols)?;
+        parts.push(Part { first, rows, weights: matrix.weight, bias: matrix.bias });
+        first += rows;
+    }
+    match format {
+        DenseFormat::Bf16 => tiles::pack::<Bf16>(threads, cols, &parts, out, |_, _, bytes, codes, _, lane| {
+            let columns = codes.as_flattened_mut().iter_mut();
+            for (out, value) in columns.zip(bytes.as_chunks::<2>().0) {
+                out[lane] = u16::from_le_bytes(*value);
+            }
+        }),
+        DenseFormat::Q8 => q8::pack(threads, cols, &parts, out),
+    }
 }
 
 impl Dense {
-    /// Packs matrices `[rows, cols]` one under the other.
-    pub(super) fn pack(threads: &Threads, cols: usize, stack: &[Stack<'_>]) -> Result<Self, KernelError> {
-        let mut matrices = Vec::with_capacity(stack.len());
-        let mut rows = 0;
-        for matrix in stack {
-            let got = matrix.weight.bytes().len();
-            let here = got.checked_div(2 * cols).unwrap_or(0);
-            need("a weight matrix", got, here * cols * 2)?;
-            if let Some(bias) = matrix.bias {
-                need("a bias", bias.bytes().len(), here * 2)?;
-            }
-            matrices.push(Matrix { first: rows, rows: here, source: matrix.weight });
-            rows += here;
-        }
-        let tiles = rows.div_ceil(LANES);
-        let mut weights = Aligned::zeroed(tiles * cols * LANES);
-        let mut bias = Aligned::zeroed(tiles * LANES);
-        let tile = cols * LANES;
-        let piece = (PIECE_BYTES / (2 * tile).max(1)).max(1);
-        threads.each_chunk(&mut weights, piece * tile, usize::MAX, |i, out| {
-            pack_piece(&matrices, i * piece * LANES, cols, out);
-        });
-        for (matrix, stack) in matrices.iter().zip(stack) {
-            matrix.source.release();
-            if let Some(source) = stack.bias {
-                for (out, value) in bias[matrix.first..].iter_mut().zip(bf16::values(source.bytes())) {
-                    *out = value;
-                }
-                source.release();
-            }
-        }
-        Ok(Self { rows, cols, weights, bias })
+    /// A matrix of bytes that [`pack`] wrote.
+    pub(super) fn new(format: DenseFormat, rows: usize, cols: usize, packed: Packed) -> Result<Self, KernelError> {
+        Ok(Self(match format {
+            DenseFormat::Bf16 => Weights::Bf16(Tiles::new(rows, cols, packed)?),
+            DenseFormat::Q8 => Weights::Q8(Tiles::new(rows, cols, packed)?),
+        }))
     }
 
     pub(super) const fn rows(&self) -> usize {
-        self.rows
+        match &self.0 {
+            Weights::Bf16(tiles) => tiles.rows(),
+            Weights::Q8(tiles) => tiles.rows(),
+        }
     }
 
     pub(super) const fn cols(&self) -> usize {
-        self.cols
+        match &self.0 {
+            Weights::Bf16(tiles) => tiles.cols(),
+            Weights::Q8(tiles) => tiles.cols(),
+        }
     }
 
-    pub(super) const fn bytes(&self) -> u64 {
-        self.weights.bytes() + self.bias.bytes()
+    pub(super) fn bytes(&self) -> u64 {
+        match &self.0 {
+            Weights::Bf16(tiles) => tiles.bytes(),
+            Weights::Q8(tiles) => tiles.bytes(),
+        }
     }
 }
 
 /// Refuses tensors of another size than their shape's.
 pub(super) const fn need(what: &'static str, got: usize, need: usize) -> Result<(), KernelError> {
     if got == need { Ok(()) } else { Err(KernelError::Size { what, got, need }) }
-}
-
-/// A source matrix and the row of the stack at which it begins.
-struct Matrix<'a> {
-    first: usize,
-    rows: usize,
-    source: Source<'a>,
-}
-
-/// Packs whole tiles from row `first` of the stack on.
-fn pack_piece(matrices: &[Matrix<'_>], first: usize, cols: usize, out: &mut [u16]) {
-    let last = first + out.len().checked_div(cols).unwrap_or(0);
-    for matrix in matrices {
-        let range = first.max(matrix.first)..last.min(matrix.first + matrix.rows);
-        if range.is_empty() {
-            continue;
-        }
-        let bytes = (range.start - matrix.first) * cols * 2..(range.end - matrix.first) * cols * 2;
-        let source = matrix.source.slice(bytes).expect("the rows lie within the matrix");
-        for (row, values) in range.zip(source.bytes().chunks_exact(cols * 2)) {
-            let (tile, lane) = ((row - first) / LANES, row % LANES);
-            let tile = &mut out[tile * cols * LANES..(tile + 1) * cols * LANES];
-            for (out, value) in tile.as_chunks_mut::<LANES>().0.iter_mut().zip(values.as_chunks::<2>().0) {
-                out[lane] = u16::from_le_bytes(*value);
-            }
-        }
-        source.release();
-    }
 }
 
 /// What becomes of the results.
@@ -118,24 +116,83 @@ pub(super) enum Store {
     Add,
 }
 
+/// Rows rounded to int8 for a product; kept for the next one.
+pub(super) type Rounded = Vec<Int8Block>;
+
+/// Makes room for the rounding of up to `rows` rows; what is there already is kept.
+pub(super) fn reserve(rounded: &mut Rounded, weight: &Dense, rows: usize) {
+    if let Weights::Q8(weight) = &weight.0 {
+        let need = rows * blocks(weight.cols());
+        rounded.reserve_exact(need.saturating_sub(rounded.len()));
+    }
+}
+
 /// `x: [n, cols] -> out: [n, rows]`.
-pub(super) fn project(simd: Simd, threads: &Threads, x: &[f32], weight: &Dense, out: &mut [f32], store: Store) {
-    let n = out.len().checked_div(weight.rows).unwrap_or(0);
-    assert!(x.len() == n * weight.cols, "inputs and outputs have the same rows");
-    let groups = weight.bias.len().div_ceil(GROUP * LANES);
+pub(super) fn project(
+    simd: Simd,
+    threads: &Threads,
+    x: &[f32],
+    rounded: &mut Rounded,
+    weight: &Dense,
+    out: &mut [f32],
+    store: Store,
+) {
+    match &weight.0 {
+        Weights::Bf16(weight) => project_tiles(simd, threads, x, weight.cols(), weight, out, store),
+        Weights::Q8(weight) => {
+            let (cols, width) = (weight.cols(), blocks(weight.cols()));
+            rounded.resize(x.len().checked_div(cols).unwrap_or(0) * width, Int8Block::default());
+            threads.each_chunk(rounded, width, 4 * x.len(), |row, out| {
+                simd.run(Round { x: &x[row * cols..(row + 1) * cols], out });
+            });
+            project_tiles(simd, threads, &rounded[..], width, weight, out, store);
+        }
+    }
+}
+
+/// One row to int8.
+struct Round<'a> {
+    x: &'a [f32],
+    out: &'a mut [Int8Block],
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        to_operand(self.x, self.out);
+    }
+}
+
+/// `x: [n, width] -> out: [n, rows]`, where a row is `width` elements of the operand.
+fn project_tiles<F: Multiply<O>, O: Sync>(
+    simd: Simd,
+    threads: &Threads,
+    x: &[O],
+    width: usize,
+    weight: &Tiles<F>,
+    out: &mut [f32],
+    store: Store,
+) {
+    let n = out.len().checked_div(weight.rows()).unwrap_or(0);
+    assert!(x.len() == n * width, "inputs and outputs have the same rows");
+    let groups = weight.tiles().div_ceil(GROUP);
     let chunks = n.div_ceil(CHUNK);
     let out = Disjoint::new(out);
-    threads.each(groups * chunks, n * weight.rows * weight.cols, |task| {
+    threads.each(groups * chunks, n * weight.rows() * weight.cols(), |task| {
         let (group, chunk) = (task / chunks, task % chunks);
         let rows = chunk * CHUNK..n.min((chunk + 1) * CHUNK);
-        simd.run(Project { x, weight, group, rows, out: &out, store });
+        simd.run(Project { x, width, weight, group, rows, out: &out, store });
     });
 }
 
 /// A group of tiles times a chunk of `x` rows.
-struct Project<'a> {
-    x: &'a [f32],
-    weight: &'a Dense,
+struct Project<'a, F, O> {
+    x: &'a [O],
+    /// Elements of a row of `x`.
+    width: usize,
+    weight: &'a Tiles<F>,
     group: usize,
     rows: std::ops::Range<usize>,
     /// `[n, weight.rows]`, of which this task alone writes its rows' and its tiles' part.
@@ -143,7 +200,7 @@ struct Project<'a> {
     store: Store,
 }
 
-impl Kernel for Project<'_> {
+impl<F: Multiply<O>, O> Kernel for Project<'_, F, O> {
     type Output = ();
 
     #[inline(always)]
@@ -168,13 +225,12 @@ impl Kernel for Project<'_> {
     }
 }
 
-impl Project<'_> {
+impl<F: Multiply<O>, O> Project<'_, F, O> {
     /// `TOKENS` rows from `row` on, `TILES` tiles at once where there are as many.
     #[inline(always)]
     fn tokens<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, row: usize) {
-        let tiles = self.weight.bias.len() / LANES;
         let mut tile = self.group * GROUP;
-        let end = tiles.min(tile + GROUP);
+        let end = self.weight.tiles().min(tile + GROUP);
         while tile + TILES <= end {
             self.block::<L, TILES, TOKENS>(l, tile, row);
             tile += TILES;
@@ -187,20 +243,17 @@ impl Project<'_> {
 
     #[inline(always)]
     fn block<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, tile: usize, row: usize) {
-        let cols = self.weight.cols;
-        let weights: [&[[u16; LANES]]; TILES] = std::array::from_fn(|i| {
-            self.weight.weights[(tile + i) * cols * LANES..(tile + i + 1) * cols * LANES].as_chunks().0
-        });
-        let x: [&[f32]; TOKENS] = std::array::from_fn(|t| &self.x[(row + t) * cols..(row + t + 1) * cols]);
-        let sums = sums(l, cols, weights, x);
+        let width = self.width;
+        let x: [&[O]; TOKENS] = std::array::from_fn(|t| &self.x[(row + t) * width..(row + t + 1) * width]);
+        let sums = F::sums::<L, TILES, TOKENS>(l, self.weight, tile, x);
         for (i, sums) in sums.into_iter().enumerate() {
             let first = (tile + i) * LANES;
-            let bias = l.load(self.weight.bias[first..].first_chunk().expect("biases fill their tiles"));
-            let width = LANES.min(self.weight.rows - first);
+            let bias = l.load(self.weight.bias(tile + i));
+            let width = LANES.min(self.weight.rows() - first);
             for (t, sum) in sums.into_iter().enumerate() {
                 let mut result = [0.0; LANES];
                 l.store(l.add(sum, bias), &mut result);
-                let start = (row + t) * self.weight.rows + first;
+                let start = (row + t) * self.weight.rows() + first;
                 // SAFETY: tasks differ in their tiles or in their rows, hence in every element they write; within
                 // a task each part is dropped before the next is made.
                 let out = unsafe { self.out.slice(start..start + width) };
@@ -213,29 +266,36 @@ impl Project<'_> {
     }
 }
 
-/// The sums of `TILES` tiles for `TOKENS` rows: lane `r` of `[i][t]` is the dot product of `x[t]` and row `r` of tile `i`.
-#[inline(always)]
-fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
-    l: L,
-    cols: usize,
-    weights: [&[[u16; LANES]]; TILES],
-    x: [&[f32]; TOKENS],
-) -> [[L::F; TOKENS]; TILES] {
-    assert!(weights.iter().all(|w| w.len() == cols) && x.iter().all(|x| x.len() == cols), "one length");
-    let mut sums = [[l.splat(0.0); TOKENS]; TILES];
-    for k in 0..cols {
-        let mut w = [l.splat(0.0); TILES];
-        for i in 0..TILES {
-            // SAFETY: every slice has `cols` elements, asserted above.
-            w[i] = l.load_bf16(unsafe { weights[i].get_unchecked(k) });
-        }
-        for t in 0..TOKENS {
-            // SAFETY: as above.
-            let x = l.splat(unsafe { *x[t].get_unchecked(k) });
-            for i in 0..TILES {
-                sums[i][t] = l.fma(w[i], x, sums[i][t]);
+impl Multiply<f32> for Bf16 {
+    #[inline(always)]
+    fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
+        l: L,
+        matrix: &Tiles<Self>,
+        tile: usize,
+        x: [&[f32]; TOKENS],
+    ) -> [[L::F; TOKENS]; TILES] {
+        let cols = matrix.cols();
+        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        tiles.iter().for_each(|tile| tile.check(blocks(cols)));
+        assert!(x.iter().all(|x| x.len() == cols), "whole rows");
+        let mut sums = [[l.splat(0.0); TOKENS]; TILES];
+        for b in 0..blocks(cols) {
+            // SAFETY: every tile has as many blocks, checked above.
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b) }.0);
+            for c in 0..BLOCK.min(cols - b * BLOCK) {
+                let mut w = [l.splat(0.0); TILES];
+                for i in 0..TILES {
+                    w[i] = l.load_bf16(&weights[i][c]);
+                }
+                for t in 0..TOKENS {
+                    // SAFETY: every row has `cols` columns, checked above.
+                    let x = l.splat(unsafe { *x[t].get_unchecked(b * BLOCK + c) });
+                    for i in 0..TILES {
+                        sums[i][t] = l.fma(w[i], x, sums[i][t]);
+                    }
+                }
             }
         }
+        sums
     }
-    sums
 }

@@ -5,25 +5,28 @@
 //! Gate-up: 64 rows of the matrix are 32 activations, one block of the down matrix's operand, rounded to it at
 //! once. Down: each result goes to the wire at the place where its (row, choice) is expected.
 
+use super::dense::need;
 use super::exp::exp;
+use super::int8::{Int8Block, Multiply, Operand, to_operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
-use super::mxfp4::{BLOCK, Int8Block, Mxfp4, Operand};
+use super::mxfp4::{self, Mxfp4};
 use super::threads::{Disjoint, Threads};
-use crate::memory::resident;
+use super::tiles::{BLOCK, Tiles};
+use crate::memory::{LINE, Packed, resident};
 use crate::wire;
 use crate::{ExpertShape, ExpertSource, HostParts, KernelError, NO_SLOT, Precision, SWIGLU_ALPHA};
 
 /// Tiles of a task: 64 matrix rows.
 const GROUP: usize = 4;
 
-/// Two matrices.
+/// Two matrices, packed one behind the other.
 #[derive(Debug)]
 struct Expert {
     /// `[2I, H]`
-    gate_up: Mxfp4,
+    gate_up: Tiles<Mxfp4>,
     /// `[H, I]`
-    down: Mxfp4,
+    down: Tiles<Mxfp4>,
 }
 
 /// The expert slots of one layer.
@@ -38,33 +41,53 @@ impl Experts {
         Self { shape, slots: std::iter::repeat_with(|| None).take(slots).collect() }
     }
 
-    /// Fills a slot; returns the bytes held more than before.
-    pub(super) fn load(
-        &mut self,
-        threads: &Threads,
-        slot: usize,
-        source: &ExpertSource<'_>,
-    ) -> Result<u64, KernelError> {
+    /// Bytes of a packed expert, and those of them that are gate-up.
+    pub(super) const fn packed_bytes(&self) -> (usize, usize) {
         let ExpertShape { hidden, intermediate, .. } = self.shape;
-        let len = self.slots.len();
-        let place = self.slots.get_mut(slot).ok_or(KernelError::Plan { what: "expert slot", index: slot, len })?;
-        // What was there is dropped first: there is no room for both.
-        let before = place.take().map_or(0, |old| old.gate_up.bytes() + old.down.bytes());
-        let gate_up = Mxfp4::pack(
+        let gate_up = Tiles::<Mxfp4>::bytes_of(2 * intermediate, hidden);
+        debug_assert!(gate_up.is_multiple_of(LINE), "what follows begins on a cache line");
+        (gate_up + Tiles::<Mxfp4>::bytes_of(hidden, intermediate), gate_up)
+    }
+
+    pub(super) fn pack(&self, threads: &Threads, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
+        let ExpertShape { hidden, intermediate, .. } = self.shape;
+        let (all, gate_up) = self.packed_bytes();
+        need("the room for a packed expert", out.len(), all)?;
+        let (gate_up, down) = out.split_at_mut(gate_up);
+        mxfp4::pack(
             threads,
             [2 * intermediate, hidden],
             [source.gate_up_blocks, source.gate_up_scales, source.gate_up_bias],
             ["gate_up_proj_blocks of an expert", "gate_up_proj_scales of an expert", "gate_up_proj_bias of an expert"],
+            gate_up,
         )?;
-        let down = Mxfp4::pack(
+        mxfp4::pack(
             threads,
             [hidden, intermediate],
             [source.down_blocks, source.down_scales, source.down_bias],
             ["down_proj_blocks of an expert", "down_proj_scales of an expert", "down_proj_bias of an expert"],
-        )?;
-        let now = gate_up.bytes() + down.bytes();
-        *place = Some(Expert { gate_up, down });
-        Ok(now.saturating_sub(before))
+            down,
+        )
+    }
+
+    /// Fills a slot.
+    pub(super) fn hold(&mut self, slot: usize, packed: &Packed) -> Result<(), KernelError> {
+        let ExpertShape { hidden, intermediate, .. } = self.shape;
+        let (all, gate_up) = self.packed_bytes();
+        need("a packed expert", packed.len(), all)?;
+        let len = self.slots.len();
+        let place = self.slots.get_mut(slot).ok_or(KernelError::Plan { what: "expert slot", index: slot, len })?;
+        *place = Some(Expert {
+            gate_up: Tiles::new(2 * intermediate, hidden, packed.slice(0..gate_up))?,
+            down: Tiles::new(hidden, intermediate, packed.slice(gate_up..all))?,
+        });
+        Ok(())
+    }
+
+    /// Empties a slot; returns the bytes given back.
+    pub(super) fn clear(&mut self, slot: usize) -> u64 {
+        let old = self.slots.get_mut(slot).and_then(Option::take);
+        old.map_or(0, |old| old.gate_up.bytes() + old.down.bytes())
     }
 }
 
@@ -267,7 +290,9 @@ impl Work {
         experts: &Experts,
         rows: &[O],
         activations: &mut [O],
-    ) {
+    ) where
+        Mxfp4: Multiply<O>,
+    {
         let ExpertShape { hidden, intermediate, limit } = self.shape;
         let groups = intermediate / BLOCK;
         let activations = Disjoint::new(activations);
@@ -294,7 +319,9 @@ impl Work {
         experts: &Experts,
         activations: &[O],
         out: &mut HostParts,
-    ) {
+    ) where
+        Mxfp4: Multiply<O>,
+    {
         let ExpertShape { hidden, intermediate, .. } = self.shape;
         let row_bytes = hidden * wire::bytes(self.precision);
         out.clear();
@@ -325,13 +352,6 @@ fn slots(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
     bytes.as_chunks::<4>().0.iter().map(|&slot| u32::from_le_bytes(slot)).filter(|&slot| slot != NO_SLOT)
 }
 
-/// A row as an operand.
-fn to_operand<O: Operand>(row: &[f32], out: &mut [O]) {
-    for (x, out) in row.as_chunks().0.iter().zip(out.chunks_exact_mut(BLOCK / O::COLUMNS)) {
-        O::from_block(x, out);
-    }
-}
-
 /// Results of a group of tiles for a few items.
 type Results<const TOKENS: usize> = [[f32; GROUP * LANES]; TOKENS];
 
@@ -339,19 +359,22 @@ type Results<const TOKENS: usize> = [[f32; GROUP * LANES]; TOKENS];
 #[inline(always)]
 fn multiply<L: Lanes, O: Operand, const TILES: usize, const TOKENS: usize>(
     l: L,
-    matrix: &Mxfp4,
+    matrix: &Tiles<Mxfp4>,
     group: usize,
     x: [&[O]; TOKENS],
-) -> Results<TOKENS> {
+) -> Results<TOKENS>
+where
+    Mxfp4: Multiply<O>,
+{
     let mut results = [[0.0; GROUP * LANES]; TOKENS];
     let end = matrix.tiles().min((group + 1) * GROUP);
     let mut tile = group * GROUP;
     while tile + TILES <= end {
-        add_bias(l, matrix, group, tile, O::sums::<L, TILES, TOKENS>(l, matrix, tile, x), &mut results);
+        add_bias(l, matrix, group, tile, Mxfp4::sums::<L, TILES, TOKENS>(l, matrix, tile, x), &mut results);
         tile += TILES;
     }
     while tile < end {
-        add_bias(l, matrix, group, tile, O::sums::<L, 1, TOKENS>(l, matrix, tile, x), &mut results);
+        add_bias(l, matrix, group, tile, Mxfp4::sums::<L, 1, TOKENS>(l, matrix, tile, x), &mut results);
         tile += 1;
     }
     results
@@ -360,7 +383,7 @@ fn multiply<L: Lanes, O: Operand, const TILES: usize, const TOKENS: usize>(
 #[inline(always)]
 fn add_bias<L: Lanes, const TILES: usize, const TOKENS: usize>(
     l: L,
-    matrix: &Mxfp4,
+    matrix: &Tiles<Mxfp4>,
     group: usize,
     tile: usize,
     sums: [[L::F; TOKENS]; TILES],
@@ -376,7 +399,7 @@ fn add_bias<L: Lanes, const TILES: usize, const TOKENS: usize>(
 
 /// 64 rows of an expert's gate-up matrix for all its items.
 struct GateUp<'a, O> {
-    matrix: &'a Mxfp4,
+    matrix: &'a Tiles<Mxfp4>,
     group: usize,
     limit: f32,
     items: &'a [Item],
@@ -388,7 +411,10 @@ struct GateUp<'a, O> {
     activations: &'a Disjoint<'a, O>,
 }
 
-impl<O: Operand> Kernel for GateUp<'_, O> {
+impl<O: Operand> Kernel for GateUp<'_, O>
+where
+    Mxfp4: Multiply<O>,
+{
     type Output = ();
 
     #[inline(always)]
@@ -411,7 +437,10 @@ impl<O: Operand> Kernel for GateUp<'_, O> {
     }
 }
 
-impl<O: Operand> GateUp<'_, O> {
+impl<O: Operand> GateUp<'_, O>
+where
+    Mxfp4: Multiply<O>,
+{
     #[inline(always)]
     fn items<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, at: usize) {
         let (cols, width) = (self.matrix.cols() / O::COLUMNS, BLOCK / O::COLUMNS);
@@ -448,7 +477,7 @@ fn swiglu(pairs: &[f32; 2 * BLOCK], limit: f32) -> [f32; BLOCK] {
 
 /// 64 rows of an expert's down matrix for all its items.
 struct Down<'a, O> {
-    matrix: &'a Mxfp4,
+    matrix: &'a Tiles<Mxfp4>,
     precision: Precision,
     group: usize,
     items: &'a [Item],
@@ -460,7 +489,10 @@ struct Down<'a, O> {
     parts: &'a [Disjoint<'a, u8>],
 }
 
-impl<O: Operand> Kernel for Down<'_, O> {
+impl<O: Operand> Kernel for Down<'_, O>
+where
+    Mxfp4: Multiply<O>,
+{
     type Output = ();
 
     #[inline(always)]
@@ -483,7 +515,10 @@ impl<O: Operand> Kernel for Down<'_, O> {
     }
 }
 
-impl<O: Operand> Down<'_, O> {
+impl<O: Operand> Down<'_, O>
+where
+    Mxfp4: Multiply<O>,
+{
     #[inline(always)]
     fn items<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, at: usize) {
         let cols = self.matrix.cols() / O::COLUMNS;

@@ -76,6 +76,10 @@ pub(super) trait Lanes: Copy {
     fn splat_i32(self, v: i32) -> Self::I;
     /// `acc +` the products of four unsigned bytes (at most 24) and four signed bytes, summed.
     fn dot(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I;
+    /// `acc +` the products of four unsigned bytes and four signed bytes (not -128), summed.
+    fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I;
+    /// Asks for a cache line that will be read soon; any address will do.
+    fn prefetch(self, line: *const u8);
     /// As f32; exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::F;
 }

@@ -9,16 +9,19 @@ mod dense;
 mod exchange;
 mod exp;
 mod experts;
+mod int8;
 mod isa;
 mod kv;
 mod lanes;
 mod mxfp4;
+mod q8;
 mod rms_norm;
 mod rope;
 mod router;
 mod rows;
 mod sample;
 mod threads;
+mod tiles;
 
 pub use dense::Dense;
 pub use exchange::Places;
@@ -29,16 +32,19 @@ pub use router::Routes;
 pub use rows::Rows;
 pub use sample::sample;
 
-use self::dense::{Store, need};
+use self::dense::{Rounded, Store, need};
 use self::isa::Simd;
 use self::kv::check;
 use self::rope::Angles;
 use self::threads::Threads;
-use crate::memory::{Source, resident};
+use crate::memory::{Packed, Source, resident};
 use crate::{
-    Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer, KvShape, Precision,
-    RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
+    Backend, DenseFormat, DenseUse, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer,
+    KvShape, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
 };
+
+/// Changes whenever packed bytes change.
+const LAYOUT: u32 = 1;
 
 /// Rows whose router logits are held at once.
 const ROUTER_ROWS: usize = 64;
@@ -48,6 +54,8 @@ const ROUTER_ROWS: usize = 64;
 pub struct CpuOptions {
     /// How much is rounded on the way.
     pub precision: Precision,
+    /// How projections are held.
+    pub dense: DenseFormat,
     /// Threads that compute; 0 counts as 1.
     pub threads: usize,
     /// The instruction set; `None` takes the processor's best.
@@ -58,6 +66,7 @@ pub struct CpuOptions {
 #[derive(Debug)]
 pub struct Cpu {
     precision: Precision,
+    dense: DenseFormat,
     isa: Isa,
     simd: Simd,
     threads: Threads,
@@ -67,6 +76,8 @@ pub struct Cpu {
     angles: Angles,
     /// Router logits of up to [`ROUTER_ROWS`] rows.
     logits: Vec<f32>,
+    /// Rows rounded for the product at work.
+    rounded: Rounded,
     /// Last sampled token of each slot.
     tokens: Vec<u32>,
     /// What was sampled in this step.
@@ -103,6 +114,7 @@ impl Cpu {
         let isa = options.isa.unwrap_or_else(Isa::detect);
         Ok(Self {
             precision: options.precision,
+            dense: options.dense,
             isa,
             simd: Simd::new(isa).ok_or_else(|| KernelError::Isa { isa: isa.name() })?,
             threads: Threads::new(options.threads)?,
@@ -110,6 +122,7 @@ impl Cpu {
             inputs: StepInputs::default(),
             angles: Angles::default(),
             logits: Vec::new(),
+            rounded: Rounded::new(),
             tokens: Vec::new(),
             sampled: Vec::new(),
             error: None,
@@ -129,6 +142,14 @@ impl Cpu {
         self.isa
     }
 
+    /// How a dense matrix is held.
+    const fn format(&self, used: DenseUse) -> DenseFormat {
+        match used {
+            DenseUse::Projection => self.dense,
+            DenseUse::Router => DenseFormat::Bf16,
+        }
+    }
+
     /// Keeps the first error for [`Backend::finish`].
     fn note(&mut self, result: Result<(), KernelError>) {
         if let Err(error) = result {
@@ -136,14 +157,16 @@ impl Cpu {
         }
     }
 
-    fn project_into(&self, x: &Rows, weight: &Dense, out: &mut Rows, store: Store) -> Result<(), KernelError> {
+    fn project_into(&mut self, x: &Rows, weight: &Dense, out: &mut Rows, store: Store) -> Result<(), KernelError> {
         need("a row of a projection's input", x.cols() * 4, weight.cols() * 4)?;
         need("a row of a projection's output", out.cols() * 4, weight.rows() * 4)?;
         match store {
             Store::Replace => resize(out, x.len())?,
             Store::Add => need("the rows added to", out.len(), x.len())?,
         }
-        dense::project(self.simd, &self.threads, x.values(), weight, out.values_mut(), store);
+        let Self { simd, threads, rounded, .. } = self;
+        dense::reserve(rounded, weight, x.capacity());
+        dense::project(*simd, threads, x.values(), rounded, weight, out.values_mut(), store);
         Ok(())
     }
 
@@ -202,7 +225,8 @@ impl Cpu {
             let rows = first..x.len().min(first + ROUTER_ROWS);
             self.logits.resize(rows.len() * experts, 0.0);
             let x = &x.values()[rows.start * x.cols()..rows.end * x.cols()];
-            dense::project(self.simd, &self.threads, x, router, &mut self.logits, Store::Replace);
+            let Self { simd, threads, rounded, logits, .. } = self;
+            dense::project(*simd, threads, x, rounded, router, logits, Store::Replace);
             for (row, logits) in rows.zip(self.logits.chunks_exact(experts)) {
                 routes.choose(row, logits);
             }
@@ -293,8 +317,24 @@ impl Backend for Cpu {
         Ok(Vector { values })
     }
 
-    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Dense, KernelError> {
-        let dense = Dense::pack(&self.threads, cols, stack)?;
+    fn packing(&self) -> String {
+        let dense = match self.dense {
+            DenseFormat::Bf16 => "bf16",
+            DenseFormat::Q8 => "q8",
+        };
+        format!("cpu-{LAYOUT}-{dense}")
+    }
+
+    fn dense_bytes(&self, used: DenseUse, rows: usize, cols: usize) -> usize {
+        dense::bytes_of(self.format(used), rows, cols)
+    }
+
+    fn pack_dense(&self, used: DenseUse, cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
+        dense::pack(&self.threads, self.format(used), cols, stack, out)
+    }
+
+    fn hold_dense(&mut self, used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
+        let dense = Dense::new(self.format(used), rows, cols, packed)?;
         self.allocated += dense.bytes();
         Ok(dense)
     }
@@ -309,14 +349,23 @@ impl Backend for Cpu {
         Experts::new(slots, shape)
     }
 
-    fn load_expert(
-        &mut self,
-        experts: &mut Experts,
-        slot: usize,
-        source: &ExpertSource<'_>,
-    ) -> Result<(), KernelError> {
-        self.allocated += experts.load(&self.threads, slot, source)?;
+    fn expert_bytes(&self, experts: &Experts) -> usize {
+        experts.packed_bytes().0
+    }
+
+    fn pack_expert(&self, experts: &Experts, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
+        experts.pack(&self.threads, source, out)
+    }
+
+    fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
+        self.clear_expert(experts, slot);
+        experts.hold(slot, &packed)?;
+        self.allocated += packed.len() as u64;
         Ok(())
+    }
+
+    fn clear_expert(&mut self, experts: &mut Experts, slot: usize) {
+        self.allocated -= experts.clear(slot);
     }
 
     fn places(&mut self, places: &[(u32, u32)]) -> Places {

@@ -1,10 +1,11 @@
 //! The reference functions as a backend.
 
-use super::{attention, exchange, linear, mxfp4, rms_norm, rope, router, sample, swiglu};
-use crate::memory::Source;
+use super::linear::linear;
+use super::{attention, exchange, mxfp4, q8, rms_norm, rope, router, sample, swiglu};
+use crate::memory::{Packed, Source};
 use crate::{
-    BLOCK_SIZE, Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer, KvShape,
-    NO_SLOT, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
+    BLOCK_SIZE, Backend, DenseFormat, DenseUse, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts,
+    KernelError, KvLayer, KvShape, NO_SLOT, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
 };
 
 /// Every op by its reference function, on one thread; for tests of models and of other backends.
@@ -13,6 +14,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct Reference {
     precision: Precision,
+    dense: DenseFormat,
     top_k: usize,
     inputs: StepInputs,
     rope: Option<RopeTable>,
@@ -23,10 +25,10 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// A backend that rounds as `precision` says.
+    /// A backend that rounds as `precision` and `dense` say.
     #[must_use]
-    pub fn new(precision: Precision) -> Self {
-        Self { precision, ..Self::default() }
+    pub fn new(precision: Precision, dense: DenseFormat) -> Self {
+        Self { precision, dense, ..Self::default() }
     }
 
     /// What an expert's matrix takes for `x`.
@@ -71,7 +73,9 @@ impl Rows {
 /// `[rows, cols]` and `[rows]`.
 #[derive(Clone, Debug)]
 pub struct Dense {
-    weight: Vec<f32>,
+    /// Whether rows are rounded before the product, as the weights are.
+    rounded: bool,
+    weight: Vec<f64>,
     bias: Vec<f32>,
 }
 
@@ -134,28 +138,24 @@ struct Item {
     activations: Vec<f32>,
 }
 
-/// A matrix by an operand that may be rounded.
-fn multiply(x: &[f64], weight: &[f64], bias: &[f32]) -> Vec<f32> {
-    let dot = |row: &[f64]| x.iter().zip(row).map(|(x, weight)| x * weight).sum::<f64>();
-    weight.chunks_exact(x.len()).zip(bias).map(|(row, &bias)| (dot(row) + f64::from(bias)) as f32).collect()
-}
-
 fn need(what: &'static str, got: usize, need: usize) -> Result<(), KernelError> {
     if got == need { Ok(()) } else { Err(KernelError::Size { what, got, need }) }
 }
 
-/// Decodes `[rows, cols]` after checking the sizes.
-fn decode(
-    what: [&'static str; 2],
-    blocks: Source<'_>,
-    scales: Source<'_>,
-    [rows, cols]: [usize; 2],
-) -> Result<Vec<f64>, KernelError> {
-    need(what[0], blocks.bytes().len(), rows * cols / 2)?;
-    need(what[1], scales.bytes().len(), rows * cols / mxfp4::BLOCK)?;
-    match scales.bytes().iter().position(|&scale| scale == u8::MAX) {
-        Some(index) => Err(KernelError::Scale { what: what[1], index }),
-        None => Ok(mxfp4::decode(blocks.bytes(), scales.bytes())),
+impl Experts {
+    /// Bytes of an expert's tensors: blocks, scales and bias of gate-up and of down.
+    fn part_bytes(&self) -> [usize; 6] {
+        let ExpertShape { hidden, intermediate, .. } = self.shape;
+        let of = |rows: usize, cols: usize| [rows * cols / 2, rows * cols / mxfp4::BLOCK, rows * 2];
+        let ([a, b, c], [d, e, f]) = (of(2 * intermediate, hidden), of(hidden, intermediate));
+        [a, b, c, d, e, f]
+    }
+}
+
+impl Dense {
+    fn multiply(&self, x: &[f32]) -> Vec<f32> {
+        let x = if self.rounded { mxfp4::round_to_int8(x) } else { x.iter().copied().map(f64::from).collect() };
+        linear(&x, &self.weight, &self.bias)
     }
 }
 
@@ -205,23 +205,42 @@ impl Backend for Reference {
         Ok(bf16::values(source.bytes()).collect())
     }
 
-    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Dense, KernelError> {
-        let mut dense = Dense { weight: Vec::new(), bias: Vec::new() };
-        for matrix in stack {
-            let bytes = matrix.weight.bytes();
-            let rows = bytes.len() / (2 * cols);
-            need("a weight matrix", bytes.len(), rows * cols * 2)?;
-            dense.weight.extend(bf16::values(bytes));
-            match matrix.bias {
-                Some(bias) => {
-                    need("a bias", bias.bytes().len(), rows * 2)?;
-                    dense.bias.extend(bf16::values(bias.bytes()));
-                }
-                None => dense.bias.resize(dense.bias.len() + rows, 0.0),
-            }
-        }
-        self.allocated += ((dense.weight.len() + dense.bias.len()) * 4) as u64;
-        Ok(dense)
+    // Packed are the checkpoint's bytes, one tensor after the other.
+
+    fn packing(&self) -> String {
+        "reference".to_owned()
+    }
+
+    fn dense_bytes(&self, _used: DenseUse, rows: usize, cols: usize) -> usize {
+        rows * cols * 2 + rows * 2
+    }
+
+    fn pack_dense(&self, used: DenseUse, cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
+        let rows = stack.iter().map(|matrix| matrix.rows(cols)).sum::<Result<usize, _>>()?;
+        need("the room for a packed matrix", out.len(), self.dense_bytes(used, rows, cols))?;
+        let weights: Vec<_> = stack.iter().map(|matrix| matrix.weight.bytes()).collect();
+        let (weight, bias) = out.split_at_mut(rows * cols * 2);
+        weight.copy_from_slice(&weights.concat());
+        let biases = stack.iter().zip(&weights).map(|(matrix, weight)| match matrix.bias {
+            Some(bias) => bias.bytes().to_vec(),
+            None => vec![0; weight.len() / cols],
+        });
+        bias.copy_from_slice(&biases.collect::<Vec<_>>().concat());
+        Ok(())
+    }
+
+    fn hold_dense(&mut self, used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
+        need("a packed matrix", packed.len(), self.dense_bytes(used, rows, cols))?;
+        let (weight, bias) = packed.split_at(rows * cols * 2);
+        let weight: Vec<f32> = bf16::values(weight).collect();
+        let rounded = used == DenseUse::Projection && self.dense == DenseFormat::Q8;
+        let weight = if rounded {
+            weight.chunks_exact(cols).flat_map(q8::round).collect()
+        } else {
+            weight.into_iter().map(f64::from).collect()
+        };
+        self.allocated += packed.len() as u64;
+        Ok(Dense { rounded, weight, bias: bf16::values(bias).collect() })
     }
 
     fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Embedding, KernelError> {
@@ -233,27 +252,56 @@ impl Backend for Reference {
         Experts { shape, slots: vec![None; slots] }
     }
 
-    fn load_expert(
-        &mut self,
-        experts: &mut Experts,
-        slot: usize,
-        source: &ExpertSource<'_>,
-    ) -> Result<(), KernelError> {
-        let ExpertShape { hidden, intermediate, .. } = experts.shape;
-        let gate_up_name = ["gate_up_proj_blocks of an expert", "gate_up_proj_scales of an expert"];
-        let gate_up = decode(gate_up_name, source.gate_up_blocks, source.gate_up_scales, [2 * intermediate, hidden])?;
-        let down_name = ["down_proj_blocks of an expert", "down_proj_scales of an expert"];
-        let down = decode(down_name, source.down_blocks, source.down_scales, [hidden, intermediate])?;
-        need("gate_up_proj_bias of an expert", source.gate_up_bias.bytes().len(), 4 * intermediate)?;
-        need("down_proj_bias of an expert", source.down_bias.bytes().len(), 2 * hidden)?;
-        self.allocated += ((gate_up.len() + down.len()) * 8) as u64;
+    fn expert_bytes(&self, experts: &Experts) -> usize {
+        experts.part_bytes().iter().sum()
+    }
+
+    fn pack_expert(&self, experts: &Experts, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
+        need("the room for a packed expert", out.len(), self.expert_bytes(experts))?;
+        let parts = [
+            (source.gate_up_blocks, "gate_up_proj_blocks of an expert"),
+            (source.gate_up_scales, "gate_up_proj_scales of an expert"),
+            (source.gate_up_bias, "gate_up_proj_bias of an expert"),
+            (source.down_blocks, "down_proj_blocks of an expert"),
+            (source.down_scales, "down_proj_scales of an expert"),
+            (source.down_bias, "down_proj_bias of an expert"),
+        ];
+        let mut rest = out;
+        for ((part, what), bytes) in parts.into_iter().zip(experts.part_bytes()) {
+            need(what, part.bytes().len(), bytes)?;
+            let bad = if what.contains("scales") { part.bytes().iter().position(|&s| s == u8::MAX) } else { None };
+            if let Some(index) = bad {
+                return Err(KernelError::Scale { what, index });
+            }
+            let (here, behind) = rest.split_at_mut(bytes);
+            here.copy_from_slice(part.bytes());
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
+        need("a packed expert", packed.len(), self.expert_bytes(experts))?;
+        let mut rest = &packed[..];
+        let parts = experts.part_bytes().map(|bytes| {
+            let (here, behind) = rest.split_at(bytes);
+            rest = behind;
+            here
+        });
+        self.allocated += packed.len() as u64;
         experts.slots[slot] = Some(Expert {
-            gate_up,
-            gate_up_bias: bf16::values(source.gate_up_bias.bytes()).collect(),
-            down,
-            down_bias: bf16::values(source.down_bias.bytes()).collect(),
+            gate_up: mxfp4::decode(parts[0], parts[1]),
+            gate_up_bias: bf16::values(parts[2]).collect(),
+            down: mxfp4::decode(parts[3], parts[4]),
+            down_bias: bf16::values(parts[5]).collect(),
         });
         Ok(())
+    }
+
+    fn clear_expert(&mut self, experts: &mut Experts, slot: usize) {
+        if experts.slots[slot].take().is_some() {
+            self.allocated -= self.expert_bytes(experts) as u64;
+        }
     }
 
     fn places(&mut self, places: &[(u32, u32)]) -> Vec<(u32, u32)> {
@@ -286,7 +334,7 @@ impl Backend for Reference {
     }
 
     fn project(&mut self, x: &Rows, weight: &Dense, out: &mut Rows) {
-        out.values = x.iter().flat_map(|row| linear::linear(row, &weight.weight, &weight.bias)).collect();
+        out.values = x.iter().flat_map(|row| weight.multiply(row)).collect();
     }
 
     fn rotate_and_store(&mut self, qkv: &mut Rows, kv: &mut Kv, layer: KvLayer) {
@@ -323,12 +371,12 @@ impl Backend for Reference {
     }
 
     fn project_add(&mut self, x: &Rows, weight: &Dense, residual: &mut Rows) {
-        let added = x.iter().flat_map(|row| linear::linear(row, &weight.weight, &weight.bias));
+        let added = x.iter().flat_map(|row| weight.multiply(row));
         residual.values.iter_mut().zip(added).for_each(|(residual, added)| *residual += added);
     }
 
     fn route(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) {
-        let logits = x.iter().map(|row| linear::linear(row, &router.weight, &router.bias));
+        let logits = x.iter().map(|row| router.multiply(row));
         routes.rows = logits.map(|logits| router::route(&logits, routes.top_k)).collect();
     }
 
@@ -371,7 +419,7 @@ impl Backend for Reference {
     fn gate_up(&mut self, experts: &Experts, work: &mut Work) {
         for item in &mut work.items {
             let Some(expert) = &experts.slots[item.slot] else { continue };
-            let y = multiply(&self.operand(&item.row), &expert.gate_up, &expert.gate_up_bias);
+            let y = linear(&self.operand(&item.row), &expert.gate_up, &expert.gate_up_bias);
             item.activations = swiglu::swiglu(&y, experts.shape.limit);
         }
     }
@@ -380,7 +428,7 @@ impl Backend for Reference {
         out.by_rank = vec![Vec::new(); work.ranks];
         for item in &work.items {
             let Some(expert) = &experts.slots[item.slot] else { continue };
-            let y = multiply(&self.operand(&item.activations), &expert.down, &expert.down_bias);
+            let y = linear(&self.operand(&item.activations), &expert.down, &expert.down_bias);
             out.by_rank[item.rank].extend(exchange::to_wire(self.precision, &y));
         }
     }

@@ -8,6 +8,7 @@ pub mod attention;
 pub mod exchange;
 pub mod linear;
 pub mod mxfp4;
+pub mod q8;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;

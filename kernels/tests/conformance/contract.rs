@@ -6,7 +6,7 @@ use phalanx_kernels::{Isa, Precision};
 use crate::compare::{close, same};
 use crate::layer::{Layers, Row, VOCAB};
 use crate::rows::COUNTS;
-use crate::{Make, PRECISIONS, Tested, cpu, references};
+use crate::{KINDS, Make, Tested, cpu, references};
 
 fn token(sequence: u32, position: u32) -> u32 {
     (position * 37 + sequence * 11 + 5) % VOCAB as u32
@@ -75,15 +75,16 @@ pub(crate) fn steps_without_rows<B: Tested>(make: &Make<B>) {
 #[test]
 fn instruction_sets_and_threads_agree() {
     let rows: Vec<Row> = (0..80).map(|position| row(2, position)).chain((0..20).map(|p| row(6, p))).collect();
-    for (precision, reference) in PRECISIONS.into_iter().zip(references()) {
+    for ((precision, dense), reference) in KINDS.into_iter().zip(references()) {
         let run = |isa, threads| {
-            let make = Make { name: String::new(), precision, make: Box::new(move || cpu(isa, precision, threads)) };
+            let make = Box::new(move || cpu(isa, (precision, dense), threads));
+            let make = Make { name: String::new(), precision, dense, make };
             Layers::new(&make, 100).step(&rows)
         };
         let expected = run(Isa::Portable, 1);
         for isa in Isa::available() {
             for threads in [1, 3] {
-                let what = format!("{} {precision:?} with {threads} threads against portable", isa.name());
+                let what = format!("{} {precision:?} {dense:?} with {threads} threads against portable", isa.name());
                 same(&what, VOCAB, &expected, &run(isa, threads)).unwrap();
             }
         }

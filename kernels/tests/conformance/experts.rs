@@ -1,7 +1,7 @@
 //! Routing, exchange and the experts.
 
 use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
-use phalanx_kernels::{ExpertShape, HostParts, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
+use phalanx_kernels::{DenseUse, ExpertShape, HostParts, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
 
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
@@ -38,7 +38,7 @@ fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usiz
     // The unit matrix as router.
     let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
     let unit = Tensor::new(&unit);
-    let router = b.dense(hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
+    let router = b.dense(DenseUse::Router, hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
     let mut routes = b.routes(n, top_k);
     let mut x = b.rows(n, hidden);
     let padded: Vec<f32> = logits
@@ -100,7 +100,7 @@ pub(crate) fn dispatches<B: Tested>(make: &Make<B>) {
     let mut random = Random(12);
     let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
     let unit = Tensor::new(&unit);
-    let router = b.dense(hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
+    let router = b.dense(DenseUse::Router, hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
     let values: Vec<f32> = random.numbers(n * hidden);
     let mut values = values;
     // Experts 0 and 1 for every row, 0 and 5 for row 3.
@@ -266,7 +266,7 @@ pub(crate) fn combines<B: Tested>(make: &Make<B>) {
     let mut b = make.backend();
     let mut random = Random(14);
     let router_weight = random.tensor(experts * hidden, 1.0);
-    let router = b.dense(hidden, &[Stack { weight: router_weight.source(), bias: None }]).unwrap();
+    let router = b.dense(DenseUse::Router, hidden, &[Stack { weight: router_weight.source(), bias: None }]).unwrap();
     let table = [(1, 0), (0, 1), (1, 1), (2, 0)];
     let places = b.places(&table);
     let mut routes = b.routes(n, top_k);

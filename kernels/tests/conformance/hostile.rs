@@ -2,7 +2,7 @@
 
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::reference::exchange;
-use phalanx_kernels::{ExpertShape, HostParts, KernelError, NO_SLOT, Stack};
+use phalanx_kernels::{DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Stack};
 
 use crate::data::{Expert, Random, rope_table};
 use crate::experts::{records, step, work};
@@ -14,9 +14,9 @@ pub(crate) fn refuses_damaged_tensors<B: Tested>(make: &Make<B>) {
     let bytes = [0; 100];
     assert!(is_size(b.vector(Source::memory(&bytes[..3])).err().unwrap()));
     let short = Stack { weight: Source::memory(&bytes[..99]), bias: None };
-    assert!(is_size(b.dense(10, &[short]).err().unwrap()));
+    assert!(is_size(b.dense(DenseUse::Projection, 10, &[short]).err().unwrap()));
     let bias = Stack { weight: Source::memory(&bytes), bias: Some(Source::memory(&bytes[..8])) };
-    assert!(is_size(b.dense(10, &[bias]).err().unwrap()));
+    assert!(is_size(b.dense(DenseUse::Projection, 10, &[bias]).err().unwrap()));
 
     let shape = ExpertShape { hidden: 64, intermediate: 32, limit: 7.0 };
     let good = Expert::random(&mut Random(31), 64, 32);

@@ -1,5 +1,6 @@
 //! A small model of two layers, one sliding and one full, made of every op.
 
+use phalanx_kernels::DenseUse::{Projection, Router};
 use phalanx_kernels::{ExpertShape, KvLayer, KvShape, PoolShape, RopeTable, Stack, StepInputs, TokenSource};
 
 use crate::data::{Expert, Random, Tensor, rope_table};
@@ -76,13 +77,13 @@ impl<B: Tested> Layers<B> {
         let mut b = make.backend();
         let pools = vec![PoolShape { layers: 1, blocks: BLOCKS }; 2];
         let kv = b.kv(&KvShape { pools, kv_heads: KV_HEADS, head_dim: DIM });
-        let mut dense = |cols, weight: &Tensor, bias: Option<&Tensor>| {
-            b.dense(cols, &[Stack { weight: weight.source(), bias: bias.map(Tensor::source) }]).unwrap()
+        let mut dense = |used, cols, weight: &Tensor, bias: Option<&Tensor>| {
+            b.dense(used, cols, &[Stack { weight: weight.source(), bias: bias.map(Tensor::source) }]).unwrap()
         };
-        let qkv = dense(HIDDEN, &weights.qkv, Some(&weights.qkv_bias));
-        let out = dense(HEADS * DIM, &weights.out, Some(&weights.out_bias));
-        let router = dense(HIDDEN, &weights.router, Some(&weights.router_bias));
-        let unembedding = dense(HIDDEN, &weights.embedding, None);
+        let qkv = dense(Projection, HIDDEN, &weights.qkv, Some(&weights.qkv_bias));
+        let out = dense(Projection, HEADS * DIM, &weights.out, Some(&weights.out_bias));
+        let router = dense(Router, HIDDEN, &weights.router, Some(&weights.router_bias));
+        let unembedding = dense(Projection, HIDDEN, &weights.embedding, None);
         let mut experts = b.experts(EXPERTS, ExpertShape { hidden: HIDDEN, intermediate: INTERMEDIATE, limit: 7.0 });
         for (slot, expert) in weights.experts.iter().enumerate() {
             b.load_expert(&mut experts, slot, &expert.source()).unwrap();

@@ -20,7 +20,7 @@ mod rows;
 mod sampling;
 mod tolerances;
 
-use phalanx_kernels::{Backend, Cpu, CpuOptions, HostParts, Isa, Precision, Reference};
+use phalanx_kernels::{Backend, Cpu, CpuOptions, DenseFormat, HostParts, Isa, Precision, Reference};
 
 /// A backend whose exchange buffers the host can read.
 trait Tested: Backend<Parts = HostParts> {}
@@ -31,6 +31,7 @@ impl<B: Backend<Parts = HostParts>> Tested for B {}
 struct Make<B> {
     name: String,
     precision: Precision,
+    dense: DenseFormat,
     make: Box<dyn Fn() -> B>,
 }
 
@@ -40,27 +41,31 @@ impl<B> Make<B> {
     }
 }
 
-const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Fast];
+/// What is rounded: everything as users can have it.
+const KINDS: [(Precision, DenseFormat); 3] =
+    [(Precision::Exact, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Q8)];
 
-fn cpu(isa: Isa, precision: Precision, threads: usize) -> Cpu {
-    Cpu::new(CpuOptions { precision, threads, isa: Some(isa) }).unwrap()
+fn cpu(isa: Isa, (precision, dense): (Precision, DenseFormat), threads: usize) -> Cpu {
+    Cpu::new(CpuOptions { precision, dense, threads, isa: Some(isa) }).unwrap()
 }
 
 fn references() -> Vec<Make<Reference>> {
-    let make = |precision| Make {
-        name: format!("reference {precision:?}"),
+    let make = |(precision, dense)| Make {
+        name: format!("reference {precision:?} {dense:?}"),
         precision,
-        make: Box::new(move || Reference::new(precision)),
+        dense,
+        make: Box::new(move || Reference::new(precision, dense)),
     };
-    PRECISIONS.map(make).into()
+    KINDS.map(make).into()
 }
 
 fn cpus() -> Vec<Make<Cpu>> {
-    let kinds = Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision)));
-    let make = |(isa, precision): (Isa, Precision)| Make {
-        name: format!("cpu {} {precision:?}", isa.name()),
-        precision,
-        make: Box::new(move || cpu(isa, precision, 2)),
+    let kinds = Isa::available().into_iter().flat_map(|isa| KINDS.map(|kind| (isa, kind)));
+    let make = |(isa, kind): (Isa, (Precision, DenseFormat))| Make {
+        name: format!("cpu {} {kind:?}", isa.name()),
+        precision: kind.0,
+        dense: kind.1,
+        make: Box::new(move || cpu(isa, kind, 2)),
     };
     kinds.map(make).collect()
 }

@@ -1,7 +1,8 @@
 //! A step that names what does not exist is an error at its end, never a panic; the next step is as ever.
 
 use phalanx_kernels::{
-    Backend, Cpu, Draw, Isa, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack, StepInputs, TokenSource,
+    Backend, Cpu, DenseFormat, DenseUse, Draw, Isa, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack,
+    StepInputs, TokenSource,
 };
 
 use crate::cpu;
@@ -50,7 +51,7 @@ fn what_does_not_exist_is_named() {
         ("KV block 4294967295", |i| i.tables[0][0][0] = u32::MAX),
         ("table of pool 0", |i| i.tables.clear()),
     ];
-    let mut b = cpu(Isa::detect(), Precision::Fast, 1);
+    let mut b = cpu(Isa::detect(), (Precision::Fast, DenseFormat::Q8), 1);
     for (what, fault) in faults {
         let mut inputs = inputs();
         fault(&mut inputs);
@@ -69,14 +70,14 @@ fn what_does_not_exist_is_named() {
 fn what_no_row_sees_may_not_exist() {
     let mut inputs = inputs();
     inputs.tables[0][0][0] = u32::MAX;
-    run(&mut cpu(Isa::detect(), Precision::Fast, 1), &inputs, Some(15)).unwrap();
+    run(&mut cpu(Isa::detect(), (Precision::Fast, DenseFormat::Q8), 1), &inputs, Some(15)).unwrap();
 }
 
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
-    let mut b = cpu(Isa::detect(), Precision::Exact, 1);
+    let mut b = cpu(Isa::detect(), (Precision::Exact, DenseFormat::Bf16), 1);
     let weight = Random(72).tensor(16 * 8, 1.0);
-    let dense = b.dense(8, &[Stack { weight: weight.source(), bias: None }]).unwrap();
+    let dense = b.dense(DenseUse::Projection, 8, &[Stack { weight: weight.source(), bias: None }]).unwrap();
     let norm = b.vector(Tensor::new(&[1.0; 8]).source()).unwrap();
     let (mut x, mut narrow, mut few, mut wide) = (b.rows(3, 8), b.rows(3, 6), b.rows(2, 16), b.rows(3, 16));
     let mut routes = b.routes(3, 17);

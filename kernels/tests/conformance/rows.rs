@@ -1,7 +1,7 @@
 //! Ops on rows: embedding, gathering, norm, projections.
 
-use phalanx_kernels::reference::{linear::linear, rms_norm::rms_norm};
-use phalanx_kernels::{Draw, Stack, StepInputs, TokenSource};
+use phalanx_kernels::reference::{linear::linear, mxfp4, q8, rms_norm::rms_norm};
+use phalanx_kernels::{DenseFormat, DenseUse, Draw, Stack, StepInputs, TokenSource};
 
 use crate::compare::{close, same};
 use crate::data::{Random, rope_table};
@@ -76,6 +76,17 @@ pub(crate) fn norms<B: Tested>(make: &Make<B>) {
 const SHAPES: [(usize, usize); 8] =
     [(1, 2), (16, 32), (17, 34), (80, 64), (1000, 48), (512, 32), (33, 2880), (130, 90)];
 
+/// Rows times a matrix, both rounded as `dense` says.
+fn projected(dense: DenseFormat, x: &[f32], cols: usize, weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    match dense {
+        DenseFormat::Bf16 => x.chunks(cols).flat_map(|row| linear(row, weight, bias)).collect(),
+        DenseFormat::Q8 => {
+            let weight: Vec<f64> = weight.chunks(cols).flat_map(q8::round).collect();
+            x.chunks(cols).flat_map(|row| linear(&mxfp4::round_to_int8(row), &weight, bias)).collect()
+        }
+    }
+}
+
 pub(crate) fn projects<B: Tested>(make: &Make<B>) {
     for (rows, cols) in SHAPES {
         for count in [0].into_iter().chain(COUNTS) {
@@ -88,12 +99,11 @@ pub(crate) fn projects<B: Tested>(make: &Make<B>) {
             let (weight, bias) = (random.tensor(rows * cols, 1.0), random.tensor(rows, 1.0));
             let values = random.numbers(count * cols);
             let stack = [Stack { weight: weight.source(), bias: Some(bias.source()) }];
-            let dense = b.dense(cols, &stack).unwrap();
+            let dense = b.dense(DenseUse::Projection, cols, &stack).unwrap();
             let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
             b.write(&mut x, &values);
             b.project(&x, &dense, &mut out);
-            let expected: Vec<f32> =
-                values.chunks(cols).flat_map(|row| linear(row, &weight.values, &bias.values)).collect();
+            let expected = projected(make.dense, &values, cols, &weight.values, &bias.values);
             let what = format!("{}, {count} rows of {cols} to {rows}", make.name);
             close(&what, rows, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
             b.finish().unwrap();
@@ -114,7 +124,7 @@ pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
         .enumerate()
         .map(|(i, (weight, bias))| Stack { weight: weight.source(), bias: (i != 1).then(|| bias.source()) })
         .collect();
-    let dense = b.dense(cols, &stack).unwrap();
+    let dense = b.dense(DenseUse::Projection, cols, &stack).unwrap();
     let values = random.numbers(3 * cols);
     let (mut x, mut out) = (b.rows(3, cols), b.rows(3, 70));
     b.write(&mut x, &values);
@@ -125,7 +135,7 @@ pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
         .enumerate()
         .flat_map(|(i, bias)| if i == 1 { vec![0.0; bias.values.len()] } else { bias.values.clone() })
         .collect();
-    let expected: Vec<f32> = values.chunks(cols).flat_map(|row| linear(row, &all, &bias)).collect();
+    let expected = projected(make.dense, &values, cols, &all, &bias);
     close(&make.name, 70, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
     b.finish().unwrap();
 }
@@ -137,7 +147,9 @@ pub(crate) fn adds_a_projection<B: Tested>(make: &Make<B>) {
         let mut random = Random(6);
         let (weight, bias) = (random.tensor(rows * cols, 1.0), random.tensor(rows, 1.0));
         let (values, before) = (random.numbers(count * cols), random.numbers(count * rows));
-        let dense = b.dense(cols, &[Stack { weight: weight.source(), bias: Some(bias.source()) }]).unwrap();
+        let dense = b
+            .dense(DenseUse::Projection, cols, &[Stack { weight: weight.source(), bias: Some(bias.source()) }])
+            .unwrap();
         let (mut x, mut out, mut residual) = (b.rows(count, cols), b.rows(count, rows), b.rows(count, rows));
         b.write(&mut x, &values);
         b.write(&mut residual, &before);

@@ -155,6 +155,28 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
+        // SAFETY: the processor has the instructions.
+        unsafe {
+            // Two products of at most 128 * 127 do not saturate 16 bits; of 255 * 127 they would.
+            let [low, high] = [_mm256_set1_epi8(0x7f), _mm256_set1_epi8(i8::MIN)];
+            let ones = _mm256_set1_epi16(1);
+            std::array::from_fn(|i| {
+                let low = _mm256_maddubs_epi16(_mm256_and_si256(unsigned[i], low), signed[i]);
+                let high = _mm256_maddubs_epi16(_mm256_and_si256(unsigned[i], high), signed[i]);
+                let sum = _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones));
+                _mm256_add_epi32(acc[i], sum)
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        // SAFETY: the processor has the instruction, which reads nothing that is not there.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
     fn to_f32(self, v: Self::I) -> Self::F {
         // SAFETY: the processor has the instructions.
         unsafe { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }

@@ -151,6 +151,29 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
+        // SAFETY: the processor has the instructions, VNNI where it is named.
+        unsafe {
+            if VNNI {
+                _mm512_dpbusd_epi32(acc, unsigned, signed)
+            } else {
+                // Two products of at most 128 * 127 do not saturate 16 bits; of 255 * 127 they would.
+                let low = _mm512_maddubs_epi16(_mm512_and_si512(unsigned, _mm512_set1_epi8(0x7f)), signed);
+                let high = _mm512_maddubs_epi16(_mm512_and_si512(unsigned, _mm512_set1_epi8(i8::MIN)), signed);
+                let ones = _mm512_set1_epi16(1);
+                let sum = _mm512_add_epi32(_mm512_madd_epi16(low, ones), _mm512_madd_epi16(high, ones));
+                _mm512_add_epi32(acc, sum)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        // SAFETY: the processor has the instruction, which reads nothing that is not there.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
     fn to_f32(self, v: Self::I) -> Self::F {
         // SAFETY: the processor has the instructions.
         unsafe { _mm512_cvtepi32_ps(v) }

@@ -86,6 +86,14 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
+        self.dot(acc, unsigned, signed)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+
+    #[inline(always)]
     fn to_f32(self, v: Self::I) -> Self::F {
         v.map(|v| v as f32)
     }

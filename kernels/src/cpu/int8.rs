@@ -1,0 +1,202 @@
+//! Products in int8: operands rounded to 127 steps per block of 32, and the order of the sums over them.
+//!
+//! A lane is an output row. A block's dot product is an exact integer `d`, whatever instructions compute it; then
+//! `sum = (scale * x_scale) * d + sum`, fused, blocks ascending.
+
+use super::lanes::{CODE_OFFSET, Lanes};
+use super::tiles::{BLOCK, Format, Tiles, blocks};
+
+/// Byte vectors of a block: four columns each.
+pub(super) const QUADS: usize = BLOCK / 4;
+
+/// Unsigned weights of [`super::q8`] are the signed ones plus this.
+pub(super) const Q8_OFFSET: i32 = 128;
+
+/// 32 numbers rounded to int8: `x[c]` is about `2 * half_scale * q[c]`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct Int8Block {
+    /// `q`, four to a number, little endian.
+    quads: [i32; QUADS],
+    /// Half of `max |x| / 127`: weights are held as twice their value.
+    half_scale: f32,
+    /// `-12 * sum q`, which undoes the offset of looked-up MXFP4 codes.
+    code_correction: i32,
+    /// `-128 * sum q`, which undoes the offset of q8 weights.
+    q8_correction: i32,
+    /// To a multiple of 16 bytes.
+    _pad: u32,
+}
+
+impl Int8Block {
+    pub(super) const fn code_correction(&self) -> i32 {
+        self.code_correction
+    }
+
+    pub(super) const fn q8_correction(&self) -> i32 {
+        self.q8_correction
+    }
+}
+
+/// Numbers of a row as a matrix takes them.
+pub(super) trait Operand: Copy + Default + Send + Sync {
+    /// Columns that one element holds.
+    const COLUMNS: usize;
+
+    /// Makes elements of 32 numbers.
+    fn from_block(x: &[f32; BLOCK], out: &mut [Self]);
+}
+
+/// Exact: the numbers themselves.
+impl Operand for f32 {
+    const COLUMNS: usize = 1;
+
+    #[inline(always)]
+    fn from_block(x: &[f32; BLOCK], out: &mut [Self]) {
+        out.copy_from_slice(x);
+    }
+}
+
+/// Fast: int8 a block.
+impl Operand for Int8Block {
+    const COLUMNS: usize = BLOCK;
+
+    #[inline(always)]
+    fn from_block(x: &[f32; BLOCK], out: &mut [Self]) {
+        // As bits, so that NaN is the largest and not lost.
+        let largest = f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)));
+        let scale = largest / 127.0;
+        let mut bytes = [0i8; BLOCK];
+        // Too small to divide by: the block is as good as zero.
+        if scale >= f32::MIN_POSITIVE {
+            for (byte, x) in bytes.iter_mut().zip(x) {
+                *byte = (x / scale).round_ties_even() as i8;
+            }
+        }
+        let half_scale = if scale < f32::MIN_POSITIVE { 0.0 } else { scale * 0.5 };
+        let quads = bytes.as_chunks::<4>().0;
+        let sum = bytes.iter().map(|&q| i32::from(q)).sum::<i32>();
+        out[0] = Self {
+            quads: std::array::from_fn(|i| i32::from_le_bytes(quads[i].map(i8::cast_unsigned))),
+            half_scale,
+            code_correction: -CODE_OFFSET * sum,
+            q8_correction: -Q8_OFFSET * sum,
+            _pad: 0,
+        };
+    }
+}
+
+/// A row as operands; the last block is filled up with zeros.
+#[inline(always)]
+pub(super) fn to_operand<O: Operand>(row: &[f32], out: &mut [O]) {
+    let (whole, rest) = row.as_chunks::<BLOCK>();
+    let mut out = out.chunks_mut(BLOCK / O::COLUMNS);
+    for (x, out) in whole.iter().zip(&mut out) {
+        O::from_block(x, out);
+    }
+    if let (false, Some(out)) = (rest.is_empty(), out.next()) {
+        let mut x = [0.0; BLOCK];
+        x[..rest.len()].copy_from_slice(rest);
+        O::from_block(&x, out);
+    }
+}
+
+/// A matrix of this format times rows of `O`.
+pub(super) trait Multiply<O>: Format {
+    /// For each of `TILES` tiles from `tile` on and each row `x[t]`, the 16 dot products, without bias.
+    fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
+        l: L,
+        matrix: &Tiles<Self>,
+        tile: usize,
+        x: [&[O]; TOKENS],
+    ) -> [[L::F; TOKENS]; TILES];
+}
+
+/// A format whose weights are, or become, unsigned bytes.
+pub(super) trait Bytes: Format {
+    /// Unsigned bytes of a block: vector `v` holds columns `4v..4v + 4` of each row.
+    fn bytes<L: Lanes>(l: L, codes: &Self::Codes) -> [L::I; QUADS];
+    /// Scales of a block.
+    fn scales<L: Lanes>(l: L, scales: &Self::Scales) -> L::F;
+    /// `acc +` the products of four of these bytes and four signed bytes.
+    fn dot<L: Lanes>(l: L, acc: L::I, bytes: L::I, x: L::I) -> L::I;
+    /// What a block's sum begins with, to undo the offset that made the bytes unsigned.
+    fn correction(x: &Int8Block) -> i32;
+}
+
+impl<F: Bytes> Multiply<Int8Block> for F {
+    #[inline(always)]
+    fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
+        l: L,
+        matrix: &Tiles<Self>,
+        tile: usize,
+        x: [&[Int8Block]; TOKENS],
+    ) -> [[L::F; TOKENS]; TILES] {
+        let width = blocks(matrix.cols());
+        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        tiles.iter().for_each(|tile| tile.check(width));
+        assert!(x.iter().all(|x| x.len() == width), "whole rows");
+        let mut sums = [[l.splat(0.0); TOKENS]; TILES];
+        for b in 0..width {
+            for i in 0..TILES {
+                // SAFETY: every tile has `width` blocks, checked above.
+                let (codes, scales) = unsafe { tiles[i].block(l, b) };
+                let bytes = F::bytes(l, codes);
+                let scale = F::scales(l, scales);
+                for t in 0..TOKENS {
+                    // SAFETY: every row has `width` blocks, checked above.
+                    let x = unsafe { x[t].get_unchecked(b) };
+                    let mut dot = l.splat_i32(F::correction(x));
+                    for v in 0..QUADS {
+                        dot = F::dot(l, dot, bytes[v], l.splat_i32(x.quads[v]));
+                    }
+                    let scale = l.mul(scale, l.splat(x.half_scale));
+                    sums[i][t] = l.fma(scale, l.to_f32(dot), sums[i][t]);
+                }
+            }
+        }
+        sums
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounded(x: [f32; BLOCK]) -> Int8Block {
+        let mut out = [Int8Block::default()];
+        Int8Block::from_block(&x, &mut out);
+        out[0]
+    }
+
+    fn bytes(block: &Int8Block) -> Vec<i8> {
+        block.quads.iter().flat_map(|quad| quad.to_le_bytes().map(u8::cast_signed)).collect()
+    }
+
+    #[test]
+    fn int8_takes_the_nearest_of_127_steps() {
+        let mut x = [0.0; BLOCK];
+        x[..6].copy_from_slice(&[254.0, -254.0, 3.0, 5.0, -1.0, 2.1]);
+        let block = rounded(x);
+        assert_eq!(bytes(&block)[..7], [127, -127, 2, 2, 0, 1, 0]);
+        assert_eq!(block.half_scale, 1.0);
+        assert_eq!((block.code_correction, block.q8_correction), (-12 * 5, -128 * 5));
+    }
+
+    #[test]
+    fn int8_does_not_hide_what_is_no_number() {
+        let mut x = [1.0; BLOCK];
+        x[7] = f32::NAN;
+        assert!(rounded(x).half_scale.is_nan());
+        x[7] = f32::NEG_INFINITY;
+        assert_eq!(rounded(x).half_scale, f32::INFINITY);
+    }
+
+    #[test]
+    fn int8_takes_the_smallest_numbers_for_zero() {
+        for tiny in [0.0, f32::from_bits(1), f32::MIN_POSITIVE] {
+            let block = rounded([tiny; BLOCK]);
+            assert_eq!((block.quads, block.half_scale, block.code_correction), ([0; 8], 0.0, 0));
+        }
+    }
+}
