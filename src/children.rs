@@ -36,7 +36,8 @@ impl Children {
             let mut command = Command::new(&program);
             command
                 .args(["worker", "--child", "--model", model])
-                .args(["--precision", &device.precision.to_string(), "--threads", &device.threads.to_string()])
+                .args(["--precision", &device.precision.to_string(), "--dense", &device.dense.to_string()])
+                .args(["--threads", &device.threads.to_string()])
                 .env("PHALANX_CLUSTER_TOKEN", token.reveal())
                 .env_remove("PHALANX_CLUSTER_TOKEN_FILE")
                 .stdin(Stdio::piped())

@@ -8,7 +8,7 @@ use phalanx_coordinator::workers::PLANS_AHEAD_MAX;
 use phalanx_kernels::cpu::Isa;
 use phalanx_model::{CheckpointError, LoadError};
 use phalanx_planner::EngineConfig;
-use phalanx_proto::{ConfigError, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
+use phalanx_proto::{ConfigError, DenseType, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
 use phalanx_worker::device::{Device, cores};
 use sha2::{Digest, Sha256};
@@ -57,7 +57,7 @@ pub enum Command {
 pub enum PrecisionArg {
     /// f32 activations and KV: the oracle
     Exact,
-    /// int8 activations in the experts, bf16 KV: the default
+    /// int8 activations, bf16 KV: the default
     Fast,
 }
 
@@ -69,6 +69,29 @@ impl From<PrecisionArg> for Precision {
         }
     }
 }
+
+/// How dense weights are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DenseArg {
+    /// As in the checkpoint
+    Bf16,
+    /// int8 with a scale per 32 weights: half the memory, twice the speed
+    Q8,
+}
+
+impl From<DenseArg> for DenseType {
+    fn from(arg: DenseArg) -> Self {
+        match arg {
+            DenseArg::Bf16 => Self::Bf16,
+            DenseArg::Q8 => Self::Q8,
+        }
+    }
+}
+
+/// Exact means that nothing is rounded.
+#[derive(Debug, thiserror::Error)]
+#[error("--dense q8 rounds weights, which --precision exact rules out; leave one of them out")]
+pub struct ExactQ8;
 
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -101,6 +124,9 @@ pub struct DeviceArgs {
     /// How much is rounded on the way
     #[arg(long, env = "PHALANX_PRECISION", value_enum, default_value = "fast")]
     pub precision: PrecisionArg,
+    /// How attention and unembedding weights are held [default: q8 with fast, bf16 with exact]
+    #[arg(long, env = "PHALANX_DENSE", value_enum)]
+    pub dense: Option<DenseArg>,
     /// Threads in all, divided among the workers of this machine [default: all cores]
     #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
@@ -111,14 +137,23 @@ pub struct DeviceArgs {
 
 impl DeviceArgs {
     /// The device of each of `workers` workers of this machine.
-    #[must_use]
-    pub fn device(&self, workers: u32) -> Device {
+    ///
+    /// # Errors
+    /// [`ExactQ8`].
+    pub fn device(&self, workers: u32) -> Result<Device, ExactQ8> {
         let threads = self.threads.unwrap_or_else(cores);
-        Device {
+        let dense = match (self.precision, self.dense) {
+            (PrecisionArg::Exact, Some(DenseArg::Q8)) => return Err(ExactQ8),
+            (PrecisionArg::Exact, None) => DenseType::Bf16,
+            (PrecisionArg::Fast, None) => DenseType::Q8,
+            (_, Some(dense)) => dense.into(),
+        };
+        Ok(Device {
             precision: self.precision.into(),
+            dense,
             threads: (threads / workers.max(1)).max(1),
             isa: self.isa.map(Into::into),
-        }
+        })
     }
 }
 
@@ -291,6 +326,7 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
         cause.is::<CheckpointError>()
             || cause.is::<ConfigError>()
             || cause.is::<MemoryRefused>()
+            || cause.is::<ExactQ8>()
             || cause.is::<phalanx_planner::Refused>()
             || cause.downcast_ref::<LoadError>().is_some()
     })

@@ -86,7 +86,7 @@ fn verify_finds_every_layout_alike() {
     let model = fixture("tiny-a");
     let out = json(&["verify", "--model", model.to_str().unwrap(), "--workers", "1,2,3", "--json"]);
     assert_eq!(out["equal"], true);
-    assert_eq!(out["rows"].as_array().unwrap().len(), 2 * 3 * 4);
+    assert_eq!(out["rows"].as_array().unwrap().len(), 3 * 3 * 4);
 }
 
 #[test]

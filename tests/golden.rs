@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use phalanx_model::Checkpoint;
 use phalanx_planner::Want;
-use phalanx_proto::SeqId;
+use phalanx_proto::{DenseType, SeqId};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use support::{Setup, bits, fixture, request, run};
@@ -130,11 +130,18 @@ fn exact_greedy_paths_match() {
     }
 }
 
+/// Fast, with dense weights as they are.
+fn bf16() -> Setup {
+    Setup { dense: DenseType::Bf16, ..Setup::fast(1) }
+}
+
 #[test]
 fn fast_stays_within_the_limits_of_a_bf16_engine() {
-    for name in ["tiny-a", "tiny-b"] {
+    for (name, setup) in
+        [("tiny-a", Setup::fast(1)), ("tiny-b", Setup::fast(1)), ("tiny-a", bf16()), ("tiny-b", bf16())]
+    {
         let golden = Golden::open(name);
-        let mut cell = Setup::fast(1).start(&golden.checkpoint);
+        let mut cell = setup.start(&golden.checkpoint);
         let (mut differences, mut agreed, mut positions) = (Vec::new(), 0, 0);
         for (&n, path) in &golden.greedy {
             // Teacher forced along the float32 path.
@@ -155,7 +162,10 @@ fn fast_stays_within_the_limits_of_a_bf16_engine() {
             }
         }
         let mean = differences.iter().sum::<f32>() / differences.len() as f32;
-        println!("{name}: mean difference {mean}, {agreed} of {positions} most likely tokens agree");
+        println!(
+            "{name}, dense {}: mean difference {mean}, {agreed} of {positions} most likely tokens agree",
+            setup.dense
+        );
         assert!(mean <= 0.1, "{name}: mean difference {mean}");
         assert!(agreed * 10 >= positions * 9, "{name}: {agreed} of {positions} most likely tokens agree");
     }
@@ -165,7 +175,7 @@ fn fast_stays_within_the_limits_of_a_bf16_engine() {
 fn the_bits_do_not_depend_on_workers_chunks_threads_or_company() {
     for name in ["tiny-a", "tiny-b"] {
         let golden = Golden::open(name);
-        for precision in [Setup::exact(1), Setup::fast(1)] {
+        for precision in [Setup::exact(1), Setup::fast(1), bf16()] {
             let lengths = [1, 7, 33, 100];
             let requests = |first: u64| {
                 (first..)

@@ -7,6 +7,7 @@ mod support;
 
 use std::sync::Arc;
 
+use phalanx_kernels::DenseFormat;
 use phalanx_kernels::Precision;
 use phalanx_kernels::reference::Reference;
 use phalanx_model::synth::{self, Shape};

@@ -12,8 +12,8 @@ use crate::limits::Limits;
 pub struct BackendReport {
     /// Weight matrices are held in tiles of this many output rows, the last tile padded.
     pub tile_rows: u32,
-    /// Bytes of a dense weight.
-    pub dense_bytes: u32,
+    /// Bytes of 32 dense weights with their scale; the router's are 64, bf16, always.
+    pub dense_block_bytes: u32,
     /// Bytes of 32 MXFP4 weights with their scale.
     pub mxfp4_block_bytes: u32,
     /// Bytes of a key or value.
@@ -105,6 +105,12 @@ impl fmt::Display for MemoryRefused {
 
 impl std::error::Error for MemoryRefused {}
 
+/// Bytes of 32 weights of a router.
+const ROUTER_BLOCK_BYTES: u64 = 64;
+
+/// Bytes of 32 numbers of a row rounded to int8, with scale and sums.
+const INT8_BLOCK_BYTES: u64 = 48;
+
 /// Rows whose logits are held at once; more are worked on in turns.
 pub const LOGITS_ROWS_MAX: u32 = 32;
 
@@ -122,15 +128,19 @@ impl MemoryPlan {
         let n = |v: u32| u64::from(v);
         let (h, i, v) = (n(config.hidden), n(config.intermediate), n(config.vocab));
         let tile = |rows: u64| rows.next_multiple_of(n(backend.tile_rows));
-        // A packed matrix with an f32 bias for each row of its tiles.
-        let dense = |rows: u64, cols: u64| tile(rows) * (cols * n(backend.dense_bytes) + 4);
-        let mxfp4 = |rows: u64, cols: u64| tile(rows) * (cols / 32 * n(backend.mxfp4_block_bytes) + 4);
+        // A packed matrix: tiles of whole cache lines, with an f32 bias for each row.
+        let packed = |rows: u64, cols: u64, block: u64| {
+            let weights = cols.div_ceil(32) * block * n(backend.tile_rows);
+            tile(rows) / n(backend.tile_rows) * (weights.next_multiple_of(64) + n(backend.tile_rows) * 4)
+        };
+        let dense = |rows: u64, cols: u64| packed(rows, cols, n(backend.dense_block_bytes));
+        let mxfp4 = |rows: u64, cols: u64| packed(rows, cols, n(backend.mxfp4_block_bytes));
 
         let layers = config.layers.len() as u64;
         let attention = n(config.attention_width());
         let layer = dense(n(config.qkv_width()), h)
             + dense(h, attention)
-            + dense(n(config.experts), h)
+            + packed(n(config.experts), h, ROUTER_BLOCK_BYTES)
             + 2 * h * 4
             + n(config.heads) * 4;
         let embedding = if backend.embedding_mapped { 0 } else { v * h * 2 };
@@ -151,13 +161,20 @@ impl MemoryPlan {
         let kv_window = kv_block(LayerKind::Sliding) * n(limits.window_blocks);
 
         let rows = n(limits.step_rows_max);
-        let workspace = rows * (2 * h + n(config.qkv_width()) + attention) * 4 + n(LOGITS_ROWS_MAX) * (h + v) * 4;
+        // Rows rounded to int8 for a dense product, where weights are.
+        let rounded = if n(backend.dense_block_bytes) < ROUTER_BLOCK_BYTES {
+            (rows * h.max(attention)).max(n(LOGITS_ROWS_MAX) * h) / 32 * INT8_BLOCK_BYTES
+        } else {
+            0
+        };
+        let workspace =
+            rounded + rows * (2 * h + n(config.qkv_width()) + attention) * 4 + n(LOGITS_ROWS_MAX) * (h + v) * 4;
 
         let received = rows * n(layout.ep);
         let slots = n(config.top_k).min(n(placement.slots_used(rank)));
         let wire = h * n(backend.wire_bytes);
-        // Experts read 32 numbers at a time: as f32 where rows travel so, else as int8 with scale and sum.
-        let operand = |numbers: u64| numbers / 32 * if backend.wire_bytes == 4 { 128 } else { 40 };
+        // Experts read 32 numbers at a time: as f32 where rows travel so, else as int8.
+        let operand = |numbers: u64| numbers / 32 * if backend.wire_bytes == 4 { 128 } else { INT8_BLOCK_BYTES };
         let exchange =
             if slots == 0 { 0 } else { received * slots * (operand(i) + wire) + received * (operand(h) + wire) }
                 + rows * n(config.top_k).min(n(layout.ep)) * wire

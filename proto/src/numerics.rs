@@ -7,7 +7,7 @@ use std::fmt;
 pub enum Precision {
     /// Weights widened in registers, f32 activations, f32 KV, f32 on the wire: the parity oracle.
     Exact,
-    /// int8 activations per block of 32 in the experts, bf16 KV, bf16 rows on the wire.
+    /// int8 activations per block of 32, bf16 KV, bf16 rows on the wire.
     #[default]
     Fast,
 }
@@ -27,6 +27,17 @@ pub enum DenseType {
     /// bfloat16, as in the checkpoint.
     #[default]
     Bf16,
+    /// int8 with a scale per block of 32, multiplied with rows rounded alike; never the router.
+    Q8,
+}
+
+impl fmt::Display for DenseType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+        })
+    }
 }
 
 /// Two workers with the same id compute the same bits. A cell has one; it is part of the epoch.
@@ -43,9 +54,6 @@ impl NumericsId {
         let kv = match precision {
             Precision::Exact => "f32",
             Precision::Fast => "bf16",
-        };
-        let dense = match dense {
-            DenseType::Bf16 => "bf16",
         };
         Self(format!("{family}-{kernels}/{precision}/dense-{dense}/kv-{kv}"))
     }

@@ -100,7 +100,7 @@ pub fn cells(replicas: u32, workers: u32) -> String {
 pub fn run(args: ServeArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
-        let device = args.device.device(args.workers * args.replicas);
+        let device = args.device.device(args.workers * args.replicas)?;
         let options = LocalOptions {
             model: args.model,
             workers: args.workers,

@@ -8,10 +8,10 @@ use anyhow::Result;
 use clap::Args;
 use phalanx_model::{Checkpoint, checkpoint, nano};
 use phalanx_planner::{Event, Request, Want};
-use phalanx_proto::{Limits, Precision, Sampling, SeqId};
+use phalanx_proto::{DenseType, Limits, Precision, Sampling, SeqId};
 use serde_json::json;
 
-use crate::cli::{DeviceArgs, PrecisionArg};
+use crate::cli::{DenseArg, DeviceArgs, PrecisionArg};
 use crate::commands::model::{LogitsHash, request};
 use crate::commands::{say, say_json, start_cell};
 use crate::local::{CellOptions, LocalCell};
@@ -38,6 +38,10 @@ pub struct VerifyArgs {
 const PROMPTS: [u32; 4] = [1, 17, 70, 150];
 /// Tokens generated after each.
 const GENERATED: u32 = 12;
+
+/// What may be rounded.
+const ARITHMETICS: [(PrecisionArg, DenseArg); 3] =
+    [(PrecisionArg::Exact, DenseArg::Bf16), (PrecisionArg::Fast, DenseArg::Bf16), (PrecisionArg::Fast, DenseArg::Q8)];
 
 /// How the prompts are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,14 +87,14 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let mut rows = Vec::new();
     if !args.json {
         say(format_args!(
-            "{:<10}{:>8}  {:<22}{:>8}{:>8}{:>8}",
-            "precision", "workers", "way", "logits", "greedy", "seeded"
+            "{:<10}{:<6}{:>8}  {:<22}{:>8}{:>8}{:>8}",
+            "precision", "dense", "workers", "way", "logits", "greedy", "seeded"
         ))?;
     }
-    for precision in [PrecisionArg::Exact, PrecisionArg::Fast] {
+    for (precision, dense) in ARITHMETICS {
         let mut base: Option<Outcome> = None;
         for &workers in &args.workers {
-            let mut cell = cell(&checkpoint, workers, precision, args.threads)?;
+            let mut cell = cell(&checkpoint, workers, precision, dense, args.threads)?;
             let mut next_seq = 0;
             for way in WAYS {
                 let outcome = outcome(&mut cell, checkpoint.config().vocab, way, &mut next_seq)?;
@@ -98,16 +102,17 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
                 let equal =
                     [outcome.logits == base.logits, outcome.greedy == base.greedy, outcome.seeded == base.seeded];
                 broken += equal.iter().filter(|&&e| !e).count();
-                let precision = Precision::from(precision);
+                let (precision, dense) = (Precision::from(precision), DenseType::from(dense));
                 if args.json {
                     rows.push(json!({
-                        "precision": precision.to_string(), "workers": workers, "way": way.to_string(),
-                        "logits_equal": equal[0], "greedy_equal": equal[1], "seeded_equal": equal[2],
+                        "precision": precision.to_string(), "dense": dense.to_string(), "workers": workers,
+                        "way": way.to_string(), "logits_equal": equal[0], "greedy_equal": equal[1], "seeded_equal": equal[2],
                         "bits_sha256": outcome.logits,
                     }));
                 } else {
                     let [l, g, s] = equal.map(|e| if e { "same" } else { "OTHER" });
-                    say(format_args!("{:<10}{workers:>8}  {way:<22}{l:>8}{g:>8}{s:>8}", precision.to_string()))?;
+                    let (precision, dense) = (precision.to_string(), dense.to_string());
+                    say(format_args!("{precision:<10}{dense:<6}{workers:>8}  {way:<22}{l:>8}{g:>8}{s:>8}"))?;
                 }
             }
         }
@@ -126,10 +131,11 @@ fn cell(
     checkpoint: &Arc<Checkpoint>,
     workers: u32,
     precision: PrecisionArg,
+    dense: DenseArg,
     threads: Option<u32>,
 ) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
-    let device = DeviceArgs { precision, threads, isa: None }.device(workers);
+    let device = DeviceArgs { precision, dense: Some(dense), threads, isa: None }.device(workers)?;
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
     let limits = Limits::new(checkpoint.config(), seqs_max, 256, tokens);
     start_cell(checkpoint, &CellOptions { workers, device, limits })

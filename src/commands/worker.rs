@@ -53,7 +53,7 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let data = Listener::bind(data_listen, token.as_ref().map(phalanx_wire::ClusterToken::bytes))
         .with_context(|| format!("cannot listen on {data_listen}"))?;
-    let host = ModelHost::new(checkpoint, args.device.device(1), data)?;
+    let host = ModelHost::new(checkpoint, args.device.device(1)?, data)?;
     let runtime = server::runtime()?;
     runtime.block_on(async {
         let listen = args.listen;

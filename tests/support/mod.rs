@@ -10,7 +10,7 @@ use std::sync::Arc;
 use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
-use phalanx_proto::{Limits, Precision, SeqId, TokenId};
+use phalanx_proto::{DenseType, Limits, Precision, SeqId, TokenId};
 use phalanx_worker::device::Device;
 
 /// A folder of the golden fixtures.
@@ -23,6 +23,7 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 pub(crate) struct Setup {
     pub(crate) workers: u32,
     pub(crate) precision: Precision,
+    pub(crate) dense: DenseType,
     pub(crate) threads: u32,
     pub(crate) seqs_max: u32,
     pub(crate) step_rows: u32,
@@ -31,16 +32,24 @@ pub(crate) struct Setup {
 
 impl Setup {
     pub(crate) fn exact(workers: u32) -> Self {
-        Self { workers, precision: Precision::Exact, threads: 1, seqs_max: 8, step_rows: 256, kv_tokens: 4608 }
+        Self {
+            workers,
+            precision: Precision::Exact,
+            dense: DenseType::Bf16,
+            threads: 1,
+            seqs_max: 8,
+            step_rows: 256,
+            kv_tokens: 4608,
+        }
     }
 
     pub(crate) fn fast(workers: u32) -> Self {
-        Self { precision: Precision::Fast, ..Self::exact(workers) }
+        Self { precision: Precision::Fast, dense: DenseType::Q8, ..Self::exact(workers) }
     }
 
     pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
-        let device = Device { precision: self.precision, threads: self.threads, isa: None };
+        let device = Device { precision: self.precision, dense: self.dense, threads: self.threads, isa: None };
         LocalCell::start(checkpoint, &CellOptions { workers: self.workers, device, limits }, |_, _| ()).unwrap()
     }
 }

@@ -1,7 +1,7 @@
 //! What this machine offers a worker, and how a worker's backend is made.
 
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
-use phalanx_kernels::{KernelError, Precision as KernelPrecision};
+use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
 use phalanx_model::Checkpoint;
 use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
 
@@ -13,6 +13,8 @@ const PROCESS_BASE: Bytes = Bytes(24 << 20);
 pub struct Device {
     /// How much is rounded on the way.
     pub precision: Precision,
+    /// How projections are held.
+    pub dense: DenseType,
     /// Threads that compute.
     pub threads: u32,
     /// The instruction set, or the best there is.
@@ -29,13 +31,17 @@ impl Device {
             Precision::Exact => KernelPrecision::Exact,
             Precision::Fast => KernelPrecision::Fast,
         };
-        Cpu::new(CpuOptions { precision, threads: self.threads as usize, isa: self.isa })
+        let dense = match self.dense {
+            DenseType::Bf16 => DenseFormat::Bf16,
+            DenseType::Q8 => DenseFormat::Q8,
+        };
+        Cpu::new(CpuOptions { precision, dense, threads: self.threads as usize, isa: self.isa })
     }
 
     /// Which bits this device computes.
     #[must_use]
     pub fn numerics(&self) -> NumericsId {
-        NumericsId::new(phalanx_kernels::VERSION, "cpu", self.precision, DenseType::Bf16)
+        NumericsId::new(phalanx_kernels::VERSION, "cpu", self.precision, self.dense)
     }
 
     /// Sizes of the backend's formats, and its memory.
@@ -47,7 +53,10 @@ impl Device {
         };
         BackendReport {
             tile_rows: 16,
-            dense_bytes: 2,
+            dense_block_bytes: match self.dense {
+                DenseType::Bf16 => 64,
+                DenseType::Q8 => 34,
+            },
             mxfp4_block_bytes: 17,
             kv_bytes: float_bytes,
             wire_bytes: float_bytes,

@@ -7,9 +7,9 @@ use std::path::Path;
 use phalanx_kernels::cpu::Cpu;
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_proto::{
-    Admission, BlockGrant, BlockId, ConstraintStart, ConstraintTable, Fence, History, Layout, Limits, Outputs,
-    Placement, PlanError, Pool, Position, Precision, Rank, Rows, RowsResult, Sampling, SeqId, Start, StepHeader,
-    StepId, StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
+    Admission, BlockGrant, BlockId, ConstraintStart, ConstraintTable, DenseType, Fence, History, Layout, Limits,
+    Outputs, Placement, PlanError, Pool, Position, Precision, Rank, Rows, RowsResult, Sampling, SeqId, Start,
+    StepHeader, StepId, StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
 };
 use phalanx_worker::collectives::local::{self, Local};
 use phalanx_worker::constraints::{ConstraintFailure, Refused};
@@ -69,7 +69,8 @@ impl Bench {
         let layout = Layout::new(1, 0).unwrap();
         let config = checkpoint.config();
         let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
-        let backend = Device { precision: Precision::Exact, threads: 1, isa: None }.backend().unwrap();
+        let backend =
+            Device { precision: Precision::Exact, dense: DenseType::Bf16, threads: 1, isa: None }.backend().unwrap();
         let model = GptOss::load(backend, checkpoint, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ()).unwrap();
         let runner = Runner::new(model, local::group(1).remove(0), LIMITS, Fence::default());
         Self { runner, fence: Fence::default(), next_seq: 0, recent: Vec::new() }

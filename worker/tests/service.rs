@@ -135,7 +135,7 @@ fn description() -> Description {
         model: "tiny".to_owned(),
         backend: BackendReport {
             tile_rows: 16,
-            dense_bytes: 2,
+            dense_block_bytes: 64,
             mxfp4_block_bytes: 17,
             kv_bytes: 4,
             wire_bytes: 4,

@@ -282,14 +282,11 @@ impl Multiply<f32> for Bf16 {
         for b in 0..blocks(cols) {
             // SAFETY: every tile has as many blocks, checked above.
             let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b) }.0);
-            for c in 0..BLOCK.min(cols - b * BLOCK) {
-                let mut w = [l.splat(0.0); TILES];
-                for i in 0..TILES {
-                    w[i] = l.load_bf16(&weights[i][c]);
-                }
+            for (c, k) in (b * BLOCK..cols).take(BLOCK).enumerate() {
+                let w: [L::F; TILES] = std::array::from_fn(|i| l.load_bf16(&weights[i][c]));
                 for t in 0..TOKENS {
                     // SAFETY: every row has `cols` columns, checked above.
-                    let x = l.splat(unsafe { *x[t].get_unchecked(b * BLOCK + c) });
+                    let x = l.splat(unsafe { *x[t].get_unchecked(k) });
                     for i in 0..TILES {
                         sums[i][t] = l.fma(w[i], x, sums[i][t]);
                     }

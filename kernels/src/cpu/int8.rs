@@ -147,8 +147,8 @@ impl<F: Bytes> Multiply<Int8Block> for F {
                     // SAFETY: every row has `width` blocks, checked above.
                     let x = unsafe { x[t].get_unchecked(b) };
                     let mut dot = l.splat_i32(F::correction(x));
-                    for v in 0..QUADS {
-                        dot = F::dot(l, dot, bytes[v], l.splat_i32(x.quads[v]));
+                    for (bytes, quad) in bytes.iter().zip(&x.quads) {
+                        dot = F::dot(l, dot, *bytes, l.splat_i32(*quad));
                     }
                     let scale = l.mul(scale, l.splat(x.half_scale));
                     sums[i][t] = l.fma(scale, l.to_f32(dot), sums[i][t]);

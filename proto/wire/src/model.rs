@@ -116,7 +116,7 @@ impl From<BackendReport> for v1::BackendReport {
     fn from(report: BackendReport) -> Self {
         let BackendReport {
             tile_rows,
-            dense_bytes,
+            dense_block_bytes,
             mxfp4_block_bytes,
             kv_bytes,
             wire_bytes,
@@ -127,7 +127,7 @@ impl From<BackendReport> for v1::BackendReport {
         } = report;
         Self {
             tile_rows,
-            dense_bytes,
+            dense_block_bytes,
             mxfp4_block_bytes,
             kv_bytes,
             wire_bytes,
@@ -145,7 +145,7 @@ impl TryFrom<v1::BackendReport> for BackendReport {
     fn try_from(report: v1::BackendReport) -> Result<Self, WireError> {
         Ok(Self {
             tile_rows: counted("tile_rows", report.tile_rows, 4096)?,
-            dense_bytes: counted("dense_bytes", report.dense_bytes, 8)?,
+            dense_block_bytes: counted("dense_block_bytes", report.dense_block_bytes, 256)?,
             mxfp4_block_bytes: counted("mxfp4_block_bytes", report.mxfp4_block_bytes, 256)?,
             kv_bytes: counted("kv_bytes", report.kv_bytes, 8)?,
             wire_bytes: counted("wire_bytes", report.wire_bytes, 8)?,

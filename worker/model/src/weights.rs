@@ -1,5 +1,6 @@
 //! A rank's share of a checkpoint, laid out for its backend.
 
+use phalanx_kernels::DenseUse::{self, Projection, Router};
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::{Backend, ExpertShape, ExpertSource, KvLayer, KvShape, PoolShape, Stack};
 use phalanx_proto::{ExpertId, LayerIdx, LayerKind, Limits, ModelConfig, Placement, Pool, Rank};
@@ -120,6 +121,7 @@ impl<'a> Reader<'a, '_> {
     fn dense<B: Backend>(
         &mut self,
         backend: &mut B,
+        used: DenseUse,
         cols: u32,
         stems: &[String],
         bias: bool,
@@ -132,7 +134,7 @@ impl<'a> Reader<'a, '_> {
             sources.extend([Some(weight), bias].into_iter().flatten());
             stack.push(Stack { weight, bias });
         }
-        self.take(&sources, || backend.dense(cols as usize, &stack))
+        self.take(&sources, || backend.dense(used, cols as usize, &stack))
     }
 }
 
@@ -169,11 +171,11 @@ impl<B: Backend> Weights<B> {
             let qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name);
             layers.push(Layer {
                 attention_norm: reader.vector(backend, &name("input_layernorm.weight"))?,
-                qkv: reader.dense(backend, hidden, &qkv, true)?,
+                qkv: reader.dense(backend, Projection, hidden, &qkv, true)?,
                 sinks: reader.vector(backend, &name("self_attn.sinks"))?,
-                out: reader.dense(backend, attention, &[name("self_attn.o_proj")], true)?,
+                out: reader.dense(backend, Projection, attention, &[name("self_attn.o_proj")], true)?,
                 mlp_norm: reader.vector(backend, &name("post_attention_layernorm.weight"))?,
-                router: reader.dense(backend, hidden, &[name("mlp.router")], true)?,
+                router: reader.dense(backend, Router, hidden, &[name("mlp.router")], true)?,
                 experts: load_experts(&mut reader, backend, placement, rank, layer)?,
                 places: backend.places(&places(placement, layer)),
                 kv,
@@ -181,7 +183,8 @@ impl<B: Backend> Weights<B> {
             });
         }
         let final_norm = reader.vector(backend, names::FINAL_NORM)?;
-        let unembedding = reader.dense(backend, config.hidden, &[names::UNEMBEDDING_STEM.to_owned()], false)?;
+        let unembedding =
+            reader.dense(backend, Projection, config.hidden, &[names::UNEMBEDDING_STEM.to_owned()], false)?;
         let embedding = backend.embedding(config.hidden as usize, checkpoint.embedding())?;
         Ok(Self { embedding, layers, final_norm, unembedding })
     }

@@ -57,7 +57,7 @@ pub struct BackendReport {
     #[prost(uint32, tag = "1")]
     pub tile_rows: u32,
     #[prost(uint32, tag = "2")]
-    pub dense_bytes: u32,
+    pub dense_block_bytes: u32,
     #[prost(uint32, tag = "3")]
     pub mxfp4_block_bytes: u32,
     #[prost(uint32, tag = "4")]
