@@ -32,7 +32,8 @@ impl Children {
     pub async fn start(count: u32, model: &str, device: &Device, token: &ClusterToken) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file to start workers")?;
         let mut starting = Vec::new();
-        for _ in 0..count {
+        for worker in 0..count {
+            let device = device.of(worker);
             let mut command = Command::new(&program);
             command
                 .args(["worker", "--child", "--model", model])
@@ -44,6 +45,9 @@ impl Children {
                 .stdout(Stdio::piped())
                 .process_group(0)
                 .kill_on_drop(true);
+            if let Some(first) = device.pin {
+                command.args(["--pin", &first.to_string()]);
+            }
             if let Some(isa) = device.isa {
                 command.args(["--isa", isa.name()]);
             }

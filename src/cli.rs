@@ -130,6 +130,10 @@ pub struct DeviceArgs {
     /// Threads in all, divided among the workers of this machine [default: all cores]
     #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+    /// Bind each thread to a core of its own, from the one of this number on among those there are to use
+    #[arg(long, env = "PHALANX_PIN", value_name = "FIRST", num_args = 0..=1, default_missing_value = "0",
+          value_parser = clap::value_parser!(u32).range(..=4096))]
+    pub pin: Option<u32>,
     /// Use this instruction set instead of the best there is; the bits are the same
     #[arg(long, env = "PHALANX_ISA", value_enum)]
     pub isa: Option<IsaArg>,
@@ -152,6 +156,7 @@ impl DeviceArgs {
             precision: self.precision.into(),
             dense,
             threads: (threads / workers.max(1)).max(1),
+            pin: self.pin,
             isa: self.isa.map(Into::into),
         })
     }

@@ -203,7 +203,7 @@ impl Load {
     }
 
     fn model(&self, on_progress: &mut dyn FnMut(u64, u64)) -> Result<GptOss<Cpu>> {
-        let backend = self.options.device.backend()?;
+        let backend = self.options.device.of(self.rank.0).backend()?;
         let (ranks, limits) = (self.options.workers, &self.options.limits);
         Ok(GptOss::load(backend, &self.checkpoint, &self.placement, self.rank, ranks, limits, on_progress)?)
     }

@@ -17,6 +17,8 @@ pub struct Device {
     pub dense: DenseType,
     /// Threads that compute.
     pub threads: u32,
+    /// Binds them to cores, from the one of this number on among those that the process may use.
+    pub pin: Option<u32>,
     /// The instruction set, or the best there is.
     pub isa: Option<Isa>,
 }
@@ -35,7 +37,19 @@ impl Device {
             DenseType::Bf16 => DenseFormat::Bf16,
             DenseType::Q8 => DenseFormat::Q8,
         };
-        Cpu::new(CpuOptions { precision, dense, threads: self.threads as usize, isa: self.isa })
+        Cpu::new(CpuOptions {
+            precision,
+            dense,
+            threads: self.threads as usize,
+            pin: self.pin.map(|first| first as usize),
+            isa: self.isa,
+        })
+    }
+
+    /// The device of one of several workers of a machine: each has cores of its own.
+    #[must_use]
+    pub fn of(&self, worker: u32) -> Self {
+        Self { pin: self.pin.map(|first| first.saturating_add(worker.saturating_mul(self.threads))), ..*self }
     }
 
     /// Which bits this device computes.

@@ -5,6 +5,7 @@
 //! with fused multiply-adds, and no sum crosses lanes except where a module's head states the order.
 
 mod attention;
+pub mod ceiling;
 mod dense;
 mod exchange;
 mod exp;
@@ -58,6 +59,8 @@ pub struct CpuOptions {
     pub dense: DenseFormat,
     /// Threads that compute; 0 counts as 1.
     pub threads: usize,
+    /// Binds threads to cores, from the one of this number on among those that the process may use.
+    pub pin: Option<usize>,
     /// The instruction set; `None` takes the processor's best.
     pub isa: Option<Isa>,
 }
@@ -117,7 +120,7 @@ impl Cpu {
             dense: options.dense,
             isa,
             simd: Simd::new(isa).ok_or_else(|| KernelError::Isa { isa: isa.name() })?,
-            threads: Threads::new(options.threads)?,
+            threads: Threads::new(options.threads, options.pin)?,
             top_k: 0,
             inputs: StepInputs::default(),
             angles: Angles::default(),

@@ -142,7 +142,7 @@ mod tests {
         let blocks = [0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, 0, 0, 0, 0, 0, 0, 0, 0];
         let sources = [&blocks[..], &[7], &[0x80, 0x3f]].map(Source::memory);
         let packed = crate::memory::Packed::filled(Tiles::<Mxfp4>::bytes_of(1, 32), |out| {
-            pack(&Threads::new(1).unwrap(), [1, 32], sources, ["blocks", "scales", "bias"], out)
+            pack(&Threads::new(1, None).unwrap(), [1, 32], sources, ["blocks", "scales", "bias"], out)
         });
         let packed = packed.unwrap();
         let dword = |i: usize| u32::from_le_bytes(packed[4 * i..4 * i + 4].try_into().unwrap());

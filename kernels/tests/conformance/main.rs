@@ -46,7 +46,7 @@ const KINDS: [(Precision, DenseFormat); 3] =
     [(Precision::Exact, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Q8)];
 
 fn cpu(isa: Isa, (precision, dense): (Precision, DenseFormat), threads: usize) -> Cpu {
-    Cpu::new(CpuOptions { precision, dense, threads, isa: Some(isa) }).unwrap()
+    Cpu::new(CpuOptions { precision, dense, threads, pin: None, isa: Some(isa) }).unwrap()
 }
 
 fn references() -> Vec<Make<Reference>> {
