@@ -392,7 +392,7 @@ mod tests {
                 assert!(i != 7, "the seventh");
             });
         }));
-        assert!(result.unwrap_err().downcast_ref::<String>().unwrap().contains("the seventh"));
+        assert!(result.unwrap_err().downcast_ref::<&str>().unwrap().contains("the seventh"));
         assert_eq!(ran.load(Ordering::SeqCst), 50);
         pool.each(50, MANY, |_| {
             ran.fetch_add(1, Ordering::SeqCst);

@@ -1,17 +1,20 @@
 //! `phalanx bench kernels`: each op at gpt-oss's true widths, beside what this machine can do at most.
 
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use phalanx_kernels::cpu::ceiling::{Ceilings, Yardstick};
+use phalanx_kernels::cpu::{Dense, Experts};
 use phalanx_kernels::memory::Packed;
 use phalanx_kernels::{
-    BLOCK_SIZE, Backend, Cpu, DenseUse, Draw, ExpertShape, HostParts, KernelError, KvLayer, KvShape, NO_SLOT,
-    PoolShape, RopeTable, StepInputs, TokenSource,
+    BLOCK_SIZE, Backend, Cpu, DenseUse, Draw, ExpertShape, HostParts, KernelError, KvLayer, KvShape, PoolShape,
+    RopeTable, StepInputs, TokenSource,
 };
+use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{DenseType, Precision};
 use serde_json::json;
 
@@ -114,33 +117,37 @@ pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
         Precision::Exact => Arithmetic::F32,
     };
     let wanted = |name: &str| name.contains(&args.only);
+    let rows = || args.rows.iter().map(|&rows| rows as usize);
+    // Logits of more rows than are ever held at once teach nothing.
+    let few = || rows().filter(|&rows| rows <= LOGITS_ROWS_MAX as usize);
     let mut cases = Vec::new();
-    for &rows in &args.rows {
-        let rows = rows as usize;
-        if wanted("norm") {
-            cases.push(norm(&mut cpu, rows)?);
+    if wanted("norm") {
+        cases.extend(rows().map(|rows| norm(&mut cpu, rows)).collect::<Result<Vec<_>>>()?);
+    }
+    if wanted("qkv") {
+        let matrices = Matrices::new(&mut cpu, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, arithmetic)?;
+        cases.extend(rows().map(|rows| matrices.case(&mut cpu, rows)));
+    }
+    for (name, window) in [("attend-full", None), ("attend-window", Some(128))] {
+        if wanted(name) {
+            let all = rows().map(|rows| attend(&mut cpu, name, rows, args.context, window));
+            cases.extend(all.collect::<Result<Vec<_>>>()?);
         }
-        for (name, height, cols) in [
-            ("qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
-            ("attention-out", HIDDEN, HEADS * DIM),
-            ("unembed", VOCAB, HIDDEN),
-        ] {
-            // Logits of more rows than are ever held at once teach nothing.
-            if wanted(name) && (name != "unembed" || rows <= 32) {
-                cases.push(projection(&mut cpu, name, rows, height, cols, arithmetic)?);
-            }
-        }
-        for (name, window) in [("attend-full", None), ("attend-window", Some(128))] {
-            if wanted(name) {
-                cases.push(attend(&mut cpu, name, rows, args.context, window)?);
-            }
-        }
-        if wanted("experts") {
-            cases.push(expert_layer(&mut cpu, rows, args.shape.experts(), experts)?);
-        }
-        if wanted("sample") && rows <= 32 {
-            cases.push(sample(&mut cpu, rows));
-        }
+    }
+    if wanted("attention-out") {
+        let matrices = Matrices::new(&mut cpu, "attention-out", HIDDEN, HEADS * DIM, arithmetic)?;
+        cases.extend(rows().map(|rows| matrices.case(&mut cpu, rows)));
+    }
+    if wanted("experts") {
+        let layer = Layer::new(&mut cpu, args.shape.experts(), experts)?;
+        cases.extend(rows().map(|rows| layer.case(&mut cpu, rows)));
+    }
+    if wanted("unembed") {
+        let matrices = Matrices::new(&mut cpu, "unembed", VOCAB, HIDDEN, arithmetic)?;
+        cases.extend(few().map(|rows| matrices.case(&mut cpu, rows)));
+    }
+    if wanted("sample") {
+        cases.extend(few().map(|rows| sample(&mut cpu, rows)));
     }
     let bar = ProgressBar::new(u64::from(args.rounds) * cases.len() as u64)
         .with_style(ProgressStyle::with_template("measuring [{bar:30}] {pos}/{len} {msg}")?.progress_chars("=> "));
@@ -294,34 +301,50 @@ fn norm(cpu: &mut Cpu, rows: usize) -> Result<Case> {
     })
 }
 
-fn projection(
-    cpu: &mut Cpu,
+/// Copies of a dense matrix, to be gone through one after the other.
+struct Matrices {
     name: &'static str,
-    rows: usize,
     height: usize,
     cols: usize,
     arithmetic: Arithmetic,
-) -> Result<Case> {
-    let bytes = cpu.dense_bytes(DenseUse::Projection, height, cols);
-    let copies = WEIGHT_BYTES.div_ceil(bytes);
-    let weights = (0..copies)
-        .map(|i| cpu.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
-        .collect::<Result<Vec<_>, KernelError>>()?;
-    let (mut x, mut out) = (cpu.rows(rows, cols), cpu.rows(rows, height));
-    cpu.write(&mut x, &numbers(rows * cols));
-    let mut next = 0;
-    Ok(Case {
-        name,
-        rows,
-        bytes: (bytes + rows * (cols + height) * 4) as u64,
-        operations: 2 * (rows * height * cols) as u64,
-        arithmetic,
-        run: Box::new(move |cpu| {
-            next = (next + 1) % weights.len();
-            cpu.project(&x, &weights[next], &mut out);
-        }),
-        seconds: Vec::new(),
-    })
+    /// Bytes of a copy.
+    bytes: usize,
+    copies: Rc<[Dense]>,
+}
+
+impl Matrices {
+    fn new(
+        cpu: &mut Cpu,
+        name: &'static str,
+        height: usize,
+        cols: usize,
+        arithmetic: Arithmetic,
+    ) -> Result<Self, KernelError> {
+        let bytes = cpu.dense_bytes(DenseUse::Projection, height, cols);
+        let copies = (0..WEIGHT_BYTES.div_ceil(bytes))
+            .map(|i| cpu.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
+            .collect::<Result<_, KernelError>>()?;
+        Ok(Self { name, height, cols, arithmetic, bytes, copies })
+    }
+
+    fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+        let Self { name, height, cols, arithmetic, bytes, .. } = *self;
+        let (mut x, mut out) = (cpu.rows(rows, cols), cpu.rows(rows, height));
+        cpu.write(&mut x, &numbers(rows * cols));
+        let (copies, mut next) = (Rc::clone(&self.copies), 0);
+        Case {
+            name,
+            rows,
+            bytes: (bytes + rows * (cols + height) * 4) as u64,
+            operations: 2 * (rows * height * cols) as u64,
+            arithmetic,
+            run: Box::new(move |cpu| {
+                next = (next + 1) % copies.len();
+                cpu.project(&x, &copies[next], &mut out);
+            }),
+            seconds: Vec::new(),
+        }
+    }
 }
 
 /// Each row is a sequence of its own, `context` tokens long.
@@ -368,59 +391,82 @@ fn attend(cpu: &mut Cpu, name: &'static str, rows: usize, context: u32, window: 
     })
 }
 
-/// A layer's experts with rows spread evenly: gate-up, SwiGLU and down.
-fn expert_layer(cpu: &mut Cpu, rows: usize, experts: usize, arithmetic: Arithmetic) -> Result<Case> {
-    let mut layer = cpu.experts(experts, EXPERT);
-    let bytes = cpu.expert_bytes(&layer);
-    for slot in 0..experts {
-        cpu.hold_expert(&mut layer, slot, packed(bytes, slot as u64)?)?;
+/// A layer's experts.
+struct Layer {
+    experts: Rc<Experts>,
+    count: usize,
+    /// Bytes of an expert.
+    bytes: usize,
+    arithmetic: Arithmetic,
+}
+
+impl Layer {
+    fn new(cpu: &mut Cpu, count: usize, arithmetic: Arithmetic) -> Result<Self, KernelError> {
+        let mut experts = cpu.experts(count, EXPERT);
+        let bytes = cpu.expert_bytes(&experts);
+        for slot in 0..count {
+            cpu.hold_expert(&mut experts, slot, packed(bytes, slot as u64)?)?;
+        }
+        Ok(Self { experts: Rc::new(experts), count, bytes, arithmetic })
     }
-    drop(cpu.routes(rows, TOP_K));
-    let mut work = cpu.work(rows, TOP_K, EXPERT);
-    let mut out = cpu.parts(1, rows * TOP_K * cpu.combine_record(HIDDEN));
-    // Several steps' choices, so that few rows do not meet the same experts each time.
-    let mut state = 11u64;
-    let mut steps = Vec::new();
-    let mut distinct = 0;
-    for _ in 0..WEIGHT_BYTES.div_ceil(bytes * (rows * TOP_K).min(experts)) * 4 {
-        let mut part = Vec::new();
-        let mut used = vec![false; experts];
+
+    /// Gate-up, SwiGLU and down of rows whose choices are spread evenly.
+    fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+        drop(cpu.routes(rows, TOP_K));
+        let mut work = cpu.work(rows, TOP_K, EXPERT);
+        let mut out = cpu.parts(1, rows * TOP_K * cpu.combine_record(HIDDEN));
+        // As many steps as go through all weights, so that few rows do not meet the same experts each time.
+        let steps = (4 * self.count).div_ceil((rows * TOP_K).min(self.count));
+        let mut random = Choices(11);
+        let steps: Vec<_> = (0..steps).map(|_| random.records(rows, self.count, cpu.combine_record(HIDDEN))).collect();
+        let visited = steps.iter().map(|(_, visited)| *visited).sum::<usize>() as f64 / steps.len() as f64;
+        let (experts, mut next) = (Rc::clone(&self.experts), 0);
+        Case {
+            name: "experts",
+            rows,
+            bytes: (visited * self.bytes as f64) as u64 + (rows * (1 + TOP_K) * cpu.combine_record(HIDDEN)) as u64,
+            operations: 6 * (rows * TOP_K * HIDDEN * INTERMEDIATE) as u64,
+            arithmetic: self.arithmetic,
+            run: Box::new(move |cpu| {
+                next = (next + 1) % steps.len();
+                cpu.receive(&steps[next].0, &experts, &mut work);
+                cpu.gate_up(&experts, &mut work);
+                cpu.down(&experts, &work, &mut out);
+            }),
+            seconds: Vec::new(),
+        }
+    }
+}
+
+/// Experts chosen by chance, always the same.
+struct Choices(u64);
+
+impl Choices {
+    fn expert(&mut self, experts: usize) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize % experts) as u32
+    }
+
+    /// Records of `rows` rows of `row_bytes`, and how many experts they visit.
+    fn records(&mut self, rows: usize, experts: usize, row_bytes: usize) -> (HostParts, usize) {
+        let (mut part, mut visited) = (Vec::new(), vec![false; experts]);
         for _ in 0..rows {
-            let mut chosen: Vec<u32> = Vec::new();
+            let mut chosen = Vec::new();
             while chosen.len() < TOP_K {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let expert = ((state >> 33) as usize % experts) as u32;
+                let expert = self.expert(experts);
                 if !chosen.contains(&expert) {
                     chosen.push(expert);
-                    used[expert as usize] = true;
+                    visited[expert as usize] = true;
                 }
             }
-            debug_assert!(!chosen.contains(&NO_SLOT), "every choice is held here");
             part.extend(chosen.into_iter().flat_map(u32::to_le_bytes));
             let at = part.len();
-            part.resize(at + cpu.dispatch_record(TOP_K, HIDDEN) - TOP_K * 4, 0);
-            noise(state, &mut part[at..]);
+            part.resize(at + row_bytes, 0);
+            noise(self.0, &mut part[at..]);
             tame(&mut part[at..]);
         }
-        distinct += used.iter().filter(|&&used| used).count();
-        steps.push(HostParts { by_rank: vec![part] });
+        (HostParts { by_rank: vec![part] }, visited.into_iter().filter(|&visited| visited).count())
     }
-    let visited = distinct as f64 / steps.len() as f64;
-    let mut next = 0;
-    Ok(Case {
-        name: "experts",
-        rows,
-        bytes: (visited * bytes as f64) as u64 + (rows * (1 + TOP_K) * cpu.combine_record(HIDDEN)) as u64,
-        operations: 6 * (rows * TOP_K * HIDDEN * INTERMEDIATE) as u64,
-        arithmetic,
-        run: Box::new(move |cpu| {
-            next = (next + 1) % steps.len();
-            cpu.receive(&steps[next], &layer, &mut work);
-            cpu.gate_up(&layer, &mut work);
-            cpu.down(&layer, &work, &mut out);
-        }),
-        seconds: Vec::new(),
-    })
 }
 
 fn sample(cpu: &mut Cpu, rows: usize) -> Case {
