@@ -207,11 +207,15 @@ impl<F: Multiply<O>, O> Kernel for Project<'_, F, O> {
     fn run<L: Lanes>(self, l: L) {
         let mut row = self.rows.start;
         while L::WIDE && row + 8 <= self.rows.end {
-            self.tokens::<L, 2, 8>(l, row);
+            if F::UNPACKED {
+                self.tokens::<L, 1, 8>(l, row);
+            } else {
+                self.tokens::<L, 2, 8>(l, row);
+            }
             row += 8;
         }
         while row + 4 <= self.rows.end {
-            if L::WIDE {
+            if L::WIDE && !F::UNPACKED {
                 self.tokens::<L, 4, 4>(l, row);
             } else {
                 self.tokens::<L, 1, 4>(l, row);
@@ -219,7 +223,11 @@ impl<F: Multiply<O>, O> Kernel for Project<'_, F, O> {
             row += 4;
         }
         while row < self.rows.end {
-            self.tokens::<L, 4, 1>(l, row);
+            if F::UNPACKED {
+                self.tokens::<L, 1, 1>(l, row);
+            } else {
+                self.tokens::<L, 4, 1>(l, row);
+            }
             row += 1;
         }
     }
@@ -267,6 +275,8 @@ impl<F: Multiply<O>, O> Project<'_, F, O> {
 }
 
 impl Multiply<f32> for Bf16 {
+    const UNPACKED: bool = false;
+
     #[inline(always)]
     fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
         l: L,

@@ -103,6 +103,9 @@ pub(super) fn to_operand<O: Operand>(row: &[f32], out: &mut [O]) {
 
 /// A matrix of this format times rows of `O`.
 pub(super) trait Multiply<O>: Format {
+    /// Whether a block of weights is held in registers while rows pass by, so that one tile at a time fills them.
+    const UNPACKED: bool;
+
     /// For each of `TILES` tiles from `tile` on and each row `x[t]`, the 16 dot products, without bias.
     fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
         l: L,
@@ -125,6 +128,8 @@ pub(super) trait Bytes: Format {
 }
 
 impl<F: Bytes> Multiply<Int8Block> for F {
+    const UNPACKED: bool = true;
+
     #[inline(always)]
     fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
         l: L,

@@ -78,7 +78,7 @@ pub(super) trait Lanes: Copy {
     fn dot(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I;
     /// `acc +` the products of four unsigned bytes and four signed bytes (not -128), summed.
     fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I;
-    /// Asks for a cache line that will be read soon; any address will do.
+    /// Asks for a cache line that will be read in a while; any address will do.
     fn prefetch(self, line: *const u8);
     /// As f32; exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::F;

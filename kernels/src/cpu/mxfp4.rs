@@ -64,6 +64,8 @@ const fn spread(nibbles: u32) -> u32 {
 }
 
 impl Multiply<f32> for Mxfp4 {
+    const UNPACKED: bool = false;
+
     #[inline(always)]
     fn sums<L: Lanes, const TILES: usize, const TOKENS: usize>(
         l: L,

@@ -16,8 +16,8 @@ use crate::{KernelError, bf16};
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a source that a thread reads before it gives their pages back.
 const PIECE_BYTES: usize = 1 << 20;
-/// How far ahead of its use memory is asked for, in bytes: the time that memory takes, at the speed of one thread.
-const AHEAD: usize = 4096;
+/// How far ahead of its use memory is asked for, in bytes: the processor itself looks no further than a page.
+const AHEAD: usize = 32 << 10;
 
 /// How the weights of a matrix are held.
 pub(super) trait Format: Sized + Send + Sync + 'static {

@@ -173,7 +173,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn prefetch(self, line: *const u8) {
         // SAFETY: the processor has the instruction, which reads nothing that is not there.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
 
     #[inline(always)]
