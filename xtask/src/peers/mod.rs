@@ -1,0 +1,161 @@
+//! `bench-peers`: Phalanx on CPUs beside llama.cpp and ik_llama.cpp, on the same random weights.
+//!
+//! Everything is made so that the ratio is fair: the same tensors in both file formats, dense weights of the same
+//! precision, the same threads, peers built for this very processor; and each round runs every engine once, so that a
+//! ratio is of two runs that saw the machine in the same mood. Nothing here is a test: no number decides whether a
+//! change may land. What is arithmetic is tested as usual.
+//!
+//! What is not compared: the peers' single kernels (C1, C2). Their bindings offer whole models only, and the cost of one
+//! operation cannot be told from outside.
+
+mod engine;
+mod floor;
+mod json;
+mod logits;
+mod machine;
+mod options;
+mod program;
+mod ready;
+mod report;
+mod rounds;
+mod stats;
+
+use std::process::{Command, ExitCode};
+
+use crate::House;
+use engine::{Engine, help_mentions};
+use json::{Json, member};
+use options::{Case, Options};
+use ready::Ready;
+use report::Results;
+
+/// Runs the task.
+pub(crate) fn bench(house: &House, words: &[&str]) -> ExitCode {
+    if words.iter().any(|word| ["--help", "-h", "help"].contains(word)) {
+        print!("{}", options::USAGE);
+        return ExitCode::SUCCESS;
+    }
+    let options = match Options::parse(words) {
+        Ok(options) => options,
+        Err(error) => {
+            eprint!("error: {error}\n\n{}", options::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match compare(house, &options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(house: &House, options: &Options) -> Result<(), String> {
+    let ready = ready::ready(house, options)?;
+    let mut engines = vec![Engine::Phalanx, Engine::Llama];
+    engines.extend(options.ik.then_some(Engine::Ik));
+
+    let kernels = if options.wants(Case::Kernels) { kernels(&ready)? } else { None };
+    let in_rounds = [Case::Decode, Case::Prefill, Case::Busy, Case::Batched, Case::FirstToken];
+    let (rounds, ended) = if in_rounds.iter().any(|case| options.wants(*case)) {
+        println!("\n{} rounds of {} engines", options.rounds, engines.len());
+        rounds::rounds(&ready, options, &engines)
+    } else {
+        (Vec::new(), Ok(()))
+    };
+    let distances = if ended.is_ok() && options.wants(Case::Logits) {
+        logits::distances(&ready.setup, &engines, ready.shape.vocab as u32, &ready.dir)?
+    } else {
+        Vec::new()
+    };
+    let results = Results {
+        engines,
+        rounds,
+        distances,
+        kernels,
+        shape: ready.shape.clone(),
+        dense: options.dense,
+        threads: ready.setup.threads,
+    };
+    let about = about(house, options, &ready, &results);
+    println!("\n{}", heading(&about));
+    print!("{}", results.table());
+    if let Some(path) = &options.json {
+        let text = format!("{}\n", results.json(about));
+        std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+        println!("every round: {}", path.display());
+    }
+    ended.map_err(|error| format!("the rounds ended early: {error}"))
+}
+
+/// What `phalanx bench kernels` says, if this phalanx has it.
+fn kernels(ready: &Ready) -> Result<Option<Json>, String> {
+    let phalanx = &ready.setup.phalanx;
+    if !help_mentions(phalanx, &["bench"], "kernels") {
+        println!("C1 and C2 are left out: this phalanx has no `bench kernels`");
+        return Ok(None);
+    }
+    let output = Command::new(phalanx).args(["bench", "kernels", "--json"]).output();
+    let output = output.map_err(|error| format!("{}: {error}", phalanx.display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("`phalanx bench kernels --json` failed: {}", said.trim()));
+    }
+    Json::parse(&String::from_utf8_lossy(&output.stdout)).map(Some)
+}
+
+/// Versions, build flags, machine and weights.
+fn about(house: &House, options: &Options, ready: &Ready, results: &Results) -> Vec<(String, Json)> {
+    let said = |command: &mut Command| {
+        let output = command.current_dir(&house.root).output().ok();
+        output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+    };
+    let mut versions = vec![
+        member("phalanx", said(Command::new(&ready.setup.phalanx).arg("--version"))),
+        member("commit", said(Command::new("git").args(["describe", "--always", "--dirty"]))),
+    ];
+    for engine in [Engine::Llama, Engine::Ik] {
+        let turns = results.rounds.iter().flat_map(|round| &round.turns);
+        let said = turns.filter(|(found, _)| *found == engine).find_map(|(_, turn)| turn.about.as_ref());
+        for (key, what) in [("engine", "version"), ("built_for", "built_for")] {
+            if let Some(Ok(text)) = said.map(|about| about.text(key)) {
+                versions.push(member(&format!("{} {what}", engine.name()), text));
+            }
+        }
+    }
+    vec![
+        member("machine", machine::describe()),
+        member("versions", Json::Object(versions)),
+        member("build_flags", "CMAKE_ARGS=-DGGML_NATIVE=ON"),
+        member("size", options.size.as_str()),
+        member("layers", options.layers),
+        member("dense", options.dense.name()),
+        member("threads", ready.setup.threads),
+        member("weights", ready.weights.clone()),
+    ]
+}
+
+/// The same, for people.
+fn heading(about: &[(String, Json)]) -> String {
+    let mut lines = Vec::new();
+    for (name, value) in about {
+        match value {
+            Json::Object(members) if name == "weights" => {
+                let hashes = members.iter().filter(|(name, _)| name.ends_with("sha256"));
+                lines.extend(hashes.map(|(name, hash)| format!("{name:<12}{}", plain(hash))));
+            }
+            Json::Object(members) => {
+                let parts: Vec<String> =
+                    members.iter().map(|(name, value)| format!("{name}: {}", plain(value))).collect();
+                lines.push(format!("{name:<12}{}", parts.join("\n            ")));
+            }
+            value => lines.push(format!("{name:<12}{}", plain(value))),
+        }
+    }
+    lines.join("\n")
+}
+
+fn plain(value: &Json) -> String {
+    if let Json::Text(text) = value { text.clone() } else { value.to_string() }
+}

@@ -1,0 +1,153 @@
+//! Everything that must be there before anything is measured: tools, environments, weights, the binary.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::engine::{Setup, help_mentions, takes_dense};
+use super::floor::{Dense, Shape};
+use super::json::Json;
+use super::machine::{build_membw, cores};
+use super::options::{Case, Options};
+use crate::House;
+use crate::python;
+use crate::report::Outcome;
+use crate::run::{answers, cargo, run};
+
+/// Where scripts, requirements and sources are, below the repository's root.
+const SCRIPTS: &str = "xtask/peers";
+/// As much as the machine can: what a wheel for any machine leaves out.
+const BUILD: [(&str, &str); 1] = [("CMAKE_ARGS", "-DGGML_NATIVE=ON")];
+/// Free space that building an environment takes.
+const BUILD_GB: f64 = 3.0;
+
+/// What is ready.
+pub(crate) struct Ready {
+    pub(crate) setup: Setup,
+    pub(crate) shape: Shape,
+    /// What `weights.py` said: places, hashes, shape.
+    pub(crate) weights: Json,
+    pub(crate) membw: PathBuf,
+    pub(crate) dir: PathBuf,
+}
+
+/// Makes what is missing; `Err` says what to do.
+pub(crate) fn ready(house: &House, options: &Options) -> Result<Ready, String> {
+    for (program, package) in [("python3", "python3"), ("cc", "build-essential"), ("c++", "build-essential")] {
+        if !answers(Command::new(program).arg("--version")) {
+            return Err(format!("{program} is missing: install it (Debian: apt-get install {package})"));
+        }
+    }
+    let target = house.phalanx.parent().and_then(Path::parent).unwrap_or(&house.root);
+    let dir = options.dir.clone().unwrap_or_else(|| target.join("peers"));
+    let logs = dir.join("logs");
+    let named = |error: std::io::Error| format!("{}: {error}; name another place with --dir", logs.display());
+    std::fs::create_dir_all(&logs).map_err(named)?;
+    let dir = std::fs::canonicalize(&dir).map_err(named)?;
+    let scripts = house.root.join(SCRIPTS);
+
+    let phalanx = phalanx(house, options, target)?;
+    let llama = environment(options.env_llama.as_deref(), "llama", &dir, &scripts)?;
+    let ik = options.ik.then(|| environment(options.env_ik.as_deref(), "ik", &dir, &scripts)).transpose()?;
+    let weights = weights(options, &dir, &scripts, &llama)?;
+    let membw = dir.join("membw");
+    build_membw(&scripts.join("membw.c"), &membw)?;
+
+    let shape = weights.get("shape").ok_or("weights.py names no shape")?;
+    let setup = Setup {
+        phalanx,
+        llama,
+        ik,
+        scripts,
+        hf: weights.text("hf")?.into(),
+        gguf: weights.text("gguf")?.into(),
+        logs: dir.join("logs"),
+        threads: options.threads.unwrap_or_else(cores),
+        dense: options.dense,
+    };
+    Ok(Ready { setup, shape: Shape::from_json(shape)?, membw, weights, dir })
+}
+
+/// The binary to measure, built for release unless one is named.
+fn phalanx(house: &House, options: &Options, target: &Path) -> Result<PathBuf, String> {
+    let binary = if let Some(named) = &options.phalanx {
+        std::fs::canonicalize(named).map_err(|error| format!("{}: {error}", named.display()))?
+    } else {
+        match run(&mut cargo(house, ["build", "--release", "--package", "phalanx"])) {
+            Outcome::Passed(_) => target.join("release").join(format!("phalanx{}", std::env::consts::EXE_SUFFIX)),
+            Outcome::Failed(why) | Outcome::NotRun(why) => return Err(format!("phalanx does not build: {why}")),
+        }
+    };
+    if options.dense == Dense::Q8 && !takes_dense(&binary, &["bench", "offline"]) {
+        return Err(format!(
+            "{} knows no `bench offline --dense`, so its dense weights are bf16: compare with --dense bf16",
+            binary.display()
+        ));
+    }
+    if options.wants(Case::Logits) && !help_mentions(&binary, &["model", "logits"], "--save") {
+        return Err(format!("{} knows no `model logits --save`: leave c8 out with --only", binary.display()));
+    }
+    Ok(binary)
+}
+
+fn environment(made: Option<&Path>, name: &str, dir: &Path, scripts: &Path) -> Result<PathBuf, String> {
+    if let Some(made) = made {
+        let python = made.join("bin/python");
+        return if python.is_file() { Ok(python) } else { Err(format!("{}: no such file", python.display())) };
+    }
+    let home = dir.join(format!("env-{name}"));
+    let requirements = scripts.join(format!("{name}.txt"));
+    if !python::is_made(&home, &requirements) {
+        enough_space(dir, BUILD_GB)?;
+        println!(
+            "\nBuilding {name} from source, once: about 10 minutes on two cores; pip says \"still running\" meanwhile."
+        );
+    }
+    let made = python::environment(&home, &requirements, &["--progress-bar", "off"], &BUILD);
+    made.map_err(|why| format!("{why} What pip and the compiler said stands above; c++ must know C++17."))
+}
+
+fn weights(options: &Options, dir: &Path, scripts: &Path, python: &Path) -> Result<Json, String> {
+    let folder = dir.join(format!("{}-{}-layers", options.size, options.layers));
+    let mut command = Command::new(python);
+    command.arg(scripts.join("weights.py")).arg(&folder).args(["--size", &options.size]);
+    command.args(["--layers", &options.layers.to_string(), "--dense", options.dense.name()]);
+    command.env("PYTHONDONTWRITEBYTECODE", "1").stderr(Stdio::inherit());
+    println!("\nWeights: {} with {} layers", options.size, options.layers);
+    let output = command.output().map_err(|error| format!("cannot start {}: {error}", python.display()))?;
+    if !output.status.success() {
+        return Err(format!("the weights could not be written below {}: see above", folder.display()));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    Json::parse(text.lines().last().unwrap_or_default())
+}
+
+fn enough_space(dir: &Path, gb: f64) -> Result<(), String> {
+    let output = Command::new("df").args(["-Pk"]).arg(dir).output();
+    let free = output.ok().and_then(|output| free_gb(&String::from_utf8_lossy(&output.stdout)));
+    match free {
+        Some(free) if free < gb => {
+            let dir = dir.display();
+            Err(format!("{dir}: {free:.1} GB are free, {gb:.1} are needed: make room or name another place with --dir"))
+        }
+        // Unknown is no reason to stop: whoever writes finds out.
+        _ => Ok(()),
+    }
+}
+
+/// From `df -Pk`: the fourth column of the second line.
+fn free_gb(df: &str) -> Option<f64> {
+    let blocks: f64 = df.lines().nth(1)?.split_whitespace().nth(3)?.parse().ok()?;
+    Some(blocks * 1024.0 / 1e9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_space_is_read_from_df() {
+        let df = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/vda 100 90 1000000 15% /\n";
+        assert!((free_gb(df).unwrap() - 1.024).abs() < 1e-9);
+        assert_eq!(free_gb("Filesystem\n"), None);
+    }
+}
