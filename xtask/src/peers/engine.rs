@@ -214,7 +214,7 @@ impl Setup {
         let mut command = Command::new(python);
         command.arg(self.scripts.join("peer.py")).arg(word).arg(&self.gguf);
         command.args(["--threads", &self.threads.to_string()]).env("PYTHONDONTWRITEBYTECODE", "1");
-        let mut program = Program::start(&mut command, &self.logs.join(format!("{word}.log")))?;
+        let program = Program::start(&mut command, &self.logs.join(format!("{word}.log")))?;
         let about = program.answer()?;
         Ok((program, about))
     }

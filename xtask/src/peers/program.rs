@@ -55,7 +55,7 @@ impl Program {
     }
 
     /// The next line, as JSON.
-    pub(crate) fn answer(&mut self) -> Result<Json, String> {
+    pub(crate) fn answer(&self) -> Result<Json, String> {
         let line = self.line()?.ok_or_else(|| format!("{} ended early: see {}", self.name, self.log))?;
         Json::parse(&line).map_err(|error| format!("{}: {error}", self.name))
     }
