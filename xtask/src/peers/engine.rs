@@ -1,6 +1,6 @@
 //! One turn of one engine: everything it is asked in a round.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::floor::Dense;
@@ -98,6 +98,8 @@ pub(crate) struct Turn {
     /// Of every measurement on the otherwise free machine.
     pub(crate) noise: Vec<Noise>,
     pub(crate) peak_gb: f64,
+    /// Its kernels alone, as it says itself.
+    pub(crate) kernels: Option<Json>,
     /// Its version and what it was built for, as it says itself.
     pub(crate) about: Option<Json>,
 }
@@ -154,10 +156,43 @@ fn loads(options: &Options) -> Vec<Load> {
 
 /// One turn.
 pub(crate) fn turn(engine: Engine, setup: &Setup, options: &Options) -> Result<Turn, String> {
-    match engine {
-        Engine::Phalanx => phalanx(setup, options),
-        Engine::Llama | Engine::Ik => peer(engine, setup, options),
+    let mut turn = match engine {
+        Engine::Phalanx => phalanx(setup, options)?,
+        Engine::Llama | Engine::Ik => peer(engine, setup, options)?,
+    };
+    if options.wants(Case::Kernels) {
+        turn.kernels = kernels(engine, setup)?;
     }
+    Ok(turn)
+}
+
+/// The kernels of those that can be asked for them.
+fn kernels(engine: Engine, setup: &Setup) -> Result<Option<Json>, String> {
+    let threads = setup.threads.to_string();
+    let (mut command, log) = match engine {
+        Engine::Phalanx if has_kernels(&setup.phalanx) => {
+            let mut command = Command::new(&setup.phalanx);
+            command.args(["bench", "kernels", "--json"]);
+            if help_mentions(&setup.phalanx, &["bench", "kernels"], "--threads") {
+                command.args(["--threads", &threads]);
+            }
+            (command, "phalanx.log")
+        }
+        Engine::Llama => {
+            let mut command = Command::new(&setup.llama);
+            command.arg(setup.scripts.join("ops.py")).args(["--threads", &threads]);
+            command.env("PYTHONDONTWRITEBYTECODE", "1");
+            (command, "llama.log")
+        }
+        Engine::Phalanx | Engine::Ik => return Ok(None),
+    };
+    let lines = Program::start(&mut command, &setup.logs.join(log))?.finish()?;
+    Json::parse(&lines.join("\n")).map(Some).map_err(|error| format!("kernels of {}: {error}", engine.name()))
+}
+
+/// Whether this phalanx measures its kernels.
+pub(crate) fn has_kernels(phalanx: &Path) -> bool {
+    help_mentions(phalanx, &["bench"], "kernels")
 }
 
 fn phalanx(setup: &Setup, options: &Options) -> Result<Turn, String> {
@@ -237,12 +272,12 @@ impl Setup {
 }
 
 /// Whether a command of phalanx lets the type of dense weights be chosen.
-pub(crate) fn takes_dense(phalanx: &std::path::Path, command: &[&str]) -> bool {
+pub(crate) fn takes_dense(phalanx: &Path, command: &[&str]) -> bool {
     help_mentions(phalanx, command, "--dense")
 }
 
 /// Whether the help of a command of phalanx has such a word.
-pub(crate) fn help_mentions(phalanx: &std::path::Path, command: &[&str], word: &str) -> bool {
+pub(crate) fn help_mentions(phalanx: &Path, command: &[&str], word: &str) -> bool {
     let help = Command::new(phalanx).args(command).arg("--help").output();
     help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).split_whitespace().any(|found| found == word))
 }

@@ -7,7 +7,7 @@ use super::json::{Json, member};
 use super::stats::{Summary, divergence};
 
 /// Positions compared.
-const POSITIONS: u32 = 64;
+const POSITIONS: u32 = 256;
 
 /// Divergence of one engine.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ impl Distance {
         Json::from([
             member("engine", self.engine.name()),
             member("mean_kl", self.mean()),
-            member("most_kl", Summary::of(&self.kl).map(|summary| summary.most)),
+            member("median_kl", Summary::of(&self.kl).map(|summary| summary.median)),
             member("same_token", self.same_token as f64),
             member("kl", self.kl.iter().map(|kl| Json::from(*kl)).collect::<Vec<_>>()),
         ])

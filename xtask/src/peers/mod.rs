@@ -5,8 +5,8 @@
 //! ratio is of two runs that saw the machine in the same mood. Nothing here is a test: no number decides whether a
 //! change may land. What is arithmetic is tested as usual.
 //!
-//! What is not compared: the peers' single kernels (C1, C2). Their bindings offer whole models only, and the cost of one
-//! operation cannot be told from outside.
+//! Kernels (C1, C2) are compared with those of llama.cpp, called in the libraries that its bindings bring. Those of
+//! ik_llama.cpp are not: its bindings do not export what would call them.
 
 mod engine;
 mod floor;
@@ -23,7 +23,7 @@ mod stats;
 use std::process::{Command, ExitCode};
 
 use crate::House;
-use engine::{Engine, help_mentions};
+use engine::Engine;
 use json::{Json, member};
 use options::{Case, Options};
 use ready::Ready;
@@ -56,8 +56,7 @@ fn compare(house: &House, options: &Options) -> Result<(), String> {
     let mut engines = vec![Engine::Phalanx, Engine::Llama];
     engines.extend(options.ik.then_some(Engine::Ik));
 
-    let kernels = if options.wants(Case::Kernels) { kernels(&ready)? } else { None };
-    let in_rounds = [Case::Decode, Case::Prefill, Case::Busy, Case::Batched, Case::FirstToken];
+    let in_rounds = [Case::Kernels, Case::Decode, Case::Prefill, Case::Busy, Case::Batched, Case::FirstToken];
     let (rounds, ended) = if in_rounds.iter().any(|case| options.wants(*case)) {
         println!("\n{} rounds of {} engines", options.rounds, engines.len());
         rounds::rounds(&ready, options, &engines)
@@ -73,7 +72,6 @@ fn compare(house: &House, options: &Options) -> Result<(), String> {
         engines,
         rounds,
         distances,
-        kernels,
         shape: ready.shape.clone(),
         dense: options.dense,
         threads: ready.setup.threads,
@@ -87,22 +85,6 @@ fn compare(house: &House, options: &Options) -> Result<(), String> {
         println!("every round: {}", path.display());
     }
     ended.map_err(|error| format!("the rounds ended early: {error}"))
-}
-
-/// What `phalanx bench kernels` says, if this phalanx has it.
-fn kernels(ready: &Ready) -> Result<Option<Json>, String> {
-    let phalanx = &ready.setup.phalanx;
-    if !help_mentions(phalanx, &["bench"], "kernels") {
-        println!("C1 and C2 are left out: this phalanx has no `bench kernels`");
-        return Ok(None);
-    }
-    let output = Command::new(phalanx).args(["bench", "kernels", "--json"]).output();
-    let output = output.map_err(|error| format!("{}: {error}", phalanx.display()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("`phalanx bench kernels --json` failed: {}", said.trim()));
-    }
-    Json::parse(&String::from_utf8_lossy(&output.stdout)).map(Some)
 }
 
 /// Versions, build flags, machine and weights.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::engine::{Setup, help_mentions, takes_dense};
+use super::engine::{Setup, has_kernels, help_mentions, takes_dense};
 use super::floor::{Dense, Shape};
 use super::json::Json;
 use super::machine::{build_membw, cores};
@@ -85,6 +85,9 @@ fn phalanx(house: &House, options: &Options, target: &Path) -> Result<PathBuf, S
     }
     if options.wants(Case::Logits) && !help_mentions(&binary, &["model", "logits"], "--save") {
         return Err(format!("{} knows no `model logits --save`: leave c8 out with --only", binary.display()));
+    }
+    if options.wants(Case::Kernels) && !has_kernels(&binary) {
+        println!("C1 and C2 of Phalanx are left out: {} has no `bench kernels`", binary.display());
     }
     Ok(binary)
 }

@@ -17,8 +17,6 @@ pub(crate) struct Results {
     pub(crate) engines: Vec<Engine>,
     pub(crate) rounds: Vec<Round>,
     pub(crate) distances: Vec<Distance>,
-    /// What `phalanx bench kernels` says.
-    pub(crate) kernels: Option<Json>,
     pub(crate) shape: Shape,
     pub(crate) dense: Dense,
     pub(crate) threads: u32,
@@ -146,7 +144,7 @@ impl Results {
     }
 
     fn write_figures(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "\n{:<34}{:>9}  {:<28}{:>9}", "", "median", "least to most", "of floor")?;
+        writeln!(text, "\n{:<38}{:>9}  {:<28}of floor", "", "median", "least to most")?;
         let mut rows: Vec<(u32, Vec<f64>)> = Vec::new();
         for (threads, speed) in self.rounds.iter().flat_map(|round| &round.read_gb_s) {
             match rows.iter_mut().find(|(found, _)| found == threads) {
@@ -168,27 +166,40 @@ impl Results {
             }
         }
         for (i, distance) in self.distances.iter().enumerate() {
-            let name = if i == 0 { "C8 divergence from exact" } else { "" };
-            let (mean, most) = (distance.mean(), Summary::of(&distance.kl).map_or(0.0, |summary| summary.most));
-            let same = format!("{} of {} first choices are the same", distance.same_token, distance.kl.len());
-            writeln!(text, "{name:<25}{:<13}{mean:>9.2e}  at most {most:.2e} nats; {same}", distance.engine.name())?;
+            let name = if i == 0 { "C8 logits, divergence" } else { "" };
+            let kl = Summary::of(&distance.kl).unwrap_or(Summary { median: 0.0, least: 0.0, most: 0.0 });
+            let Summary { median, most, .. } = kl;
+            let name = format!("{name:<25}{}", distance.engine.name());
+            let spread = format!("mean; median {median:.1e}, at most {most:.1e} nats");
+            let same = format!("the same first choice at {} of {}", distance.same_token, distance.kl.len());
+            writeln!(text, "{name:<38}{:>9.1e}  {spread}; {same}", distance.mean())?;
         }
-        for (i, (name, share)) in self.kernel_shares().iter().enumerate() {
-            let head = if i == 0 { "C1 C2 kernels" } else { "" };
-            writeln!(text, "{head:<25}{name}  {share:.3}")?;
+        for (engine, name, values) in self.kernels() {
+            let unit = if name.ends_with("gb_s") { "GB/s" } else { "" };
+            write_row(text, &format!("C1 C2 {:<19}{name}", engine.name()), &values, unit, None)?;
         }
         Ok(())
     }
 
-    /// Numbers of the kernels' report that are shares of a ceiling.
-    fn kernel_shares(&self) -> Vec<(String, f64)> {
-        let mut numbers = self.kernels.as_ref().map_or_else(Vec::new, Json::numbers);
-        numbers.retain(|(name, _)| name.contains("share"));
-        numbers
+    /// Of Phalanx the shares of the machine's ceilings, of others every number; with its values of all rounds.
+    fn kernels(&self) -> Vec<(Engine, String, Vec<f64>)> {
+        let mut all: Vec<(Engine, String, Vec<f64>)> = Vec::new();
+        for (engine, turn) in self.rounds.iter().flat_map(|round| &round.turns) {
+            for (name, value) in turn.kernels.iter().flat_map(Json::numbers) {
+                if *engine == Engine::Phalanx && !name.contains("share") {
+                    continue;
+                }
+                match all.iter_mut().find(|(found, named, _)| found == engine && *named == name) {
+                    Some((_, _, values)) => values.push(value),
+                    None => all.push((*engine, name, vec![value])),
+                }
+            }
+        }
+        all
     }
 
     fn write_comparisons(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "\n{:<52}{:>7}  {:<20}", "round by round", "median", "least to most")?;
+        writeln!(text, "\n{:<52}{:>7}  {:<20}target", "round by round", "median", "least to most")?;
         for Comparison { case, what, summary, target } in self.comparisons() {
             let verdict = target.map_or_else(String::new, |target| {
                 format!("{:<14} {}", target.words(), if target.is_met(summary.median) { "met" } else { "MISSED" })
@@ -246,7 +257,6 @@ impl Results {
         members.push(member("loads", Json::from(floors)));
         members.push(member("rounds", self.rounds.iter().map(round_json).collect::<Vec<_>>()));
         members.push(member("logits", self.distances.iter().map(Distance::json).collect::<Vec<_>>()));
-        members.push(member("kernels", self.kernels.clone()));
         let comparisons = self.comparisons().into_iter().map(|Comparison { case, what, summary, target }| {
             Json::from([
                 member("case", case),
@@ -280,6 +290,7 @@ fn round_json(round: &Round) -> Json {
         });
         members.push(member("noise", noise.collect::<Vec<_>>()));
         members.push(member("peak_gb", turn.peak_gb));
+        members.push(member("kernels", turn.kernels.clone()));
         Json::Object(members)
     });
     let read = round.read_gb_s.iter().map(|(threads, speed)| member(&format!("{threads}_threads"), *speed));
@@ -305,12 +316,19 @@ mod tests {
         let shape = r#"{"hidden":2880,"inter":2880,"layers":2,"experts":32,"topk":4,"heads":64,"kv":8,"hd":64,
                         "vocab":201088,"window":128}"#;
         let shape = Shape::from_json(&Json::parse(shape).unwrap()).unwrap();
+        let kernels = Json::parse(r#"{"gemv":{"gb_s":30,"share_of_read":0.93}}"#).unwrap();
         let round = |speed: f64| Round {
             read_gb_s: vec![(1, 20.0 * speed), (2, 40.0 * speed)],
             turns: vec![
                 (
                     Engine::Phalanx,
-                    turn(&[(Metric::Decode, 24.0 * speed), (Metric::FirstToken, 1.0), (Metric::Busy, 18.0)], others),
+                    Turn {
+                        kernels: Some(kernels.clone()),
+                        ..turn(
+                            &[(Metric::Decode, 24.0 * speed), (Metric::FirstToken, 1.0), (Metric::Busy, 18.0)],
+                            others,
+                        )
+                    },
                 ),
                 (
                     Engine::Llama,
@@ -323,7 +341,6 @@ mod tests {
             engines: vec![Engine::Phalanx, Engine::Llama],
             rounds: vec![round(1.0), round(0.5)],
             distances: Vec::new(),
-            kernels: Some(Json::parse(r#"{"gemv":{"gb_s":30,"share_of_read":0.93}}"#).unwrap()),
             shape,
             dense: Dense::Bf16,
             threads: 2,
@@ -354,9 +371,10 @@ mod tests {
     #[test]
     fn the_table_names_what_was_measured_and_a_busy_machine() {
         let quiet = results(0.01).table();
-        for words in ["memory read, 2 threads", "C3 decode", "C7 first token", "MISSED", "gemv.share_of_read  0.930"] {
+        for words in ["memory read, 2 threads", "C3 decode", "C7 first token", "MISSED", "gemv.share_of_read"] {
             assert!(quiet.contains(words), "{words:?} is not in\n{quiet}");
         }
+        assert!(!quiet.contains("gemv.gb_s"), "of Phalanx's kernels, shares alone\n{quiet}");
         assert!(!quiet.contains("C6"), "what was not measured has no line\n{quiet}");
         assert!(!quiet.contains("machine was busy") && quiet.contains("2 rounds; 7 are the least"), "{quiet}");
         assert!(results(0.3).table().contains("WARNING: the machine was busy"));
