@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 
+import numpy as np
+
 import random_weights
 import write_gguf
 import write_hf
@@ -40,6 +42,19 @@ def files(path):
 
 def remove(path):
     shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
+
+
+def room(folder, weights, dense):
+    """Ends with what to do when the disk is too full for what is not there yet."""
+    values = {kind: sum(int(np.prod(shape)) for _, shape, found in weights.specs() if found == kind)
+              for kind in ("bf16", "blocks", "scales")}
+    experts = values["blocks"] + values["scales"]
+    sizes = {"hf": experts + 2 * values["bf16"], f"{dense}.gguf": experts + {"bf16": 2, "q8": 1.1}[dense] * values["bf16"]}
+    lacking = sum(size for name, size in sizes.items() if not os.path.exists(os.path.join(folder, name + ".sha256")))
+    free = shutil.disk_usage(folder).free
+    if free < lacking * 1.02:
+        sys.exit(f"{folder}: {free / 1e9:.1f} GB are free, {lacking / 1e9:.1f} are needed: make room, take fewer "
+                 "--layers or name another place with --dir")
 
 
 def ensure(path, write):
@@ -72,6 +87,7 @@ def main():
     args = parser.parse_args()
     weights = random_weights.Weights(args.size, args.layers, args.seed)
     os.makedirs(args.folder, exist_ok=True)
+    room(args.folder, weights, args.dense)
 
     def checkpoint(path):
         os.makedirs(path)

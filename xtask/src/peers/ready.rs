@@ -17,6 +17,8 @@ use crate::run::{answers, cargo, run};
 const SCRIPTS: &str = "xtask/peers";
 /// As much as the machine can: what a wheel for any machine leaves out.
 const BUILD: [(&str, &str); 1] = [("CMAKE_ARGS", "-DGGML_NATIVE=ON")];
+const IK_PACKAGE: &str = "ik-llama-cpp-python";
+const IK_VERSION: &str = "0.1.5";
 /// Free space that building an environment takes.
 const BUILD_GB: f64 = 3.0;
 
@@ -46,8 +48,15 @@ pub(crate) fn ready(house: &House, options: &Options) -> Result<Ready, String> {
     let scripts = house.root.join(SCRIPTS);
 
     let phalanx = phalanx(house, options, target)?;
-    let llama = environment(options.env_llama.as_deref(), "llama", &dir, &scripts)?;
-    let ik = options.ik.then(|| environment(options.env_ik.as_deref(), "ik", &dir, &scripts)).transpose()?;
+    let llama = match &options.env_llama {
+        Some(made) => named_environment(made)?,
+        None => environment("llama", &dir, &scripts, &[])?,
+    };
+    let ik = match &options.env_ik {
+        _ if !options.ik => None,
+        Some(made) => Some(named_environment(made)?),
+        None => Some(ik(&dir, &scripts, &llama)?),
+    };
     let weights = weights(options, &dir, &scripts, &llama)?;
     let membw = dir.join("membw");
     build_membw(&scripts.join("membw.c"), &membw)?;
@@ -92,21 +101,49 @@ fn phalanx(house: &House, options: &Options, target: &Path) -> Result<PathBuf, S
     Ok(binary)
 }
 
-fn environment(made: Option<&Path>, name: &str, dir: &Path, scripts: &Path) -> Result<PathBuf, String> {
-    if let Some(made) = made {
-        let python = made.join("bin/python");
-        return if python.is_file() { Ok(python) } else { Err(format!("{}: no such file", python.display())) };
-    }
+fn named_environment(made: &Path) -> Result<PathBuf, String> {
+    let python = made.join("bin/python");
+    if python.is_file() { Ok(python) } else { Err(format!("{}: no such file", python.display())) }
+}
+
+fn environment(name: &str, dir: &Path, scripts: &Path, more: &[(&str, &str)]) -> Result<PathBuf, String> {
     let home = dir.join(format!("env-{name}"));
     let requirements = scripts.join(format!("{name}.txt"));
     if !python::is_made(&home, &requirements) {
         enough_space(dir, BUILD_GB)?;
-        println!(
-            "\nBuilding {name} from source, once: about 10 minutes on two cores; pip says \"still running\" meanwhile."
-        );
+        println!("\nBuilding {name} from source, once: about 10 minutes on two cores. pip shows what it does.");
     }
-    let made = python::environment(&home, &requirements, &["--progress-bar", "off"], &BUILD);
-    made.map_err(|why| format!("{why} What pip and the compiler said stands above; c++ must know C++17."))
+    // Verbose: a compiler that is silent for ten minutes looks like one that hangs.
+    let options = ["--verbose", "--progress-bar", "off"];
+    let made = python::environment(&home, &requirements, &options, &[&BUILD, more].concat());
+    made.map_err(|why| format!("{why} If not: what the compiler said stands above; it must know C++17."))
+}
+
+/// The source of ik_llama.cpp's bindings does not build as it is: a file of a program that is not needed is missing.
+/// So it is unpacked, and told to build less.
+fn ik(dir: &Path, scripts: &Path, python: &Path) -> Result<PathBuf, String> {
+    let source = dir.join("source");
+    let unpacked = source.join(format!("ik_llama_cpp_python-{IK_VERSION}"));
+    if !python::is_made(&dir.join("env-ik"), &scripts.join("ik.txt")) {
+        let mut download = Command::new(python);
+        download.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]);
+        download.args(["--no-binary", IK_PACKAGE]).arg(format!("{IK_PACKAGE}=={IK_VERSION}"));
+        well(download.arg("--dest").arg(&source))?;
+        let archive = source.join(format!("ik_llama_cpp_python-{IK_VERSION}.tar.gz"));
+        well(Command::new(python).args(["-m", "tarfile", "-e"]).arg(&archive).arg(&source))?;
+        let lists = unpacked.join("CMakeLists.txt");
+        std::fs::copy(scripts.join("ik.cmake"), &lists).map_err(|error| format!("{}: {error}", lists.display()))?;
+    }
+    environment("ik", dir, scripts, &[("IK_SOURCE", &unpacked.to_string_lossy())])
+}
+
+fn well(command: &mut Command) -> Result<(), String> {
+    match run(command) {
+        Outcome::Passed(_) => Ok(()),
+        Outcome::Failed(why) | Outcome::NotRun(why) => {
+            Err(format!("the source of {IK_PACKAGE} could not be had ({why}): is there a network? Or say --no-ik"))
+        }
+    }
 }
 
 fn weights(options: &Options, dir: &Path, scripts: &Path, python: &Path) -> Result<Json, String> {
