@@ -56,35 +56,41 @@ fn compare(house: &House, options: &Options) -> Result<(), String> {
     let mut engines = vec![Engine::Phalanx, Engine::Llama];
     engines.extend(options.ik.then_some(Engine::Ik));
 
-    let in_rounds = [Case::Kernels, Case::Decode, Case::Prefill, Case::Busy, Case::Batched, Case::FirstToken];
-    let (rounds, ended) = if in_rounds.iter().any(|case| options.wants(*case)) {
-        println!("\n{} rounds of {} engines", options.rounds, engines.len());
-        rounds::rounds(&ready, options, &engines)
-    } else {
-        (Vec::new(), Ok(()))
-    };
-    let distances = if ended.is_ok() && options.wants(Case::Logits) {
-        logits::distances(&ready.setup, &engines, ready.shape.vocab as u32, &ready.dir)?
-    } else {
-        Vec::new()
-    };
-    let results = Results {
-        engines,
-        rounds,
-        distances,
+    let mut results = Results {
+        engines: engines.clone(),
+        rounds: Vec::new(),
+        distances: Vec::new(),
         shape: ready.shape.clone(),
         dense: options.dense,
         threads: ready.setup.threads,
     };
-    let about = about(house, options, &ready, &results);
-    println!("\n{}", heading(&about));
+    let in_rounds = [Case::Kernels, Case::Decode, Case::Prefill, Case::Busy, Case::Batched, Case::FirstToken];
+    let mut ended = Ok(());
+    if in_rounds.iter().any(|case| options.wants(*case)) {
+        println!("\n{} rounds of {} engines", options.rounds, engines.len());
+        let mut rounds = Vec::new();
+        ended = rounds::rounds(&ready, options, &engines, &mut rounds, |rounds| {
+            results.rounds = rounds.to_vec();
+            keep(house, options, &ready, &results)
+        });
+    }
+    if ended.is_ok() && options.wants(Case::Logits) {
+        results.distances = logits::distances(&ready.setup, &engines, ready.shape.vocab as u32, &ready.dir)?;
+    }
+    keep(house, options, &ready, &results)?;
+    println!("\n{}", heading(&about(house, options, &ready, &results)));
     print!("{}", results.table());
     if let Some(path) = &options.json {
-        let text = format!("{}\n", results.json(about));
-        std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))?;
         println!("every round: {}", path.display());
     }
     ended.map_err(|error| format!("the rounds ended early: {error}"))
+}
+
+/// Writes what there is so far: a long run that is ended early is not lost.
+fn keep(house: &House, options: &Options, ready: &Ready, results: &Results) -> Result<(), String> {
+    let Some(path) = &options.json else { return Ok(()) };
+    let text = format!("{}\n", results.json(about(house, options, ready, results)));
+    std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// Versions, build flags, machine and weights.

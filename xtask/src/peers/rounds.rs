@@ -26,20 +26,23 @@ impl Round {
     }
 }
 
-/// All rounds; with an error, those that were complete before it.
-pub(crate) fn rounds(ready: &Ready, options: &Options, engines: &[Engine]) -> (Vec<Round>, Result<(), String>) {
-    let mut done = Vec::new();
+/// Runs all rounds, or until an error; `done` has those that are complete, and `keep` is told after each.
+pub(crate) fn rounds(
+    ready: &Ready,
+    options: &Options,
+    engines: &[Engine],
+    done: &mut Vec<Round>,
+    mut keep: impl FnMut(&[Round]) -> Result<(), String>,
+) -> Result<(), String> {
     let begun = std::time::Instant::now();
     for number in 0..options.rounds as usize {
-        match round(ready, options, &rotated(engines, number)) {
-            Ok(round) => done.push(round),
-            Err(error) => return (done, Err(error)),
-        }
+        done.push(round(ready, options, &rotated(engines, number))?);
+        keep(done)?;
         let left = options.rounds as usize - done.len();
         let minutes = begun.elapsed().as_secs_f64() / 60.0 / done.len() as f64 * left as f64;
         println!("round {} of {} is done; about {minutes:.0} minutes are left", done.len(), options.rounds);
     }
-    (done, Ok(()))
+    Ok(())
 }
 
 fn round(ready: &Ready, options: &Options, order: &[Engine]) -> Result<Round, String> {
