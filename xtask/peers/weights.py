@@ -49,7 +49,8 @@ def room(folder, weights, dense):
     values = {kind: sum(int(np.prod(shape)) for _, shape, found in weights.specs() if found == kind)
               for kind in ("bf16", "blocks", "scales")}
     experts = values["blocks"] + values["scales"]
-    sizes = {"hf": experts + 2 * values["bf16"], f"{dense}.gguf": experts + {"bf16": 2, "q8": 1.1}[dense] * values["bf16"]}
+    per_value = {"bf16": 2, "q8": 1.1}[dense]
+    sizes = {"hf": experts + 2 * values["bf16"], f"{dense}.gguf": experts + per_value * values["bf16"]}
     lacking = sum(size for name, size in sizes.items() if not os.path.exists(os.path.join(folder, name + ".sha256")))
     free = shutil.disk_usage(folder).free
     if free < lacking * 1.02:

@@ -1,4 +1,4 @@
-"""Writes random weights as a GGUF file, laid out as llama.cpp's own converter lays out gpt-oss. Needs gguf and numpy."""
+"""Writes random weights as a GGUF file, laid out as llama.cpp's own converter does. Needs gguf and numpy."""
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -139,7 +139,8 @@ def write(weights, to, path):
 
 def differences(path, hf):
     """Where a GGUF file and a checkpoint disagree: of every tensor (of 2 experts each) the first and last 64 rows,
-    dequantised by the gguf package. q8 may be off by half a step (1/254 of the largest value) and its scale's f16 (1/2048)."""
+    dequantised by the gguf package. q8 may be off by half a step, 1/254 of the largest value, and by its scale's f16,
+    1/2048."""
     names = {there: here for here, there in TOP.items()}
     reverse = {there: here for here, there in NAMES.items()}
     found = []

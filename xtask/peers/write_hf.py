@@ -1,4 +1,4 @@
-"""Writes random weights as a Hugging Face checkpoint: config.json and sharded safetensors, by hand and with numpy only."""
+"""Writes random weights as a Hugging Face checkpoint, config.json and sharded safetensors, with numpy only."""
 import json
 import os
 import struct
