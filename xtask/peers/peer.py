@@ -30,6 +30,9 @@ if args.engine == "llama":
     VERSION = "llama-cpp-python " + version("llama-cpp-python")
 else:
     from importlib.metadata import version
+    from importlib.util import find_spec
+    # One library needs the other and does not say where it is.
+    ctypes.CDLL(os.path.join(find_spec("ik_llama_cpp").submodule_search_locations[0], "lib", "libggml.so"))
     from ik_llama_cpp import _ctypes_api as lib
     VERSION = "ik-llama-cpp-python " + version("ik-llama-cpp-python")
 
