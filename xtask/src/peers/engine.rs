@@ -42,6 +42,10 @@ impl Engine {
 /// A figure that a turn gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Metric {
+    /// GB/s of MXFP4 weights, for one token.
+    Vector,
+    /// GOP/s with MXFP4 weights, for 64 tokens an expert.
+    Matrix,
     /// Tokens a second.
     Decode,
     /// Tokens a second.
@@ -55,11 +59,20 @@ pub(crate) enum Metric {
 }
 
 impl Metric {
-    pub(crate) const ALL: [Metric; 5] =
-        [Metric::Decode, Metric::Prefill, Metric::Busy, Metric::Batched, Metric::FirstToken];
+    pub(crate) const ALL: [Metric; 7] = [
+        Metric::Vector,
+        Metric::Matrix,
+        Metric::Decode,
+        Metric::Prefill,
+        Metric::Busy,
+        Metric::Batched,
+        Metric::FirstToken,
+    ];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Metric::Vector => "mxfp4_gb_s",
+            Metric::Matrix => "mxfp4_gop_s",
             Metric::Decode => "decode",
             Metric::Prefill => "prefill",
             Metric::Busy => "busy_decode",
@@ -98,8 +111,8 @@ pub(crate) struct Turn {
     /// Of every measurement on the otherwise free machine.
     pub(crate) noise: Vec<Noise>,
     pub(crate) peak_gb: f64,
-    /// Its kernels alone, as it says itself.
-    pub(crate) kernels: Option<Json>,
+    /// GOP/s that the processor can do at most in int8, as measured in this turn.
+    pub(crate) int8_gop_s: Option<f64>,
     /// Its version and what it was built for, as it says itself.
     pub(crate) about: Option<Json>,
 }
@@ -161,33 +174,49 @@ pub(crate) fn turn(engine: Engine, setup: &Setup, options: &Options) -> Result<T
         Engine::Llama | Engine::Ik => peer(engine, setup, options)?,
     };
     if options.wants(Case::Kernels) {
-        turn.kernels = kernels(engine, setup)?;
+        kernels(engine, setup, &mut turn)?;
     }
     Ok(turn)
 }
 
-/// The kernels of those that can be asked for them.
-fn kernels(engine: Engine, setup: &Setup) -> Result<Option<Json>, String> {
+/// The kernels of those that can be asked for them: the experts of one layer of 20b width.
+fn kernels(engine: Engine, setup: &Setup, turn: &mut Turn) -> Result<(), String> {
     let threads = setup.threads.to_string();
-    let (mut command, log) = match engine {
+    let run = |command: &mut Command, log: &str| -> Result<Json, String> {
+        let lines = Program::start(command, &setup.logs.join(log))?.finish()?;
+        Json::parse(&lines.join("\n")).map_err(|error| format!("kernels of {}: {error}", engine.name()))
+    };
+    match engine {
         Engine::Phalanx if has_kernels(&setup.phalanx) => {
             let mut command = Command::new(&setup.phalanx);
-            command.args(["bench", "kernels", "--json"]);
-            if help_mentions(&setup.phalanx, &["bench", "kernels"], "--threads") {
-                command.args(["--threads", &threads]);
-            }
-            (command, "phalanx.log")
+            command.args(["bench", "kernels", "--json", "--only", "experts", "--rows", "1,512", "--rounds", "1"]);
+            let report = run(command.args(["--threads", &threads]), "phalanx.log")?;
+            turn.figures.extend(phalanx_kernels(&report)?);
+            turn.int8_gop_s = Some(report.get("ceilings").ok_or("no `ceilings`")?.number("int8_ops_s")? / 1e9);
         }
         Engine::Llama => {
             let mut command = Command::new(&setup.llama);
             command.arg(setup.scripts.join("ops.py")).args(["--threads", &threads]);
-            command.env("PYTHONDONTWRITEBYTECODE", "1");
-            (command, "llama.log")
+            let report = run(command.env("PYTHONDONTWRITEBYTECODE", "1"), "llama.log")?;
+            let key = format!("{threads}_threads");
+            let speeds = report.get(&key).ok_or_else(|| format!("ops.py says nothing of `{key}`"))?;
+            turn.figures.push((Metric::Vector, speeds.number("gemv_gb_s")?));
+            turn.figures.push((Metric::Matrix, speeds.number("gemm_gop_s")?));
         }
-        Engine::Phalanx | Engine::Ik => return Ok(None),
+        Engine::Phalanx | Engine::Ik => {}
+    }
+    Ok(())
+}
+
+/// From the report of `phalanx bench kernels`: with 512 rows, each of 32 experts has 64 if each row visits 4.
+fn phalanx_kernels(report: &Json) -> Result<[(Metric, f64); 2], String> {
+    let Some(Json::List(ops)) = report.get("ops") else { return Err("`bench kernels` lists no `ops`".into()) };
+    let per_second = |rows: f64, what: &str| {
+        let found = ops.iter().find(|op| op.text("op") == Ok("experts") && op.number("rows") == Ok(rows));
+        let op = found.ok_or_else(|| format!("`bench kernels` has no experts with {rows} rows"))?;
+        Ok::<f64, String>(op.number(what)? / op.number("seconds")? / 1e9)
     };
-    let lines = Program::start(&mut command, &setup.logs.join(log))?.finish()?;
-    Json::parse(&lines.join("\n")).map(Some).map_err(|error| format!("kernels of {}: {error}", engine.name()))
+    Ok([(Metric::Vector, per_second(1.0, "bytes")?), (Metric::Matrix, per_second(512.0, "operations")?)])
 }
 
 /// Whether this phalanx measures its kernels.
@@ -280,4 +309,31 @@ pub(crate) fn takes_dense(phalanx: &Path, command: &[&str]) -> bool {
 pub(crate) fn help_mentions(phalanx: &Path, command: &[&str], word: &str) -> bool {
     let help = Command::new(phalanx).args(command).arg("--help").output();
     help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).split_whitespace().any(|found| found == word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds_are_read_from_the_report_of_the_kernels() {
+        let report = r#"{"ceilings":{"int8_ops_s":9e11},"ops":[
+            {"op":"norm","rows":1,"seconds":1,"bytes":1,"operations":1},
+            {"op":"experts","rows":1,"seconds":0.001,"bytes":50000000,"operations":1},
+            {"op":"experts","rows":512,"seconds":0.25,"bytes":1,"operations":100000000000}]}"#;
+        let figures = phalanx_kernels(&Json::parse(report).unwrap()).unwrap();
+        assert_eq!(figures, [(Metric::Vector, 50.0), (Metric::Matrix, 400.0)]);
+        let lacks = Json::parse(&report.replace("512", "511")).unwrap();
+        assert!(phalanx_kernels(&lacks).unwrap_err().contains("512 rows"));
+        assert!(phalanx_kernels(&Json::Null).is_err());
+    }
+
+    #[test]
+    fn a_core_taken_is_measured_beside_a_free_machine() {
+        let wanted = |words: &[&str]| loads(&Options::parse(words).unwrap());
+        assert_eq!(wanted(&["--only", "c5"]), [SOLO, BUSY]);
+        assert_eq!(wanted(&["--only", "c6,c8"]), [BATCHED]);
+        assert_eq!(wanted(&["--only", "c1,c7"]), []);
+        assert_eq!(wanted(&[]), [SOLO, BATCHED, BUSY]);
+    }
 }

@@ -45,21 +45,6 @@ impl Json {
             _ => Err(format!("there is no text `{key}` in {}", shortened(&self.to_string()))),
         }
     }
-
-    /// Every number in it, with the names that lead to it.
-    pub(crate) fn numbers(&self) -> Vec<(String, f64)> {
-        let join = |name: &str, inner: &Json| {
-            let inner = inner.numbers().into_iter();
-            inner.map(|(rest, n)| (format!("{name}{}{rest}", if rest.is_empty() { "" } else { "." }), n)).collect()
-        };
-        let parts: Vec<Vec<(String, f64)>> = match self {
-            Json::Number(number) => return vec![(String::new(), *number)],
-            Json::List(items) => items.iter().enumerate().map(|(i, item)| join(&i.to_string(), item)).collect(),
-            Json::Object(members) => members.iter().map(|(name, value)| join(name, value)).collect(),
-            Json::Null | Json::Bool(_) | Json::Text(_) => return Vec::new(),
-        };
-        parts.concat()
-    }
 }
 
 /// A member of an object.
@@ -297,13 +282,11 @@ mod tests {
 
     #[test]
     fn members_are_found_and_what_lacks_is_named() {
-        let value = Json::parse(r#"{"pp_tok_s":57.5,"engine":"x","deep":{"share":0.5,"of":[1,2]}}"#).unwrap();
+        let value = Json::parse(r#"{"pp_tok_s":57.5,"engine":"x"}"#).unwrap();
         assert_eq!(value.number("pp_tok_s"), Ok(57.5));
         assert_eq!(value.text("engine"), Ok("x"));
         assert!(value.number("engine").unwrap_err().contains("`engine`"));
         assert!(value.text("absent").unwrap_err().contains("`absent`"));
-        let names: Vec<String> = value.numbers().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["pp_tok_s", "deep.share", "deep.of.0", "deep.of.1"]);
     }
 
     #[test]

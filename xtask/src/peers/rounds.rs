@@ -21,6 +21,11 @@ impl Round {
         self.read_gb_s.iter().map(|(_, speed)| *speed).reduce(f64::max)
     }
 
+    /// The most int8 arithmetic that could be done in this round, if anyone measured it.
+    pub(crate) fn int8_gop_s(&self) -> Option<f64> {
+        self.turns.iter().find_map(|(_, turn)| turn.int8_gop_s)
+    }
+
     pub(crate) fn figure(&self, engine: Engine, metric: Metric) -> Option<f64> {
         self.turns.iter().find(|(found, _)| *found == engine).and_then(|(_, turn)| turn.figure(metric))
     }
