@@ -48,6 +48,15 @@ fn logits_have_one_hash_for_any_number_of_workers() {
     let fast = logits("1", &[]);
     assert_ne!(exact["bits_sha256"], fast["bits_sha256"]);
     assert_eq!(fast, logits("4", &["--precision", "fast"]));
+
+    let saved = tempfile::NamedTempFile::new().unwrap();
+    let more = ["--precision", "exact", "--chunk", "4", "--save", saved.path().to_str().unwrap()];
+    assert_eq!(exact, logits("1", &more));
+    let saved = std::fs::read(saved.path()).unwrap();
+    assert_eq!(saved.len(), 39 * 1000 * 4, "every position is written, once");
+    let last = saved[38 * 1000 * 4..].chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().unwrap()));
+    let printed = exact["last_logits"].as_array().unwrap().iter().map(|logit| logit.as_f64().unwrap() as f32);
+    assert!(last.eq(printed), "the last of them are those printed");
 }
 
 #[test]
@@ -204,6 +213,7 @@ fn replace(path: &Path, from: &str, to: &str) {
 fn mistakes_are_explained() {
     for (args, words) in [
         (vec!["model", "logits", "--prompt-ids", "201088"], "outside the vocabulary"),
+        (vec!["model", "logits", "--prompt-ids", "1", "--save", "/dev/null/logits"], "cannot write /dev/null/logits"),
         (vec!["model", "generate", "--prompt-ids", "1", "--max-tokens", "200000"], "the context has"),
         (vec!["model", "logits", "--prompt-ids", "one"], "invalid value"),
         (vec!["serve", "--workers", "0"], "--workers"),

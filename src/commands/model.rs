@@ -1,6 +1,8 @@
 //! `phalanx model`: looks into checkpoints, makes them, and runs them without a server.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -106,6 +108,9 @@ pub struct LogitsArgs {
     /// Rows computed at once
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
+    /// Also write the logits of every position to a file: raw f32, little endian, one position after the other
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
 }
 
 /// Arguments of `model generate`.
@@ -296,12 +301,24 @@ fn logits(args: &LogitsArgs) -> Result<ExitCode> {
     let vocab = checkpoint.config().vocab as usize;
     let mut hash = LogitsHash::default();
     let mut last = Vec::new();
+    let named = |path: &PathBuf| format!("cannot write {}", path.display());
+    let mut save = match &args.save {
+        Some(path) => Some((path, BufWriter::new(File::create(path).with_context(|| named(path))?))),
+        None => None,
+    };
+    let mut written = Ok(());
     cell.run(|event| {
         if let Event::Logits { logits, .. } = event {
             hash.add(&logits);
+            if let Some((_, file)) = save.as_mut().filter(|_| written.is_ok()) {
+                written = logits.iter().try_for_each(|logit| file.write_all(&logit.to_le_bytes()));
+            }
             last = logits[logits.len() - vocab..].to_vec();
         }
     })?;
+    if let Some((path, mut file)) = save {
+        written.and_then(|()| file.flush()).with_context(|| named(path))?;
+    }
     let hash = hash.hex();
     if args.run.json {
         say_json(&json!({"last_logits": last, "bits_sha256": hash}))?;

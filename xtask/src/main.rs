@@ -1,13 +1,15 @@
-//! The project's own tasks: `cargo xtask verify|fix|test|sim`.
+//! The project's own tasks: `cargo xtask verify|fix|test|sim|bench-peers`.
 //!
 //! - [`verify`]: the gate. It reads and never writes, so it may run on any tree.
 //! - [`fix`]: what a machine can mend, mended.
 //! - [`mod@test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
 //! - [`sim`]: the planner in virtual time, thousands of small worlds in which everything goes wrong that may.
+//! - [`peers`]: how fast Phalanx is beside others, on this machine.
 //!
 //! Absent on purpose: dependencies. A task must build in a second on a machine that has only Rust.
 
 mod fix;
+mod peers;
 mod python;
 mod report;
 mod run;
@@ -28,6 +30,8 @@ Tasks:
   test           quick tier: every test of the workspace, then the Python clients
   test --full    also the tests marked `full tier`; ends non-zero if anything could not run
   sim [OPTIONS]  the planner in virtual time, with faults; `sim --help` says more
+  bench-peers [OPTIONS]
+                 speed on CPUs beside llama.cpp and ik_llama.cpp; `bench-peers --help` says more
 
 Exit status: 0 all well, 1 something failed, 2 the command line was not understood.
 ";
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
         ["test"] => test::test(&house, test::Tier::Quick),
         ["test", "--full"] => test::test(&house, test::Tier::Full),
         ["sim", ref options @ ..] => return sim::sim(&house, options),
+        ["bench-peers", ref options @ ..] => return peers::bench(&house, options),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             true

@@ -1,4 +1,4 @@
-//! The Python clients: official client libraries against a server that the script starts itself.
+//! Python: private environments, and the clients: official client libraries against a server that the script starts.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,6 +9,8 @@ use crate::run::{answers, run};
 
 /// Where the scripts and their requirements are.
 const FOLDER: &str = "tests/clients";
+/// What an environment was made of, in it.
+const STAMP: &str = "installed.txt";
 
 /// Runs every script of [`FOLDER`] in a private environment, in the order of their names.
 pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
@@ -18,7 +20,7 @@ pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
         return vec![("python clients".into(), Outcome::NotRun(format!("no script in {FOLDER}")))];
     }
     let environment = if house.phalanx.is_file() {
-        environment(&house.root, &folder.join("requirements.txt"))
+        environment(&house.root.join(".venv"), &folder.join("requirements.txt"), &["--quiet"], &[])
     } else {
         Err(format!("{} was not built", house.phalanx.display()))
     };
@@ -46,21 +48,33 @@ fn name(script: &Path) -> String {
     format!("{FOLDER}/{}", file.to_string_lossy())
 }
 
-/// Makes `.venv` with the pinned requirements, once; `Err` says why there is none.
-fn environment(root: &Path, requirements: &Path) -> Result<PathBuf, String> {
-    let home = root.join(".venv");
+/// Whether an environment holds what its requirements name.
+pub(crate) fn is_made(home: &Path, requirements: &Path) -> bool {
+    let wanted = std::fs::read(requirements);
+    wanted.is_ok_and(|wanted| std::fs::read(home.join(STAMP)).is_ok_and(|installed| installed == wanted))
+}
+
+/// Makes a private environment of pinned requirements, once, and returns its Python; `options` are pip's, `variables`
+/// what its builds see. `Err` says why there is none.
+pub(crate) fn environment(
+    home: &Path,
+    requirements: &Path,
+    options: &[&str],
+    variables: &[(&str, &str)],
+) -> Result<PathBuf, String> {
     let python = home.join("bin/python");
-    let wanted = std::fs::read(requirements).map_err(|error| format!("{}: {error}", requirements.display()))?;
-    let stamp = home.join("installed.txt");
-    if std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
+    if is_made(home, requirements) {
         return Ok(python);
     }
-    make(&home)?;
+    let wanted = std::fs::read(requirements).map_err(|error| format!("{}: {error}", requirements.display()))?;
+    make(home)?;
     let mut install = Command::new(&python);
-    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"]).arg(requirements);
+    install.args(["-m", "pip", "install", "--disable-pip-version-check"]).args(options);
+    install.arg("--requirement").arg(requirements).envs(variables.iter().copied());
     if !matches!(run(&mut install), Outcome::Passed(_)) {
-        return Err(format!("pip could not install {FOLDER}/requirements.txt: is there a network?"));
+        return Err(format!("pip could not install {}: is there a network?", requirements.display()));
     }
+    let stamp = home.join(STAMP);
     std::fs::write(&stamp, wanted).map_err(|error| format!("{}: {error}", stamp.display()))?;
     Ok(python)
 }
