@@ -46,7 +46,10 @@ impl Children {
                 .process_group(0)
                 .kill_on_drop(true);
             if let Some(first) = device.pin {
-                command.args(["--pin", &first.to_string()]);
+                command.arg(format!("--pin={first}"));
+            }
+            if !device.weight_cache {
+                command.arg("--no-weight-cache");
             }
             if let Some(isa) = device.isa {
                 command.args(["--isa", isa.name()]);

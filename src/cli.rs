@@ -57,7 +57,7 @@ pub enum Command {
 pub enum PrecisionArg {
     /// f32 activations and KV: the oracle
     Exact,
-    /// int8 activations, bf16 KV: the default
+    /// Rows rounded to int8 for the experts (and dense weights in q8), bf16 KV: the default
     Fast,
 }
 
@@ -75,7 +75,7 @@ impl From<PrecisionArg> for Precision {
 pub enum DenseArg {
     /// As in the checkpoint
     Bf16,
-    /// int8 with a scale per 32 weights: half the memory, twice the speed
+    /// int8 with a scale per 32 weights: about half the memory to hold and to read
     Q8,
 }
 
@@ -90,7 +90,7 @@ impl From<DenseArg> for DenseType {
 
 /// Exact means that nothing is rounded.
 #[derive(Debug, thiserror::Error)]
-#[error("--dense q8 rounds weights, which --precision exact rules out; leave one of them out")]
+#[error("--dense q8 (or PHALANX_DENSE) rounds weights, which --precision exact rules out; leave one of them out")]
 pub struct ExactQ8;
 
 /// An instruction set.
@@ -130,10 +130,14 @@ pub struct DeviceArgs {
     /// Threads in all, divided among the workers of this machine [default: all cores]
     #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
-    /// Bind each thread to a core of its own, from the one of this number on among those there are to use
-    #[arg(long, env = "PHALANX_PIN", value_name = "FIRST", num_args = 0..=1, default_missing_value = "0",
+    /// Bind each thread to a core, from the one of this number on among those there are to use (and around again)
+    #[arg(long, env = "PHALANX_PIN", value_name = "FIRST", num_args = 0..=1, require_equals = true,
+          default_missing_value = "0",
           value_parser = clap::value_parser!(u32).range(..=4096))]
     pub pin: Option<u32>,
+    /// Pack the weights anew at every start, instead of keeping them packed beside the model or in the user's cache
+    #[arg(long, env = "PHALANX_NO_WEIGHT_CACHE")]
+    pub no_weight_cache: bool,
     /// Use this instruction set instead of the best there is; the bits are the same
     #[arg(long, env = "PHALANX_ISA", value_enum)]
     pub isa: Option<IsaArg>,
@@ -157,6 +161,7 @@ impl DeviceArgs {
             dense,
             threads: (threads / workers.max(1)).max(1),
             pin: self.pin,
+            weight_cache: !self.no_weight_cache,
             isa: self.isa.map(Into::into),
         })
     }

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
 use phalanx_kernels::cpu::Cpu;
+use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::{Engine, EngineConfig, Event, Request};
 use phalanx_proto::{
@@ -203,8 +204,10 @@ impl Load {
     }
 
     fn model(&self, on_progress: &mut dyn FnMut(u64, u64)) -> Result<GptOss<Cpu>> {
-        let backend = self.options.device.of(self.rank.0).backend()?;
+        let mut backend = self.options.device.of(self.rank.0).backend()?;
+        let packed = self.options.device.packed(&mut backend, &self.checkpoint, on_progress)?;
         let (ranks, limits) = (self.options.workers, &self.options.limits);
-        Ok(GptOss::load(backend, &self.checkpoint, &self.placement, self.rank, ranks, limits, on_progress)?)
+        let stored = Stored { checkpoint: &self.checkpoint, packed: packed.as_ref() };
+        Ok(GptOss::load(backend, stored, &self.placement, self.rank, ranks, limits, on_progress)?)
     }
 }

@@ -370,6 +370,7 @@ impl<'a> LoadingBar<'a> {
                 ));
             }
             Forming::Loading { rank, progress } if progress.total_bytes > 0 => {
+                self.bar.set_message(progress.stage.clone());
                 self.ranks.insert((cell, rank), (progress.done_bytes, progress.total_bytes));
                 let sum = self.ranks.values().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
                 advance(&self.bar, sum.0, sum.1);

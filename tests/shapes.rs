@@ -10,6 +10,7 @@ use std::sync::Arc;
 use phalanx_kernels::DenseFormat;
 use phalanx_kernels::Precision;
 use phalanx_kernels::reference::Reference;
+use phalanx_model::packed::Stored;
 use phalanx_model::synth::{self, Shape};
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::Want;
@@ -40,7 +41,9 @@ fn reference(checkpoint: &Arc<Checkpoint>, prompt: &[u32]) -> Vec<f32> {
     let layout = Layout::new(1, 0).unwrap();
     let placement = Placement::contiguous(u32::try_from(config.layers.len()).unwrap(), config.experts, layout);
     let backend = Reference::new(Precision::Exact, DenseFormat::Bf16);
-    let model = GptOss::load(backend, checkpoint, &placement, Rank(0), 1, &limits, &mut |_, _| ()).unwrap();
+    let model =
+        GptOss::load(backend, Stored { checkpoint, packed: None }, &placement, Rank(0), 1, &limits, &mut |_, _| ())
+            .unwrap();
     let collectives = local::group(1).remove(0);
     let mut runner = Runner::new(model, collectives, limits, Fence::default());
     let grant = |pool, index| BlockGrant { pool, index, block: BlockId(index) };

@@ -164,6 +164,23 @@ impl Packed {
         fits.then(|| Self { memory: PackedMemory::File(Arc::clone(file)), range })
     }
 
+    /// The same, after pages of a file have been brought in: what is planned as held is held from now on.
+    #[must_use]
+    pub fn populated(self) -> Self {
+        #[cfg(target_os = "linux")]
+        if let PackedMemory::File(file) = &self.memory {
+            const PAGE: usize = 4096;
+            let map = file.map.as_ptr();
+            let start = self.range.start / PAGE * PAGE;
+            let first = map.wrapping_add(start).cast_mut();
+            // SAFETY: pages of a live read-only mapping, from a page's beginning on; reading them in changes no byte.
+            let _read_when_used = unsafe {
+                rustix::mm::madvise(first.cast(), self.range.end - start, rustix::mm::Advice::LinuxPopulateRead)
+            };
+        }
+        self
+    }
+
     /// A part of the bytes.
     ///
     /// # Panics
@@ -227,7 +244,7 @@ pub(crate) fn view_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
 
 /// A slice of numbers that begins on a cache line, so that no vector of 64 bytes is read from two lines.
 #[derive(Debug)]
-pub(crate) struct Aligned<T> {
+pub struct Aligned<T> {
     data: Vec<T>,
     start: usize,
     len: usize,
@@ -235,7 +252,8 @@ pub(crate) struct Aligned<T> {
 
 impl<T: Copy + Default> Aligned<T> {
     /// `len` zeros, whose pages come into being when they are first written.
-    pub(crate) fn zeroed(len: usize) -> Self {
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
         let data = vec![T::default(); len + LINE / size_of::<T>()];
         let start = data.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
         Self { data, start, len }

@@ -163,7 +163,8 @@ impl MemoryPlan {
         let rows = n(limits.step_rows_max);
         // Rows rounded to int8 for a dense product, where weights are.
         let rounded = if n(backend.dense_block_bytes) < ROUTER_BLOCK_BYTES {
-            (rows * h.max(attention)).max(n(LOGITS_ROWS_MAX) * h) / 32 * INT8_BLOCK_BYTES
+            let row = |cols: u64| cols.div_ceil(32) * INT8_BLOCK_BYTES;
+            (rows * row(h.max(attention))).max(n(LOGITS_ROWS_MAX) * row(h))
         } else {
             0
         };
@@ -218,5 +219,5 @@ impl MemoryPlan {
     }
 }
 
-/// Bytes of the checkpoint that a loading thread reads before it gives their pages back.
-pub const LOAD_PIECE_BYTES: u32 = 16 << 20;
+/// Bytes of the checkpoint that a loading thread has mapped at most, those around what it reads included.
+pub const LOAD_PIECE_BYTES: u32 = 4 << 20;

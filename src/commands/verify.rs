@@ -135,7 +135,8 @@ fn cell(
     threads: Option<u32>,
 ) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
-    let device = DeviceArgs { precision, dense: Some(dense), threads, pin: None, isa: None }.device(workers)?;
+    let device = DeviceArgs { precision, dense: Some(dense), threads, pin: None, no_weight_cache: false, isa: None }
+        .device(workers)?;
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
     let limits = Limits::new(checkpoint.config(), seqs_max, 256, tokens);
     start_cell(checkpoint, &CellOptions { workers, device, limits })

@@ -49,8 +49,14 @@ impl Setup {
 
     pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
-        let device =
-            Device { precision: self.precision, dense: self.dense, threads: self.threads, pin: None, isa: None };
+        let device = Device {
+            precision: self.precision,
+            dense: self.dense,
+            threads: self.threads,
+            pin: None,
+            weight_cache: false,
+            isa: None,
+        };
         LocalCell::start(checkpoint, &CellOptions { workers: self.workers, device, limits }, |_, _| ()).unwrap()
     }
 }

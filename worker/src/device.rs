@@ -2,8 +2,11 @@
 
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
 use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
-use phalanx_model::Checkpoint;
+use phalanx_model::packed::PackedFile;
+use phalanx_model::{Checkpoint, LoadError};
 use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+
+use crate::weight_cache;
 
 /// Memory of a worker process before it holds anything.
 const PROCESS_BASE: Bytes = Bytes(24 << 20);
@@ -19,6 +22,8 @@ pub struct Device {
     pub threads: u32,
     /// Binds them to cores, from the one of this number on among those that the process may use.
     pub pin: Option<u32>,
+    /// Keeps packed weights in a file for the next start.
+    pub weight_cache: bool,
     /// The instruction set, or the best there is.
     pub isa: Option<Isa>,
 }
@@ -44,6 +49,19 @@ impl Device {
             pin: self.pin.map(|first| first as usize),
             isa: self.isa,
         })
+    }
+
+    /// The packed weights of a checkpoint, if they are kept; see [`crate::weight_cache`].
+    ///
+    /// # Errors
+    /// The checkpoint is at fault.
+    pub fn packed(
+        &self,
+        backend: &mut Cpu,
+        checkpoint: &Checkpoint,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Option<PackedFile>, LoadError> {
+        if self.weight_cache { weight_cache::packed(backend, checkpoint, on_progress) } else { Ok(None) }
     }
 
     /// The device of one of several workers of a machine: each has cores of its own.

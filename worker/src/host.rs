@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_kernels::cpu::Cpu;
+use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, ForwardError, GptOss};
 use phalanx_proto::{BackendReport, StepPlan, StepResult};
 use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
@@ -66,8 +67,13 @@ impl Host for ModelHost {
         let mut on_bytes = |done_bytes, total_bytes| {
             on_progress(Progress { stage: "loading".to_owned(), done_bytes, total_bytes });
         };
-        let backend = self.device.backend()?;
-        let model = GptOss::load(backend, &self.checkpoint, placement, *rank, layout.ep, limits, &mut on_bytes)?;
+        let mut backend = self.device.backend()?;
+        let mut on_packed = |done_bytes, total_bytes| {
+            on_progress(Progress { stage: "packing".to_owned(), done_bytes, total_bytes });
+        };
+        let packed = self.device.packed(&mut backend, &self.checkpoint, &mut on_packed)?;
+        let stored = Stored { checkpoint: &self.checkpoint, packed: packed.as_ref() };
+        let model = GptOss::load(backend, stored, placement, *rank, layout.ep, limits, &mut on_bytes)?;
         on_progress(Progress { stage: "connecting".to_owned(), done_bytes: 0, total_bytes: 0 });
         let group = GroupId { cell: *cell, term: fence.term, epoch: fence.epoch };
         let payload_max = payload_max(request, &self.device.report(&self.checkpoint), &self.checkpoint);

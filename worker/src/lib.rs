@@ -9,3 +9,4 @@ pub mod process;
 pub mod progress;
 pub mod runner;
 pub mod service;
+pub mod weight_cache;

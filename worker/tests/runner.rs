@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use phalanx_kernels::cpu::Cpu;
+use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_proto::{
     Admission, BlockGrant, BlockId, ConstraintStart, ConstraintTable, DenseType, Fence, History, Layout, Limits,
@@ -69,10 +70,19 @@ impl Bench {
         let layout = Layout::new(1, 0).unwrap();
         let config = checkpoint.config();
         let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
-        let backend = Device { precision: Precision::Exact, dense: DenseType::Bf16, threads: 1, pin: None, isa: None }
-            .backend()
-            .unwrap();
-        let model = GptOss::load(backend, checkpoint, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ()).unwrap();
+        let backend = Device {
+            precision: Precision::Exact,
+            dense: DenseType::Bf16,
+            threads: 1,
+            pin: None,
+            weight_cache: false,
+            isa: None,
+        }
+        .backend()
+        .unwrap();
+        let model =
+            GptOss::load(backend, Stored { checkpoint, packed: None }, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ())
+                .unwrap();
         let runner = Runner::new(model, local::group(1).remove(0), LIMITS, Fence::default());
         Self { runner, fence: Fence::default(), next_seq: 0, recent: Vec::new() }
     }

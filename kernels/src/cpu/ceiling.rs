@@ -24,8 +24,10 @@ const TASKS: usize = 16;
 pub struct Ceilings {
     /// Bytes read from memory a second.
     pub read: f64,
-    /// Operations (two a multiplication) of the int8 dot product a second.
-    pub int8: f64,
+    /// Operations (two a multiplication) a second of the dot product of MXFP4 codes and int8.
+    pub mxfp4: f64,
+    /// Operations (two a multiplication) a second of the dot product of q8 weights and int8.
+    pub q8: f64,
     /// Operations (two a multiplication) in f32 a second.
     pub f32: f64,
 }
@@ -60,9 +62,10 @@ impl Yardstick {
         let read = READ_BYTES as f64 / begun.elapsed().as_secs_f64();
         let tasks = cpu.threads.count() * TASKS;
         let operations = |lane: usize| (2 * LANES * lane * SUMS * ROUNDS * tasks) as f64;
-        let int8 = operations(4) / timed(cpu, tasks, Peak::<true>);
-        let f32 = operations(1) / timed(cpu, tasks, Peak::<false>);
-        Ceilings { read, int8, f32 }
+        let mxfp4 = operations(4) / timed(cpu, tasks, Peak::<MXFP4>);
+        let q8 = operations(4) / timed(cpu, tasks, Peak::<Q8>);
+        let f32 = operations(1) / timed(cpu, tasks, Peak::<F32>);
+        Ceilings { read, mxfp4, q8, f32 }
     }
 }
 
@@ -98,25 +101,20 @@ impl Kernel for Read<'_> {
     }
 }
 
-/// Multiplies what is in registers: int8 dot products, or f32.
-#[derive(Clone, Copy)]
-struct Peak<const INT8: bool>;
+const MXFP4: u8 = 0;
+const Q8: u8 = 1;
+const F32: u8 = 2;
 
-impl<const INT8: bool> Kernel for Peak<INT8> {
+/// Multiplies what is in registers.
+#[derive(Clone, Copy)]
+struct Peak<const KIND: u8>;
+
+impl<const KIND: u8> Kernel for Peak<KIND> {
     type Output = f32;
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) -> f32 {
-        if INT8 {
-            let (a, b) = (l.splat_i32(black_box(0x0101_0101)), l.splat_i32(black_box(0x0001_0001)));
-            let mut sums = [l.splat_i32(0); SUMS];
-            for _ in 0..ROUNDS {
-                for sum in &mut sums {
-                    *sum = l.dot(*sum, a, b);
-                }
-            }
-            sums.into_iter().fold(0.0, |total, sum| total + first(l, l.to_f32(sum)))
-        } else {
+        if KIND == F32 {
             let (a, b) = (l.splat(black_box(0.5)), l.splat(black_box(0.25)));
             let mut sums = [l.splat(0.0); SUMS];
             for _ in 0..ROUNDS {
@@ -124,8 +122,18 @@ impl<const INT8: bool> Kernel for Peak<INT8> {
                     *sum = l.fma(a, b, *sum);
                 }
             }
-            sums.into_iter().fold(0.0, |total, sum| total + first(l, sum))
+            return sums.into_iter().fold(0.0, |total, sum| total + first(l, sum));
         }
+        let b = l.splat_i32(black_box(0x0001_0001));
+        let mut sums = [l.splat_i32(0); SUMS];
+        for round in 0..ROUNDS {
+            // Another operand each round: else its products would be computed once and for all.
+            let a = l.splat_i32(black_box((round & 1) as i32));
+            for sum in &mut sums {
+                *sum = if KIND == Q8 { l.dot_bytes(*sum, a, b) } else { l.dot(*sum, a, b) };
+            }
+        }
+        sums.into_iter().fold(0.0, |total, sum| total + first(l, l.to_f32(sum)))
     }
 }
 

@@ -4,13 +4,13 @@
 //! multiply-add each, from zero. q8: see [`super::q8`] and [`super::int8`]; rows of `x` are rounded to int8 first. The
 //! bias is added last. Several tiles and several `x` rows are worked on at once, which no sum notices.
 
-use super::int8::{Int8Block, Multiply, to_operand};
+use super::int8::{ByRows, Int8Block, Multiply, to_operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
 use super::q8::{self, Q8};
 use super::threads::{Disjoint, Threads};
 use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks};
-use crate::memory::Packed;
+use crate::memory::{Packed, resident};
 use crate::{DenseFormat, KernelError, Stack};
 
 /// Tiles of a task.
@@ -94,6 +94,19 @@ impl Dense {
         }
     }
 
+    /// Makes room to round `rows` rows for this matrix; returns the bytes added.
+    pub(super) fn make_room(&self, rounded: &mut Rounded, rows: usize) -> u64 {
+        let Weights::Q8(weight) = &self.0 else { return 0 };
+        let (before, need) = (rounded.len(), rows * blocks(weight.cols()));
+        if need <= before {
+            return 0;
+        }
+        // Dropped first: nothing in it is kept.
+        *rounded = Rounded::new();
+        *rounded = resident(need);
+        ((need - before) * size_of::<Int8Block>()) as u64
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         match &self.0 {
             Weights::Bf16(tiles) => tiles.bytes(),
@@ -119,14 +132,6 @@ pub(super) enum Store {
 /// Rows rounded to int8 for a product; kept for the next one.
 pub(super) type Rounded = Vec<Int8Block>;
 
-/// Makes room for the rounding of up to `rows` rows; what is there already is kept.
-pub(super) fn reserve(rounded: &mut Rounded, weight: &Dense, rows: usize) {
-    if let Weights::Q8(weight) = &weight.0 {
-        let need = rows * blocks(weight.cols());
-        rounded.reserve_exact(need.saturating_sub(rounded.len()));
-    }
-}
-
 /// `x: [n, cols] -> out: [n, rows]`.
 pub(super) fn project(
     simd: Simd,
@@ -141,11 +146,15 @@ pub(super) fn project(
         Weights::Bf16(weight) => project_tiles(simd, threads, x, weight.cols(), weight, out, store),
         Weights::Q8(weight) => {
             let (cols, width) = (weight.cols(), blocks(weight.cols()));
-            rounded.resize(x.len().checked_div(cols).unwrap_or(0) * width, Int8Block::default());
+            let need = x.len().checked_div(cols).unwrap_or(0) * width;
+            if rounded.len() < need {
+                rounded.resize(need, Int8Block::default());
+            }
+            let rounded = &mut rounded[..need];
             threads.each_chunk(rounded, width, 4 * x.len(), |row, out| {
                 simd.run(Round { x: &x[row * cols..(row + 1) * cols], out });
             });
-            project_tiles(simd, threads, &rounded[..], width, weight, out, store);
+            project_tiles(simd, threads, rounded, width, weight, out, store);
         }
     }
 }
@@ -205,17 +214,16 @@ impl<F: Multiply<O>, O> Kernel for Project<'_, F, O> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
+        if F::UNPACKED {
+            return self.all_rows(l, self.rows.clone());
+        }
         let mut row = self.rows.start;
         while L::WIDE && row + 8 <= self.rows.end {
-            if F::UNPACKED {
-                self.tokens::<L, 1, 8>(l, row);
-            } else {
-                self.tokens::<L, 2, 8>(l, row);
-            }
+            self.tokens::<L, 2, 8>(l, row);
             row += 8;
         }
         while row + 4 <= self.rows.end {
-            if L::WIDE && !F::UNPACKED {
+            if L::WIDE {
                 self.tokens::<L, 4, 4>(l, row);
             } else {
                 self.tokens::<L, 1, 4>(l, row);
@@ -223,13 +231,16 @@ impl<F: Multiply<O>, O> Kernel for Project<'_, F, O> {
             row += 4;
         }
         while row < self.rows.end {
-            if F::UNPACKED {
-                self.tokens::<L, 1, 1>(l, row);
-            } else {
-                self.tokens::<L, 4, 1>(l, row);
-            }
+            self.tokens::<L, 4, 1>(l, row);
             row += 1;
         }
+    }
+}
+
+impl<F: Multiply<O>, O> ByRows for Project<'_, F, O> {
+    #[inline(always)]
+    fn rows<L: Lanes, const N: usize>(&self, l: L, at: usize) {
+        self.tokens::<L, 1, N>(l, at);
     }
 }
 

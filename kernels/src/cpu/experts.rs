@@ -7,7 +7,7 @@
 
 use super::dense::need;
 use super::exp::exp;
-use super::int8::{Int8Block, Multiply, Operand, to_operand};
+use super::int8::{ByRows, Int8Block, Multiply, Operand, to_operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
 use super::mxfp4::{self, Mxfp4};
@@ -357,7 +357,7 @@ type Results<const TOKENS: usize> = [[f32; GROUP * LANES]; TOKENS];
 
 /// The group's matrix rows times `x`, plus bias. Tiles beyond the matrix give zeros.
 #[inline(always)]
-fn multiply<L: Lanes, O: Operand, const TILES: usize, const TOKENS: usize>(
+fn multiply<L: Lanes, O: Operand, const TOKENS: usize>(
     l: L,
     matrix: &Tiles<Mxfp4>,
     group: usize,
@@ -367,34 +367,15 @@ where
     Mxfp4: Multiply<O>,
 {
     let mut results = [[0.0; GROUP * LANES]; TOKENS];
-    let end = matrix.tiles().min((group + 1) * GROUP);
-    let mut tile = group * GROUP;
-    while tile + TILES <= end {
-        add_bias(l, matrix, group, tile, Mxfp4::sums::<L, TILES, TOKENS>(l, matrix, tile, x), &mut results);
-        tile += TILES;
-    }
-    while tile < end {
-        add_bias(l, matrix, group, tile, Mxfp4::sums::<L, 1, TOKENS>(l, matrix, tile, x), &mut results);
-        tile += 1;
-    }
-    results
-}
-
-#[inline(always)]
-fn add_bias<L: Lanes, const TILES: usize, const TOKENS: usize>(
-    l: L,
-    matrix: &Tiles<Mxfp4>,
-    group: usize,
-    tile: usize,
-    sums: [[L::F; TOKENS]; TILES],
-    results: &mut Results<TOKENS>,
-) {
-    for (i, sums) in sums.into_iter().enumerate() {
-        let bias = l.load(matrix.bias(tile + i));
-        for (sum, result) in sums.into_iter().zip(results.iter_mut()) {
-            l.store(l.add(sum, bias), &mut result.as_chunks_mut().0[tile + i - group * GROUP]);
+    let first = group * GROUP;
+    for tile in first..matrix.tiles().min(first + GROUP) {
+        let [sums] = Mxfp4::sums::<L, 1, TOKENS>(l, matrix, tile, x);
+        let bias = l.load(matrix.bias(tile));
+        for (sum, result) in sums.into_iter().zip(&mut results) {
+            l.store(l.add(sum, bias), &mut result.as_chunks_mut().0[tile - first]);
         }
     }
+    results
 }
 
 /// 64 rows of an expert's gate-up matrix for all its items.
@@ -419,37 +400,23 @@ where
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
-        let mut at = 0;
-        while L::WIDE && at + 8 <= self.items.len() {
-            self.items::<L, 1, 8>(l, at);
-            at += 8;
-        }
-        while at + 4 <= self.items.len() {
-            self.items::<L, 1, 4>(l, at);
-            at += 4;
-        }
-        match self.items.len() - at {
-            3 => self.items::<L, 1, 3>(l, at),
-            2 => self.items::<L, 1, 2>(l, at),
-            1 => self.items::<L, 1, 1>(l, at),
-            _ => {}
-        }
+        self.all_rows(l, 0..self.items.len());
     }
 }
 
-impl<O: Operand> GateUp<'_, O>
+impl<O: Operand> ByRows for GateUp<'_, O>
 where
     Mxfp4: Multiply<O>,
 {
     #[inline(always)]
-    fn items<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, at: usize) {
+    fn rows<L: Lanes, const TOKENS: usize>(&self, l: L, at: usize) {
         let (cols, width) = (self.matrix.cols() / O::COLUMNS, BLOCK / O::COLUMNS);
         let row_width = self.matrix.rows() / 2 / O::COLUMNS;
         let x: [&[O]; TOKENS] = std::array::from_fn(|t| {
             let row = self.items[at + t].row as usize;
             &self.rows[row * cols..(row + 1) * cols]
         });
-        let results = multiply::<L, O, TILES, TOKENS>(l, self.matrix, self.group, x);
+        let results = multiply::<L, O, TOKENS>(l, self.matrix, self.group, x);
         for (t, result) in results.iter().enumerate() {
             let activated = swiglu(result, self.limit);
             let start = (self.first + at + t) * row_width + self.group * width;
@@ -497,36 +464,22 @@ where
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
-        let mut at = 0;
-        while L::WIDE && at + 8 <= self.items.len() {
-            self.items::<L, 1, 8>(l, at);
-            at += 8;
-        }
-        while at + 4 <= self.items.len() {
-            self.items::<L, 1, 4>(l, at);
-            at += 4;
-        }
-        match self.items.len() - at {
-            3 => self.items::<L, 1, 3>(l, at),
-            2 => self.items::<L, 1, 2>(l, at),
-            1 => self.items::<L, 1, 1>(l, at),
-            _ => {}
-        }
+        self.all_rows(l, 0..self.items.len());
     }
 }
 
-impl<O: Operand> Down<'_, O>
+impl<O: Operand> ByRows for Down<'_, O>
 where
     Mxfp4: Multiply<O>,
 {
     #[inline(always)]
-    fn items<L: Lanes, const TILES: usize, const TOKENS: usize>(&self, l: L, at: usize) {
+    fn rows<L: Lanes, const TOKENS: usize>(&self, l: L, at: usize) {
         let cols = self.matrix.cols() / O::COLUMNS;
         let x: [&[O]; TOKENS] = std::array::from_fn(|t| {
             let item = self.first + at + t;
             &self.activations[item * cols..(item + 1) * cols]
         });
-        let results = multiply::<L, O, TILES, TOKENS>(l, self.matrix, self.group, x);
+        let results = multiply::<L, O, TOKENS>(l, self.matrix, self.group, x);
         let size = wire::bytes(self.precision);
         let column = self.group * GROUP * LANES;
         let width = (GROUP * LANES).min(self.matrix.rows() - column);

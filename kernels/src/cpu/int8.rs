@@ -3,6 +3,8 @@
 //! A lane is an output row. A block's dot product is an exact integer `d`, whatever instructions compute it; then
 //! `sum = (scale * x_scale) * d + sum`, fused, blocks ascending.
 
+use std::ops::Range;
+
 use super::lanes::{CODE_OFFSET, Lanes};
 use super::tiles::{BLOCK, Format, Tiles, blocks};
 
@@ -27,6 +29,9 @@ pub(super) struct Int8Block {
     /// To a multiple of 16 bytes.
     _pad: u32,
 }
+
+// As the memory plan has it.
+const _: () = assert!(size_of::<Int8Block>() == 48);
 
 impl Int8Block {
     pub(super) const fn code_correction(&self) -> i32 {
@@ -113,6 +118,32 @@ pub(super) trait Multiply<O>: Format {
         tile: usize,
         x: [&[O]; TOKENS],
     ) -> [[L::F; TOKENS]; TILES];
+}
+
+/// Work on rows that is done for several at once.
+pub(super) trait ByRows {
+    /// Rows `at..at + N`.
+    fn rows<L: Lanes, const N: usize>(&self, l: L, at: usize);
+
+    /// Rows `range`, as many at once as there are registers for; the last few together.
+    #[inline(always)]
+    fn all_rows<L: Lanes>(&self, l: L, range: Range<usize>) {
+        let mut at = range.start;
+        while L::WIDE && at + 8 <= range.end {
+            self.rows::<L, 8>(l, at);
+            at += 8;
+        }
+        while at + 4 <= range.end {
+            self.rows::<L, 4>(l, at);
+            at += 4;
+        }
+        match range.end - at {
+            3 => self.rows::<L, 3>(l, at),
+            2 => self.rows::<L, 2>(l, at),
+            1 => self.rows::<L, 1>(l, at),
+            _ => {}
+        }
+    }
 }
 
 /// A format whose weights are, or become, unsigned bytes.

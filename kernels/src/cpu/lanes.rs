@@ -66,7 +66,7 @@ pub(super) trait Lanes: Copy {
 
     /// `2^(byte - 127)` for bytes up to 254; `2^-127` is a denormal number and exact.
     fn scales(self, bytes: &[u8; LANES]) -> Self::F;
-    /// Eight MXFP4 codes for each lane.
+    /// Eight MXFP4 codes, or four bytes, for each lane.
     fn load_codes(self, v: &[u32; LANES]) -> Self::I;
     /// The value of code `nibble` (0 is the lowest) of each lane.
     fn code_value(self, codes: Self::I, nibble: u32) -> Self::F;

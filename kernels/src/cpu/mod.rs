@@ -32,6 +32,7 @@ pub use kv::Kv;
 pub use router::Routes;
 pub use rows::Rows;
 pub use sample::sample;
+pub use threads::unbind;
 
 use self::dense::{Rounded, Store, need};
 use self::isa::Simd;
@@ -81,6 +82,8 @@ pub struct Cpu {
     logits: Vec<f32>,
     /// Rows rounded for the product at work.
     rounded: Rounded,
+    /// Rows and columns of all activations there are.
+    shapes: Vec<(usize, usize)>,
     /// Last sampled token of each slot.
     tokens: Vec<u32>,
     /// What was sampled in this step.
@@ -126,6 +129,7 @@ impl Cpu {
             angles: Angles::default(),
             logits: Vec::new(),
             rounded: Rounded::new(),
+            shapes: Vec::new(),
             tokens: Vec::new(),
             sampled: Vec::new(),
             error: None,
@@ -168,7 +172,6 @@ impl Cpu {
             Store::Add => need("the rows added to", out.len(), x.len())?,
         }
         let Self { simd, threads, rounded, .. } = self;
-        dense::reserve(rounded, weight, x.capacity());
         dense::project(*simd, threads, x.values(), rounded, weight, out.values_mut(), store);
         Ok(())
     }
@@ -276,6 +279,7 @@ impl Backend for Cpu {
     type Parts = HostParts;
 
     fn rows(&mut self, rows: usize, cols: usize) -> Rows {
+        self.shapes.push((rows, cols));
         let rows = Rows::new(rows, cols);
         self.allocated += rows.bytes();
         rows
@@ -339,6 +343,9 @@ impl Backend for Cpu {
     fn hold_dense(&mut self, used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
         let dense = Dense::new(self.format(used), rows, cols, packed)?;
         self.allocated += dense.bytes();
+        // Room to round the rows that this matrix will be multiplied with.
+        let rows_max = self.shapes.iter().filter(|shape| shape.1 == cols).map(|shape| shape.0).max();
+        self.allocated += dense.make_room(&mut self.rounded, rows_max.unwrap_or(0));
         Ok(dense)
     }
 

@@ -10,8 +10,8 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,6 @@ const WORTH_SHARING: usize = 1 << 16;
 const LOOK: Duration = Duration::from_micros(100);
 /// Looks between two glances at the clock.
 const GLANCE: u32 = 64;
-/// Most tasks of an op: their number shares a word with the op's number.
-const TASKS_MAX: usize = u32::MAX as usize;
 
 /// The threads of a backend.
 #[derive(Debug)]
@@ -47,10 +45,13 @@ struct Helper {
 
 /// What the threads of a pool share.
 struct Shared {
-    /// Number of the op (upper half) and its tasks not yet claimed (lower half).
-    claims: AtomicU64,
+    /// Tasks of the present op that are not yet claimed. Whoever makes it one less has claimed a task, of whatever op is
+    /// present then.
+    left: AtomicUsize,
     /// Tasks done.
     done: AtomicUsize,
+    /// The caller sleeps until the last task is done.
+    waiting: AtomicBool,
     /// The op. Written by the caller while no task is claimed or claimable; read by whoever has claimed a task of it.
     op: UnsafeCell<Op>,
     /// What a task panicked with.
@@ -85,12 +86,11 @@ impl Shared {
     fn work(&self) -> bool {
         let mut any = false;
         loop {
-            let claims = self.claims.load(Ordering::Acquire);
-            let left = (claims & u64::from(u32::MAX)) as usize;
+            let left = self.left.load(Ordering::Acquire);
             if left == 0 {
                 return any;
             }
-            if self.claims.compare_exchange_weak(claims, claims - 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            if self.left.compare_exchange_weak(left, left - 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 continue;
             }
             any = true;
@@ -99,9 +99,14 @@ impl Shared {
             // SAFETY: for the same reason the closure is still borrowed.
             let task = unsafe { &*op.task };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(op.tasks - left))) {
-                lock(&self.panic).get_or_insert(panic);
+                match &mut *lock(&self.panic) {
+                    first @ None => *first = Some(panic),
+                    // Dropping it could panic again, before the task counts as done.
+                    Some(_) => std::mem::forget(panic),
+                }
             }
-            if self.done.fetch_add(1, Ordering::AcqRel) + 1 == op.tasks
+            if self.done.fetch_add(1, Ordering::SeqCst) + 1 == op.tasks
+                && self.waiting.load(Ordering::SeqCst)
                 && let Some(caller) = &*lock(&self.caller)
             {
                 caller.unpark();
@@ -125,7 +130,7 @@ impl Shared {
     }
 
     fn any_left(&self) -> bool {
-        self.claims.load(Ordering::SeqCst) & u64::from(u32::MAX) != 0
+        self.left.load(Ordering::SeqCst) != 0
     }
 
     /// Waits a short while for tasks; returns whether there are any.
@@ -150,40 +155,46 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The `index`-th core that this process may use, around again if there are fewer.
-#[cfg(target_os = "linux")]
-fn core(index: usize) -> Option<usize> {
-    let allowed = rustix::thread::sched_getaffinity(None).ok()?;
-    let cores: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| allowed.is_set(core)).collect();
-    cores.get(index.checked_rem(cores.len())?).copied()
+/// Cores that this process may use, asked before any of its threads is bound to one.
+fn cores() -> &'static [usize] {
+    static CORES: OnceLock<Vec<usize>> = OnceLock::new();
+    CORES.get_or_init(|| {
+        #[cfg(target_os = "linux")]
+        if let Ok(allowed) = rustix::thread::sched_getaffinity(None) {
+            return (0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| allowed.is_set(core)).collect();
+        }
+        Vec::new()
+    })
 }
 
-#[cfg(not(target_os = "linux"))]
-fn core(_index: usize) -> Option<usize> {
-    None
-}
-
-/// Binds the calling thread to a core; where that fails the system places it.
-fn pin(core: Option<usize>) {
+/// Binds the calling thread to cores; where that fails the system places it.
+fn bind(cores: &[usize]) {
     #[cfg(target_os = "linux")]
-    if let Some(core) = core {
+    if !cores.is_empty() {
         let mut set = rustix::thread::CpuSet::new();
-        set.set(core);
+        cores.iter().for_each(|&core| set.set(core));
         let _placed_by_the_system = rustix::thread::sched_setaffinity(None, &set);
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = core;
+    let _ = cores;
+}
+
+/// Frees the calling thread from the core that it has from the thread that started it: for threads beside a backend's.
+pub fn unbind() {
+    bind(cores());
 }
 
 impl Threads {
     /// Starts `threads` threads, the caller's included. With `first`, thread `i` is bound to the core of number
-    /// `first + i` among those that this process may use.
+    /// `first + i` among those that this process may use, around again if there are fewer.
     pub(super) fn new(threads: usize, first: Option<usize>) -> Result<Self, KernelError> {
-        let core_of = |thread| first.and_then(|first| core(first + thread));
+        let cores = cores();
+        let core_of = |thread: usize| Some(cores[first?.wrapping_add(thread).checked_rem(cores.len())?]);
         let nothing: &'static (dyn Fn(usize) + Sync) = &|_| ();
         let shared = Arc::new(Shared {
-            claims: AtomicU64::new(0),
+            left: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
             op: UnsafeCell::new(Op { tasks: 0, task: std::ptr::from_ref(nothing) }),
             panic: Mutex::new(None),
             caller: Mutex::new(None),
@@ -194,7 +205,7 @@ impl Threads {
             let (shared, asleep) = (Arc::clone(&this.shared), Arc::new(AtomicBool::new(false)));
             let (core, asleep_too) = (core_of(i), Arc::clone(&asleep));
             let body = move || {
-                pin(core);
+                bind(core.as_slice());
                 shared.help(&asleep_too);
             };
             let handle = std::thread::Builder::new()
@@ -215,13 +226,20 @@ impl Threads {
     /// What a task computes must not depend on the others: they run in any order, or one after the other.
     ///
     /// # Panics
-    /// If a task does, after all of them have ended.
-    pub(super) fn each(&self, tasks: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
-        let shared = tasks > 1 && tasks <= TASKS_MAX && work >= WORTH_SHARING && !self.helpers.is_empty();
-        match self.calling.try_lock() {
-            Ok(_calling) if shared => self.divide(tasks, &task),
-            _ => (0..tasks).for_each(task),
+    /// If a task does; where others run at the time, after they have ended.
+    pub(super) fn each(&self, tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
+        if tasks > 1 && work >= WORTH_SHARING && !self.helpers.is_empty() {
+            let calling = match self.calling.try_lock() {
+                Ok(calling) => Some(calling),
+                // A task panicked once; what the lock guards is whole.
+                Err(TryLockError::Poisoned(calling)) => Some(calling.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            if let Some(_calling) = calling {
+                return self.divide(tasks, &task);
+            }
         }
+        (0..tasks).for_each(task);
     }
 
     fn divide(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
@@ -237,8 +255,7 @@ impl Threads {
         // SAFETY: all tasks of the last op are done and none of the next can be claimed yet: nobody reads.
         unsafe { *shared.op.get() = Op { tasks, task } };
         shared.done.store(0, Ordering::Relaxed);
-        let number = (shared.claims.load(Ordering::Relaxed) >> 32).wrapping_add(1);
-        shared.claims.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        shared.left.store(tasks, Ordering::SeqCst);
         for helper in self.helpers.iter().take(tasks - 1) {
             if helper.asleep.load(Ordering::SeqCst) {
                 helper.thread.unpark();
@@ -251,7 +268,11 @@ impl Threads {
                 std::hint::spin_loop();
             } else {
                 // A thread was taken off its core within a task: there is room for it on this one.
-                std::thread::park();
+                shared.waiting.store(true, Ordering::SeqCst);
+                if shared.done.load(Ordering::SeqCst) < tasks {
+                    std::thread::park();
+                }
+                shared.waiting.store(false, Ordering::SeqCst);
             }
         }
         if let Some(panic) = lock(&shared.panic).take() {
@@ -264,7 +285,7 @@ impl Threads {
         let mut caller = lock(&self.shared.caller);
         let current = std::thread::current();
         if caller.as_ref().is_none_or(|known| known.id() != current.id()) {
-            pin(self.core);
+            bind(self.core.as_slice());
             *caller = Some(current);
         }
     }
@@ -275,7 +296,7 @@ impl Threads {
         data: &mut [T],
         chunk: usize,
         work: usize,
-        task: impl Fn(usize, &mut [T]) + Send + Sync,
+        task: impl Fn(usize, &mut [T]) + Sync,
     ) {
         let (chunk, len) = (chunk.max(1), data.len());
         let data = Disjoint::new(data);
@@ -362,15 +383,19 @@ mod tests {
             while !all_asleep() {
                 std::thread::yield_now();
             }
-            // Each task waits until all three have begun: they run on three threads, or this never ends.
-            let begun = AtomicUsize::new(0);
-            pool.each(3, MANY, |_| {
-                begun.fetch_add(1, Ordering::SeqCst);
-                while begun.load(Ordering::SeqCst) < 3 {
-                    std::thread::yield_now();
-                }
-            });
+            meet(&pool, 3);
         }
+    }
+
+    /// Each task waits until all have begun: they run on as many threads, or this never ends.
+    fn meet(pool: &Threads, threads: usize) {
+        let begun = AtomicUsize::new(0);
+        pool.each(threads, MANY, |_| {
+            begun.fetch_add(1, Ordering::SeqCst);
+            while begun.load(Ordering::SeqCst) < threads {
+                std::thread::yield_now();
+            }
+        });
     }
 
     #[test]
@@ -394,10 +419,32 @@ mod tests {
         }));
         assert!(result.unwrap_err().downcast_ref::<&str>().unwrap().contains("the seventh"));
         assert_eq!(ran.load(Ordering::SeqCst), 50);
-        pool.each(50, MANY, |_| {
-            ran.fetch_add(1, Ordering::SeqCst);
-        });
-        assert_eq!(ran.load(Ordering::SeqCst), 100);
+        meet(&pool, 3);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_second_pool_on_a_bound_thread_has_cores_of_its_own() {
+        let bound = |pool: &Threads| {
+            let cores = Mutex::new(Vec::new());
+            pool.each(2, MANY, |_| {
+                let set = rustix::thread::sched_getaffinity(None).unwrap();
+                lock(&cores)
+                    .push((0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| set.is_set(core)).collect::<Vec<_>>());
+                while lock(&cores).len() < 2 {
+                    std::thread::yield_now();
+                }
+            });
+            let mut cores = cores.into_inner().unwrap();
+            cores.sort();
+            cores
+        };
+        let first = bound(&Threads::new(2, Some(0)).unwrap());
+        assert_eq!(first, bound(&Threads::new(2, Some(0)).unwrap()));
+        assert!(first.iter().all(|cores| cores.len() == 1));
+        assert!(cores().len() < 2 || first[0] != first[1], "{first:?}");
+        unbind();
+        assert_eq!(rustix::thread::sched_getaffinity(None).unwrap().count() as usize, cores().len());
     }
 
     #[test]

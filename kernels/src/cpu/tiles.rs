@@ -1,8 +1,8 @@
 //! Matrices in tiles of 16 output rows: what all weight formats have in common.
 //!
 //! A tile is one stretch of memory: `[cols / 32]` blocks of codes, then their scales, padded to a cache line, then 16
-//! biases in f32. The last block of columns and the last tile are padded with zeros. So a product with one row reads
-//! the matrix from its first byte to its last, in order. A lane is an output row.
+//! biases in f32. The last block of columns and the last tile are padded with zeros. So a product with one row goes
+//! through the matrix from its first byte to its last. A lane is an output row.
 
 use std::marker::PhantomData;
 

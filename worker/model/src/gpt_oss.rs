@@ -8,9 +8,9 @@ use phalanx_kernels::{Backend, Draw, RopeTable, Sampled, StepInputs};
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{Fence, LayerIdx, Limits, ModelConfig, Phase, PhaseTimes, Placement, Rank};
 
-use crate::checkpoint::Checkpoint;
 use crate::collectives::{Collectives, Exchange, ExchangeKind};
 use crate::error::{ForwardError, LoadError};
+use crate::packed::Stored;
 use crate::rope;
 use crate::weights::{OnProgress, Weights, expert_shape, kv_shape, pool_index};
 
@@ -93,19 +93,19 @@ impl<B: Backend> GptOss<B> {
     /// A tensor that is missing or refused, by name.
     pub fn load(
         mut backend: B,
-        checkpoint: &Checkpoint,
+        stored: Stored<'_>,
         placement: &Placement,
         rank: Rank,
         ranks: u32,
         limits: &Limits,
         on_progress: OnProgress<'_>,
     ) -> Result<Self, LoadError> {
-        let config = checkpoint.config().clone();
+        let config = stored.checkpoint.config().clone();
         let kv = backend.kv(&kv_shape(&config, limits));
         backend.token_slots(limits.seqs_max as usize);
         let slots = placement.slots_used(rank);
         let buffers = Buffers::new(&mut backend, &config, ranks, slots, limits);
-        let weights = Weights::load(&mut backend, checkpoint, placement, rank, on_progress)?;
+        let weights = Weights::load(&mut backend, stored, placement, rank, on_progress)?;
         let rope = rope::table(&config.rope, config.head_dim);
         Ok(Self { config, rope, backend, weights, kv, buffers })
     }

@@ -8,6 +8,7 @@ pub mod collectives;
 pub mod error;
 pub mod gpt_oss;
 pub mod nano;
+pub mod packed;
 pub mod rope;
 pub mod synth;
 pub mod weights;

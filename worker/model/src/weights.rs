@@ -3,10 +3,11 @@
 use phalanx_kernels::DenseUse::{self, Projection, Router};
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::{Backend, ExpertShape, ExpertSource, KvLayer, KvShape, PoolShape, Stack};
-use phalanx_proto::{ExpertId, LayerIdx, LayerKind, Limits, ModelConfig, Placement, Pool, Rank};
+use phalanx_proto::{ExpertId, ExpertSlot, LayerIdx, LayerKind, Limits, ModelConfig, Placement, Pool, Rank};
 
-use crate::checkpoint::{Checkpoint, names};
+use crate::checkpoint::{Checkpoint, CheckpointError, names};
 use crate::error::LoadError;
+use crate::packed::{PackedFile, Stored};
 
 /// Index of a pool in [`KvShape::pools`].
 #[must_use]
@@ -87,78 +88,167 @@ pub struct Weights<B: Backend> {
 /// Bytes of the checkpoint read so far, and in all.
 pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// Reads tensors by name and counts what was read.
+/// A dense matrix of the model: tensors of the checkpoint, one under the other.
+pub(crate) struct Matrix {
+    pub(crate) used: DenseUse,
+    pub(crate) cols: u32,
+    /// Names of the tensors, without `.weight` and `.bias`; never empty.
+    stems: Vec<String>,
+    bias: bool,
+}
+
+impl Matrix {
+    fn qkv(config: &ModelConfig, layer: LayerIdx) -> Self {
+        let stems = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(|part| names::layer(layer, part));
+        Self { used: Projection, cols: config.hidden, stems: stems.into(), bias: true }
+    }
+
+    fn out(config: &ModelConfig, layer: LayerIdx) -> Self {
+        let stems = vec![names::layer(layer, "self_attn.o_proj")];
+        Self { used: Projection, cols: config.attention_width(), stems, bias: true }
+    }
+
+    fn router(config: &ModelConfig, layer: LayerIdx) -> Self {
+        Self { used: Router, cols: config.hidden, stems: vec![names::layer(layer, "mlp.router")], bias: true }
+    }
+
+    fn unembedding(config: &ModelConfig) -> Self {
+        let stems = vec![names::UNEMBEDDING_STEM.to_owned()];
+        Self { used: Projection, cols: config.hidden, stems, bias: false }
+    }
+
+    /// Every dense matrix, first layer to last, then the unembedding.
+    pub(crate) fn all(config: &ModelConfig) -> Vec<Self> {
+        let layers = (0..config.layers.len() as u32).map(LayerIdx);
+        let of_layer = |layer| [Self::qkv(config, layer), Self::out(config, layer), Self::router(config, layer)];
+        layers.flat_map(of_layer).chain([Self::unembedding(config)]).collect()
+    }
+
+    /// What it is called where a name is needed: its first tensor's stem.
+    pub(crate) fn name(&self) -> &str {
+        &self.stems[0]
+    }
+
+    /// Its tensors.
+    pub(crate) fn stack<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Vec<Stack<'a>>, CheckpointError> {
+        let of_stem = |stem: &String| {
+            let weight = checkpoint.tensor(&format!("{stem}.weight"))?;
+            let bias = self.bias.then(|| checkpoint.tensor(&format!("{stem}.bias"))).transpose()?;
+            Ok(Stack { weight, bias })
+        };
+        self.stems.iter().map(of_stem).collect()
+    }
+
+    /// Its rows.
+    pub(crate) fn rows(&self, checkpoint: &Checkpoint) -> Result<usize, LoadError> {
+        let rows =
+            self.stack(checkpoint)?.iter().map(|matrix| matrix.rows(self.cols as usize)).sum::<Result<_, _>>()?;
+        Ok(rows)
+    }
+}
+
+/// The tensors of an expert.
+pub(crate) fn expert_source(
+    checkpoint: &Checkpoint,
+    layer: LayerIdx,
+    expert: ExpertId,
+) -> Result<ExpertSource<'_>, CheckpointError> {
+    let part = |part: &str| {
+        let tensor = checkpoint.tensor(&names::layer(layer, &format!("mlp.experts.{part}")))?;
+        Ok(of_expert(tensor, expert, checkpoint.config().experts))
+    };
+    Ok(ExpertSource {
+        gate_up_blocks: part("gate_up_proj_blocks")?,
+        gate_up_scales: part("gate_up_proj_scales")?,
+        gate_up_bias: part("gate_up_proj_bias")?,
+        down_blocks: part("down_proj_blocks")?,
+        down_scales: part("down_proj_scales")?,
+        down_bias: part("down_proj_bias")?,
+    })
+}
+
+/// One expert's part of a tensor `[E, ..]`.
+fn of_expert(tensor: Source<'_>, expert: ExpertId, experts: u32) -> Source<'_> {
+    let size = tensor.bytes().len() / experts as usize;
+    tensor.slice(expert.index() * size..(expert.index() + 1) * size).expect("an expert's share lies within the tensor")
+}
+
+/// Takes weights from a checkpoint, or from the file that has them packed, and counts what was taken.
 struct Reader<'a, 'p> {
     checkpoint: &'a Checkpoint,
+    packed: Option<&'a PackedFile>,
     done: u64,
     total: u64,
     on_progress: OnProgress<'p>,
 }
 
-impl<'a> Reader<'a, '_> {
-    fn tensor(&self, name: &str) -> Result<Source<'a>, LoadError> {
-        Ok(self.checkpoint.tensor(name)?)
-    }
-
-    /// Builds something from sources and counts them.
-    fn take<T, E: Into<LoadError>>(
-        &mut self,
-        sources: &[Source<'_>],
-        build: impl FnOnce() -> Result<T, E>,
-    ) -> Result<T, LoadError> {
-        let built = build().map_err(Into::into)?;
-        self.done += sources.iter().map(|s| s.bytes().len() as u64).sum::<u64>();
+impl Reader<'_, '_> {
+    fn count(&mut self, bytes: usize) {
+        self.done += bytes as u64;
         (self.on_progress)(self.done, self.total);
-        Ok(built)
     }
 
     fn vector<B: Backend>(&mut self, backend: &mut B, name: &str) -> Result<B::Vector, LoadError> {
-        let source = self.tensor(name)?;
-        self.take(&[source], || backend.vector(source))
+        let source = self.checkpoint.tensor(name)?;
+        let vector = backend.vector(source)?;
+        self.count(source.bytes().len());
+        Ok(vector)
     }
 
-    /// Matrices stacked into one. `names` have a weight each, and a bias each unless `bias` is false.
-    fn dense<B: Backend>(
+    fn dense<B: Backend>(&mut self, backend: &mut B, matrix: &Matrix) -> Result<B::Dense, LoadError> {
+        let (stack, cols) = (matrix.stack(self.checkpoint)?, matrix.cols as usize);
+        let dense = match self.packed {
+            Some(file) => {
+                backend.hold_dense(matrix.used, matrix.rows(self.checkpoint)?, cols, file.dense(matrix.name()))?
+            }
+            None => backend.dense(matrix.used, cols, &stack)?,
+        };
+        let bias = |matrix: &Stack<'_>| matrix.bias.map_or(0, |bias| bias.bytes().len());
+        self.count(stack.iter().map(|matrix| matrix.weight.bytes().len() + bias(matrix)).sum());
+        Ok(dense)
+    }
+
+    fn expert<B: Backend>(
         &mut self,
         backend: &mut B,
-        used: DenseUse,
-        cols: u32,
-        stems: &[String],
-        bias: bool,
-    ) -> Result<B::Dense, LoadError> {
-        let mut stack = Vec::with_capacity(stems.len());
-        let mut sources = Vec::with_capacity(2 * stems.len());
-        for stem in stems {
-            let weight = self.tensor(&format!("{stem}.weight"))?;
-            let bias = if bias { Some(self.tensor(&format!("{stem}.bias"))?) } else { None };
-            sources.extend([Some(weight), bias].into_iter().flatten());
-            stack.push(Stack { weight, bias });
-        }
-        self.take(&sources, || backend.dense(used, cols as usize, &stack))
+        experts: &mut B::Experts,
+        (layer, expert, slot): (LayerIdx, ExpertId, ExpertSlot),
+    ) -> Result<(), LoadError> {
+        let source = expert_source(self.checkpoint, layer, expert)?;
+        let held = match self.packed {
+            Some(file) => backend.hold_expert(experts, slot.index(), file.expert(layer, expert)),
+            None => backend.load_expert(experts, slot.index(), &source),
+        };
+        held.map_err(|error| LoadError::Expert { layer, expert, error })?;
+        let parts = [
+            source.gate_up_blocks,
+            source.gate_up_scales,
+            source.gate_up_bias,
+            source.down_blocks,
+            source.down_scales,
+            source.down_bias,
+        ];
+        self.count(parts.iter().map(|part| part.bytes().len()).sum());
+        Ok(())
     }
-}
-
-/// One expert's part of a tensor `[E, ..]`.
-fn of_expert<'a>(tensor: Source<'a>, expert: ExpertId, experts: u32) -> Source<'a> {
-    let size = tensor.bytes().len() / experts as usize;
-    tensor.slice(expert.index() * size..(expert.index() + 1) * size).expect("an expert's share lies within the tensor")
 }
 
 impl<B: Backend> Weights<B> {
-    /// Reads the share of `rank`: all that is dense, and only its own experts.
+    /// Reads the share of `rank`: all that is dense, and only its own experts. Matrices come from the packed file
+    /// if there is one.
     ///
     /// # Errors
     /// A tensor that is missing or that the backend refuses, by name.
     pub fn load(
         backend: &mut B,
-        checkpoint: &Checkpoint,
+        Stored { checkpoint, packed }: Stored<'_>,
         placement: &Placement,
         rank: Rank,
         on_progress: OnProgress<'_>,
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config();
         let total = share_bytes(checkpoint, placement, rank);
-        let mut reader = Reader { checkpoint, done: 0, total, on_progress };
+        let mut reader = Reader { checkpoint, packed, done: 0, total, on_progress };
 
         let mut layers = Vec::with_capacity(config.layers.len());
         let mut in_pool = [0; 2];
@@ -167,15 +257,13 @@ impl<B: Backend> Weights<B> {
             let kv = KvLayer { pool, layer: in_pool[pool] };
             in_pool[pool] += 1;
             let name = |part: &str| names::layer(layer, part);
-            let (hidden, attention) = (config.hidden, config.attention_width());
-            let qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name);
             layers.push(Layer {
                 attention_norm: reader.vector(backend, &name("input_layernorm.weight"))?,
-                qkv: reader.dense(backend, Projection, hidden, &qkv, true)?,
+                qkv: reader.dense(backend, &Matrix::qkv(config, layer))?,
                 sinks: reader.vector(backend, &name("self_attn.sinks"))?,
-                out: reader.dense(backend, Projection, attention, &[name("self_attn.o_proj")], true)?,
+                out: reader.dense(backend, &Matrix::out(config, layer))?,
                 mlp_norm: reader.vector(backend, &name("post_attention_layernorm.weight"))?,
-                router: reader.dense(backend, Router, hidden, &[name("mlp.router")], true)?,
+                router: reader.dense(backend, &Matrix::router(config, layer))?,
                 experts: load_experts(&mut reader, backend, placement, rank, layer)?,
                 places: backend.places(&places(placement, layer)),
                 kv,
@@ -183,8 +271,7 @@ impl<B: Backend> Weights<B> {
             });
         }
         let final_norm = reader.vector(backend, names::FINAL_NORM)?;
-        let unembedding =
-            reader.dense(backend, Projection, config.hidden, &[names::UNEMBEDDING_STEM.to_owned()], false)?;
+        let unembedding = reader.dense(backend, &Matrix::unembedding(config))?;
         let embedding = backend.embedding(config.hidden as usize, checkpoint.embedding())?;
         Ok(Self { embedding, layers, final_norm, unembedding })
     }
@@ -201,26 +288,8 @@ fn load_experts<B: Backend>(
     let held: Vec<_> = placement.held_by(layer, rank).collect();
     let slots = held.iter().map(|(_, slot)| slot.index() + 1).max().unwrap_or(0);
     let mut experts = backend.experts(slots, expert_shape(config));
-    let part = |part: &str| reader.tensor(&names::layer(layer, &format!("mlp.experts.{part}")));
-    let tensors = [
-        part("gate_up_proj_blocks")?,
-        part("gate_up_proj_scales")?,
-        part("gate_up_proj_bias")?,
-        part("down_proj_blocks")?,
-        part("down_proj_scales")?,
-        part("down_proj_bias")?,
-    ];
     for (expert, slot) in held {
-        let sources = tensors.map(|tensor| of_expert(tensor, expert, config.experts));
-        let [gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias] = sources;
-        let source = ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
-        reader.take(&sources, || {
-            backend.load_expert(&mut experts, slot.index(), &source).map_err(|error| LoadError::Expert {
-                layer,
-                expert,
-                error,
-            })
-        })?;
+        reader.expert(backend, &mut experts, (layer, expert, slot))?;
     }
     Ok(experts)
 }

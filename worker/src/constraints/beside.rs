@@ -75,6 +75,8 @@ fn start() -> Result<(SyncSender<Vec<Job>>, Receiver<Evaluated>), ConstraintFail
     let (to, jobs) = sync_channel::<Vec<Job>>(1);
     let (done, from) = sync_channel(1);
     let body = move || {
+        // Started by a thread of the model, it would share that one's core.
+        phalanx_kernels::cpu::unbind();
         for mut step in jobs {
             let evaluated = catch(|| step.iter_mut().try_for_each(Job::evaluate).map(|()| step));
             let evaluated = evaluated.unwrap_or_else(|panic| Err(ConstraintFailure::Panicked(panic)));

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use phalanx_kernels::memory::{MappedFile, Source};
 use phalanx_proto::ModelConfig;
@@ -148,6 +149,12 @@ impl Contents {
         let size =
             |shard: &Arc<Shard>| FileSize { name: shard.name.clone(), bytes: shard.whole().bytes().len() as u64 };
         self.shards.iter().map(size).collect()
+    }
+
+    /// When each file was last changed, where it is a file.
+    pub(super) fn times(&self) -> Vec<(&str, Option<SystemTime>)> {
+        let time = |shard: &Shard| fs::metadata(&shard.path).and_then(|metadata| metadata.modified()).ok();
+        self.shards.iter().map(|shard| (shard.name.as_str(), time(shard))).collect()
     }
 
     fn with_defect(mut self, defect: CheckpointError) -> Self {

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::{EmbeddingBytes, EmbeddingSource};
 use phalanx_proto::ModelConfig;
+use sha2::{Digest, Sha256};
 
 use contents::{Contents, Located, Shard};
 
@@ -152,6 +153,33 @@ impl Checkpoint {
     #[must_use]
     pub const fn total_bytes(&self) -> u64 {
         self.total_bytes
+    }
+
+    /// What tells this checkpoint from any other, as far as a glance can: names, types, shapes, sizes and times of its
+    /// files, and a few bytes of every tensor.
+    #[must_use]
+    pub fn identity(&self) -> [u8; 32] {
+        const GLANCE: usize = 64;
+        let mut hash = Sha256::new();
+        for (name, modified) in self.contents.times() {
+            hash.update(format!("{name} {modified:?}\n"));
+        }
+        for (name, located) in &self.contents.tensors {
+            let Tensor { dtype, shape, source } = located.view();
+            hash.update(format!("{name} {dtype:?} {shape:?}\n"));
+            let bytes = source.bytes();
+            for start in [0, bytes.len() / 2, bytes.len().saturating_sub(GLANCE)] {
+                hash.update(&bytes[start..bytes.len().min(start + GLANCE)]);
+            }
+            source.release();
+        }
+        hash.finalize().into()
+    }
+
+    /// The directory of the checkpoint, if it is one on disk.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Path> {
+        self.embedding_mapped().then(|| self.contents.place.parent()).flatten()
     }
 
     /// The files of weights, by name.

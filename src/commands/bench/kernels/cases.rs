@@ -1,0 +1,321 @@
+//! What is measured: ops on weights, keys and values that no cache holds.
+
+use std::rc::Rc;
+
+use anyhow::Result;
+use phalanx_kernels::cpu::{Dense, Experts, Kv, Vector};
+use phalanx_kernels::memory::{Packed, Source};
+use phalanx_kernels::{
+    BLOCK_SIZE, Backend, Cpu, DenseUse, Draw, ExpertShape, HostParts, KernelError, KvLayer, KvShape, PoolShape,
+    RopeTable, StepInputs, TokenSource,
+};
+
+/// Bytes of weights, or of keys and values, that an op goes through before it meets the same again: beyond any cache.
+const COLD_BYTES: usize = 256 << 20;
+
+/// Most bytes of keys and values that are held.
+const MOST_KV_BYTES: usize = 512 << 20;
+
+pub(super) const HIDDEN: usize = 2880;
+const INTERMEDIATE: usize = 2880;
+pub(super) const HEADS: usize = 64;
+pub(super) const KV_HEADS: usize = 8;
+pub(super) const DIM: usize = 64;
+const TOP_K: usize = 4;
+pub(super) const VOCAB: usize = 201_088;
+const EXPERT: ExpertShape = ExpertShape { hidden: HIDDEN, intermediate: INTERMEDIATE, limit: 7.0 };
+
+/// What bounds an op's arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arithmetic {
+    /// MXFP4 codes with int8.
+    Mxfp4,
+    /// q8 weights with int8.
+    Q8,
+    F32,
+}
+
+impl Arithmetic {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Mxfp4 => "mxfp4",
+            Self::Q8 => "q8",
+            Self::F32 => "f32",
+        }
+    }
+}
+
+/// An op at a number of rows: how to do it once, and what must move and be done for it.
+pub(super) struct Case {
+    pub(super) name: &'static str,
+    pub(super) rows: usize,
+    /// Bytes that must move: each weight once, keys and values, rows in and out.
+    pub(super) bytes: u64,
+    /// Two for each multiplication.
+    pub(super) operations: u64,
+    pub(super) arithmetic: Arithmetic,
+    pub(super) run: Box<dyn FnMut(&mut Cpu)>,
+    /// Seconds of each round.
+    pub(super) seconds: Vec<f64>,
+}
+
+/// Bytes that look random and are always the same.
+fn noise(seed: u64, out: &mut [u8]) {
+    let mut state = seed;
+    for chunk in out.chunks_mut(8) {
+        // Knuth's MMIX generator.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        chunk.copy_from_slice(&(state >> 13).to_le_bytes()[..chunk.len()]);
+    }
+}
+
+/// Makes bytes such that no number of them is an infinity, NaN or so small that it is dear to compute with.
+fn tame(bytes: &mut [u8]) {
+    bytes.iter_mut().for_each(|byte| *byte = *byte & 0x0f | 0x30);
+}
+
+/// Small numbers.
+fn numbers(n: usize) -> Vec<f32> {
+    let mut bytes = vec![0; n];
+    noise(7, &mut bytes);
+    bytes.into_iter().map(|byte| (f32::from(byte) - 127.5) / 64.0).collect()
+}
+
+/// Packed weights without meaning: speed does not depend on them, as long as none is a NaN.
+fn packed(len: usize, seed: u64) -> Result<Packed, KernelError> {
+    Packed::filled(len, |out| {
+        noise(seed, out);
+        tame(out);
+        Ok(())
+    })
+}
+
+pub(super) fn norm(cpu: &mut Cpu, rows: usize) -> Result<Case> {
+    let weight = vec![0x3f; HIDDEN * 2];
+    let weight = cpu.vector(Source::memory(&weight))?;
+    let (mut x, mut out) = (cpu.rows(rows, HIDDEN), cpu.rows(rows, HIDDEN));
+    cpu.write(&mut x, &numbers(rows * HIDDEN));
+    Ok(Case {
+        name: "norm",
+        rows,
+        bytes: (rows * HIDDEN * 8) as u64,
+        operations: (rows * HIDDEN * 4) as u64,
+        arithmetic: Arithmetic::F32,
+        run: Box::new(move |cpu| cpu.norm(&x, &weight, 1e-5, &mut out)),
+        seconds: Vec::new(),
+    })
+}
+
+/// Copies of a dense matrix, to be gone through one after the other.
+pub(super) struct Matrices {
+    name: &'static str,
+    height: usize,
+    cols: usize,
+    arithmetic: Arithmetic,
+    /// Bytes of a copy.
+    bytes: usize,
+    copies: Rc<[Dense]>,
+}
+
+impl Matrices {
+    pub(super) fn new(
+        cpu: &mut Cpu,
+        name: &'static str,
+        height: usize,
+        cols: usize,
+        arithmetic: Arithmetic,
+    ) -> Result<Self, KernelError> {
+        let bytes = cpu.dense_bytes(DenseUse::Projection, height, cols);
+        let copies = (0..COLD_BYTES.div_ceil(bytes))
+            .map(|i| cpu.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
+            .collect::<Result<_, KernelError>>()?;
+        Ok(Self { name, height, cols, arithmetic, bytes, copies })
+    }
+
+    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+        let Self { name, height, cols, arithmetic, bytes, .. } = *self;
+        let (mut x, mut out) = (cpu.rows(rows, cols), cpu.rows(rows, height));
+        cpu.write(&mut x, &numbers(rows * cols));
+        let (copies, mut next) = (Rc::clone(&self.copies), 0);
+        Case {
+            name,
+            rows,
+            bytes: (bytes + rows * (cols + height) * 4) as u64,
+            operations: 2 * (rows * height * cols) as u64,
+            arithmetic,
+            run: Box::new(move |cpu| {
+                next = (next + 1) % copies.len();
+                cpu.project(&x, &copies[next], &mut out);
+            }),
+            seconds: Vec::new(),
+        }
+    }
+}
+
+/// Keys and values of sequences, each `context` tokens long, to be gone through one after the other.
+pub(super) struct Sequences {
+    name: &'static str,
+    window: Option<u32>,
+    tokens: u32,
+    sequences: usize,
+    kv: Rc<Kv>,
+    sinks: Rc<Vector>,
+}
+
+impl Sequences {
+    const COLS: usize = (HEADS + 2 * KV_HEADS) * DIM;
+
+    pub(super) fn new(cpu: &mut Cpu, name: &'static str, tokens: u32, window: Option<u32>) -> Result<Self> {
+        let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
+        // A window touches so much of a sequence.
+        let seen = window.map_or(stretch, |window| (window as usize).div_ceil(BLOCK_SIZE).min(stretch));
+        let of_sequence = seen * BLOCK_SIZE * 2 * KV_HEADS * DIM * kv_bytes(cpu);
+        let sequences = COLD_BYTES.div_ceil(of_sequence).min(MOST_KV_BYTES / (of_sequence / seen * stretch)).max(1);
+        let pool = PoolShape { layers: 1, blocks: sequences * stretch };
+        let kv = cpu.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
+        let sinks = vec![0x3f; HEADS * 2];
+        let sinks = cpu.vector(Source::memory(&sinks))?;
+        Ok(Self { name, window, tokens, sequences, kv: Rc::new(kv), sinks: Rc::new(sinks) })
+    }
+
+    /// Each row belongs to another sequence as long as there are any.
+    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+        let (tokens, sequences, window) = (self.tokens, self.sequences, self.window);
+        let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
+        let mut qkv = cpu.rows(rows, Self::COLS);
+        let mut out = cpu.rows(rows, HEADS * DIM);
+        cpu.write(&mut qkv, &numbers(rows * Self::COLS));
+        let table = |i: usize| ((i * stretch) as u32..((i + 1) * stretch) as u32).collect::<Vec<u32>>();
+        let step = |first: usize| StepInputs {
+            tokens: vec![TokenSource::Given(0); rows],
+            positions: vec![tokens - 1; rows],
+            sequences: (0..rows).map(|row| (row % sequences) as u32).collect(),
+            tables: vec![(0..rows.min(sequences)).map(|i| table((first + i) % sequences)).collect()],
+        };
+        let steps: Vec<StepInputs> = (0..sequences.div_ceil(rows)).map(|i| step(i * rows)).collect();
+        let seen = u64::from(window.unwrap_or(tokens).min(tokens));
+        let (kv, sinks, mut next) = (Rc::clone(&self.kv), Rc::clone(&self.sinks), 0);
+        let rope = RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 };
+        Case {
+            name: self.name,
+            rows,
+            bytes: rows.min(sequences) as u64 * seen * (2 * KV_HEADS * DIM * kv_bytes(cpu)) as u64
+                + (rows * 2 * HEADS * DIM * 4) as u64,
+            operations: rows as u64 * seen * (4 * HEADS * DIM) as u64,
+            arithmetic: Arithmetic::F32,
+            // What begins a step is measured along: it is what says whose keys are seen.
+            run: Box::new(move |cpu| {
+                next = (next + 1) % steps.len();
+                cpu.begin(&steps[next], &rope);
+                cpu.attend(&qkv, &kv, KvLayer { pool: 0, layer: 0 }, &sinks, window, &mut out);
+            }),
+            seconds: Vec::new(),
+        }
+    }
+}
+
+/// Bytes of a key or value.
+const fn kv_bytes(cpu: &Cpu) -> usize {
+    match cpu.precision() {
+        phalanx_kernels::Precision::Exact => 4,
+        phalanx_kernels::Precision::Fast => 2,
+    }
+}
+
+/// A layer's experts.
+pub(super) struct Layer {
+    experts: Rc<Experts>,
+    count: usize,
+    /// Bytes of an expert.
+    bytes: usize,
+    arithmetic: Arithmetic,
+}
+
+impl Layer {
+    pub(super) fn new(cpu: &mut Cpu, count: usize, arithmetic: Arithmetic) -> Result<Self, KernelError> {
+        let mut experts = cpu.experts(count, EXPERT);
+        let bytes = cpu.expert_bytes(&experts);
+        for slot in 0..count {
+            cpu.hold_expert(&mut experts, slot, packed(bytes, slot as u64)?)?;
+        }
+        Ok(Self { experts: Rc::new(experts), count, bytes, arithmetic })
+    }
+
+    /// Gate-up, SwiGLU and down of rows whose choices are spread evenly.
+    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+        drop(cpu.routes(rows, TOP_K));
+        let mut work = cpu.work(rows, TOP_K, EXPERT);
+        let mut out = cpu.parts(1, rows * TOP_K * cpu.combine_record(HIDDEN));
+        // As many steps as go through all weights, so that few rows do not meet the same experts each time.
+        let steps = (4 * self.count).div_ceil((rows * TOP_K).min(self.count));
+        let mut random = Choices(11);
+        let steps: Vec<_> = (0..steps).map(|_| random.records(rows, self.count, cpu.combine_record(HIDDEN))).collect();
+        let visited = steps.iter().map(|(_, visited)| *visited).sum::<usize>() as f64 / steps.len() as f64;
+        let (experts, mut next) = (Rc::clone(&self.experts), 0);
+        Case {
+            name: "experts",
+            rows,
+            bytes: (visited * self.bytes as f64) as u64 + (rows * (1 + TOP_K) * cpu.combine_record(HIDDEN)) as u64,
+            operations: 6 * (rows * TOP_K * HIDDEN * INTERMEDIATE) as u64,
+            arithmetic: self.arithmetic,
+            run: Box::new(move |cpu| {
+                next = (next + 1) % steps.len();
+                cpu.receive(&steps[next].0, &experts, &mut work);
+                cpu.gate_up(&experts, &mut work);
+                cpu.down(&experts, &work, &mut out);
+            }),
+            seconds: Vec::new(),
+        }
+    }
+}
+
+/// Experts chosen by chance, always the same.
+struct Choices(u64);
+
+impl Choices {
+    fn expert(&mut self, experts: usize) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize % experts) as u32
+    }
+
+    /// Records of `rows` rows of `row_bytes`, and how many experts they visit.
+    fn records(&mut self, rows: usize, experts: usize, row_bytes: usize) -> (HostParts, usize) {
+        let (mut part, mut visited) = (Vec::new(), vec![false; experts]);
+        for _ in 0..rows {
+            let mut chosen = Vec::new();
+            while chosen.len() < TOP_K {
+                let expert = self.expert(experts);
+                if !chosen.contains(&expert) {
+                    chosen.push(expert);
+                    visited[expert as usize] = true;
+                }
+            }
+            part.extend(chosen.into_iter().flat_map(u32::to_le_bytes));
+            let at = part.len();
+            part.resize(at + row_bytes, 0);
+            noise(self.0, &mut part[at..]);
+            tame(&mut part[at..]);
+        }
+        (HostParts { by_rank: vec![part] }, visited.into_iter().filter(|&visited| visited).count())
+    }
+}
+
+pub(super) fn sample(cpu: &mut Cpu, rows: usize) -> Case {
+    cpu.token_slots(rows);
+    let mut logits = cpu.rows(rows, VOCAB);
+    cpu.write(&mut logits, &numbers(rows * VOCAB));
+    let draws: Vec<Draw> =
+        (0..rows as u32).map(|slot| Draw { temperature: 1.0, top_p: 0.95, ..Draw::greedy(slot, 1) }).collect();
+    Case {
+        name: "sample",
+        rows,
+        bytes: (rows * VOCAB * 4) as u64,
+        operations: (rows * VOCAB * 2) as u64,
+        arithmetic: Arithmetic::F32,
+        run: Box::new(move |cpu| {
+            cpu.begin(&StepInputs::default(), &RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 });
+            cpu.sample(&logits, &draws);
+        }),
+        seconds: Vec::new(),
+    }
+}
