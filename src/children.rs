@@ -32,10 +32,11 @@ impl Children {
     pub async fn start(count: u32, model: &str, device: &Device, token: &ClusterToken) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file to start workers")?;
         let mut starting = Vec::new();
-        for _ in 0..count {
+        for worker in 0..count {
             let mut command = Command::new(&program);
             command
                 .args(["worker", "--child", "--model", model])
+                .args(["--device", &device.processor.of_worker(worker).to_string()])
                 .args(["--precision", &device.precision.to_string(), "--threads", &device.threads.to_string()])
                 .env("PHALANX_CLUSTER_TOKEN", token.reveal())
                 .env_remove("PHALANX_CLUSTER_TOKEN_FILE")

@@ -58,7 +58,7 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
         model: args.model.clone().unwrap_or_else(|| nano::SPEC.to_owned()),
         workers: args.workers,
         replicas: 1,
-        device: args.device.device(args.workers),
+        device: args.device.device(args.workers)?,
         limits: args.limits,
         engine: EngineArgs::default(),
         listen: LOOPBACK_ANY_PORT.parse().expect("it is an address"),

@@ -159,7 +159,7 @@ fn inspect(args: &InspectArgs) -> Result<ExitCode> {
     };
     let config = checkpoint.config();
     let limits = args.limits.limits(config);
-    let report = args.device.device(args.workers).report(&checkpoint);
+    let report = args.device.device(args.workers)?.report(&checkpoint);
     let plans = memory_plans(config, args.workers, &limits, &report)?;
     let inspection = Inspection::of(&checkpoint);
     if args.json {
@@ -257,7 +257,7 @@ fn cell_for(run: &RunArgs, tokens: usize, rows: u32) -> Result<(Arc<Checkpoint>,
     let checkpoint = Arc::new(checkpoint::open(&run.model)?);
     let tokens = u32::try_from(tokens).unwrap_or(u32::MAX).min(checkpoint.config().context);
     let limits = Limits::new(checkpoint.config(), 1, rows.min(tokens.max(1)), tokens);
-    let device = run.device.device(run.workers);
+    let device = run.device.device(run.workers)?;
     let cell = start_cell(&checkpoint, &CellOptions { workers: run.workers, device, limits })?;
     Ok((checkpoint, cell))
 }

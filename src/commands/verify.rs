@@ -9,6 +9,7 @@ use clap::Args;
 use phalanx_model::{Checkpoint, checkpoint, nano};
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{Limits, Precision, Sampling, SeqId};
+use phalanx_worker::device::DeviceRequest;
 use serde_json::json;
 
 use crate::cli::{DeviceArgs, PrecisionArg};
@@ -129,7 +130,7 @@ fn cell(
     threads: Option<u32>,
 ) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
-    let device = DeviceArgs { precision, threads, isa: None }.device(workers);
+    let device = DeviceArgs { device: DeviceRequest::Cpu, precision, threads, isa: None }.device(workers)?;
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
     let limits = Limits::new(checkpoint.config(), seqs_max, 256, tokens);
     start_cell(checkpoint, &CellOptions { workers, device, limits })

@@ -11,7 +11,7 @@ use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{Limits, Precision, SeqId, TokenId};
-use phalanx_worker::device::Device;
+use phalanx_worker::device::{Device, Processor};
 
 /// A folder of the golden fixtures.
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -40,7 +40,7 @@ impl Setup {
 
     pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
-        let device = Device { precision: self.precision, threads: self.threads, isa: None };
+        let device = Device { processor: Processor::Cpu, precision: self.precision, threads: self.threads, isa: None };
         LocalCell::start(checkpoint, &CellOptions { workers: self.workers, device, limits }, |_, _| ()).unwrap()
     }
 }

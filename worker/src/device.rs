@@ -1,9 +1,13 @@
 //! What this machine offers a worker, and how a worker's backend is made.
 
+mod choice;
+
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
 use phalanx_kernels::{KernelError, Precision as KernelPrecision};
 use phalanx_model::Checkpoint;
 use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+
+pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
 
 /// Memory of a worker process before it holds anything.
 const PROCESS_BASE: Bytes = Bytes(24 << 20);
@@ -11,6 +15,8 @@ const PROCESS_BASE: Bytes = Bytes(24 << 20);
 /// How a worker computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
+    /// What the workers of this machine compute on.
+    pub processor: Processor,
     /// How much is rounded on the way.
     pub precision: Precision,
     /// Threads that compute.
@@ -23,8 +29,11 @@ impl Device {
     /// Makes the backend.
     ///
     /// # Errors
-    /// The threads cannot be started, or the processor lacks the instruction set.
+    /// The threads cannot be started, the processor lacks the instruction set, or this build has no backend for it.
     pub fn backend(&self) -> Result<Cpu, KernelError> {
+        if let Processor::Cuda { .. } = self.processor {
+            return Err(KernelError::Processor { processor: "cuda" });
+        }
         let precision = match self.precision {
             Precision::Exact => KernelPrecision::Exact,
             Precision::Fast => KernelPrecision::Fast,

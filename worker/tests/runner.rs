@@ -13,7 +13,7 @@ use phalanx_proto::{
 };
 use phalanx_worker::collectives::local::{self, Local};
 use phalanx_worker::constraints::{ConstraintFailure, Refused};
-use phalanx_worker::device::Device;
+use phalanx_worker::device::{Device, Processor};
 use phalanx_worker::runner::{Runner, STEPS_IN_FLIGHT, StepError};
 
 /// splitmix64.
@@ -69,7 +69,8 @@ impl Bench {
         let layout = Layout::new(1, 0).unwrap();
         let config = checkpoint.config();
         let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
-        let backend = Device { precision: Precision::Exact, threads: 1, isa: None }.backend().unwrap();
+        let backend =
+            Device { processor: Processor::Cpu, precision: Precision::Exact, threads: 1, isa: None }.backend().unwrap();
         let model = GptOss::load(backend, checkpoint, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ()).unwrap();
         let runner = Runner::new(model, local::group(1).remove(0), LIMITS, Fence::default());
         Self { runner, fence: Fence::default(), next_seq: 0, recent: Vec::new() }

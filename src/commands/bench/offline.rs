@@ -54,7 +54,7 @@ pub fn run(args: &OfflineArgs) -> Result<ExitCode> {
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let tokens = (args.prompt_len + args.gen_len).next_multiple_of(Limits::BLOCK_SIZE).saturating_mul(args.batch);
     let limits = Limits::new(checkpoint.config(), args.batch, args.step_rows, tokens);
-    let device = args.device.device(args.workers);
+    let device = args.device.device(args.workers)?;
     let mut cell = start_cell(&checkpoint, &CellOptions { workers: args.workers, device, limits })?;
     let load_s = begun.elapsed().as_secs_f64();
 
