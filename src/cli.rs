@@ -100,8 +100,8 @@ impl From<IsaArg> for Isa {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Computing")]
 pub struct DeviceArgs {
-    /// What to compute on: `auto` takes GPUs where they can be used and else CPUs, `cpu`, `cuda` for all GPUs in turn, or
-    /// `cuda:N` for one; `phalanx doctor` says what there is
+    /// What to compute on: `auto` takes GPUs where they can be used and else CPUs, `cpu`, `cuda` for all GPUs in turn,
+    /// or `cuda:N` for one; `phalanx doctor` says what there is
     #[arg(long, env = "PHALANX_DEVICE", value_name = "DEVICE", default_value_t)]
     pub device: DeviceRequest,
     /// How much is rounded on the way

@@ -1,9 +1,12 @@
 //! `phalanx doctor` and `--device`, as users of machines with and without GPUs meet them.
 //!
-//! The CUDA libraries of these tests are stand-ins, found before any true one. They prove what is asked of a library and
-//! what is made of its answers, not that a true one answers so.
+//! The CUDA libraries of these tests are stand-ins, found before any true one. They prove what is asked of a library
+//! and what is made of its answers, not that a true one answers so.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/paths.rs"]
+mod paths;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -40,8 +43,9 @@ fn plant(folder: &Path, name: &str, code: &str) {
 }
 
 fn phalanx(folder: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
+    let mut command = Command::new(paths::binary());
     command.args(args).env("LD_LIBRARY_PATH", folder).env_remove("PHALANX_DEVICE");
+    command.env("PHALANX_KERNEL_CACHE", folder);
     command.stdin(Stdio::null()).output().unwrap()
 }
 
@@ -88,6 +92,10 @@ fn a_machine_without_gpus_is_told_what_is_missing_and_serves_all_the_same() {
         assert!(missing.contains(file) && missing.contains("install"), "{missing}");
     }
     assert_eq!(said["cuda"]["gpus"], serde_json::json!([]));
+    assert_eq!(said["kernels"], serde_json::json!({"folder": folder.path(), "cubins": 0}));
+    std::fs::create_dir(folder.path().join("sm_90a")).unwrap();
+    std::fs::write(folder.path().join("sm_90a/experts.cubin"), "").unwrap();
+    assert_eq!(doctor(folder.path(), &[]).0["kernels"]["cubins"], 1);
     let sets = said["cpu"]["instruction_sets"].as_array().unwrap();
     assert!(sets.contains(&said["cpu"]["instruction_set"]), "{said}");
     assert!(said["cpu"]["cores"].as_u64().unwrap() > 0 && said["memory"]["available_bytes"].as_u64().unwrap() > 0);

@@ -8,7 +8,9 @@ use clap::Args;
 use phalanx_kernels::Isa;
 use phalanx_kernels::cuda::libraries::{Gpu, Library, Missing, Version};
 use phalanx_model::checkpoint::hub_cache;
-use phalanx_worker::device::{Choice, DeviceError, DeviceRequest, Probe, choose_device, cores, memory_available};
+use phalanx_worker::device::{
+    Choice, DeviceError, DeviceRequest, Probe, choose_device, cores, kernel_cache, memory_available,
+};
 use serde_json::{Value, json};
 
 use crate::commands::{mib, say, say_json};
@@ -49,6 +51,8 @@ struct Machine {
     libraries: Vec<(Library, Result<Version, Missing>)>,
     probe: Probe,
     models: Option<PathBuf>,
+    /// Where compiled kernels are kept, and how many files of them.
+    kernels: Option<(PathBuf, usize)>,
 }
 
 impl Machine {
@@ -60,6 +64,10 @@ impl Machine {
             libraries: Library::ALL.map(|library| (library, library.version())).into(),
             probe,
             models: hub_cache().filter(|path| path.is_dir()),
+            kernels: kernel_cache().map(|folder| {
+                let kept = cubins(&folder);
+                (folder, kept)
+            }),
         }
     }
 
@@ -97,6 +105,7 @@ impl Machine {
                 "missing": self.probe.gpus.as_ref().err().map(ToString::to_string),
             },
             "models": self.models,
+            "kernels": self.kernels.as_ref().map(|(folder, kept)| json!({"folder": folder, "cubins": kept})),
             "device": match chosen {
                 Ok(choice) => json!({"chosen": choice.processor.to_string(), "why": choice.why}),
                 Err(error) => json!({"asked": error.asked.to_string(), "missing": error.lacks}),
@@ -134,6 +143,11 @@ impl Machine {
         if let (Ok(_), Err(missing)) = (&self.libraries[0].1, &self.probe.gpus) {
             line("GPUs", &missing.to_string())?;
         }
+        match &self.kernels {
+            Some((folder, 0)) => line("kernels", &format!("none are compiled yet in {}", folder.display()))?,
+            Some((folder, kept)) => line("kernels", &format!("{kept} files compiled, in {}", folder.display()))?,
+            None => line("kernels", "no folder to keep compiled ones in: set PHALANX_KERNEL_CACHE")?,
+        }
         match chosen {
             Ok(choice) => say(format_args!("\n{choice}")),
             Err(error) => say(format_args!("\n{error}")),
@@ -143,6 +157,13 @@ impl Machine {
 
 fn capability(gpu: &Gpu) -> String {
     format!("{}.{}", gpu.capability.0, gpu.capability.1)
+}
+
+/// Files of machine code in a cache of kernels, which has a folder for each architecture.
+fn cubins(cache: &Path) -> usize {
+    let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let files = entries(cache).flat_map(|arch| entries(&arch));
+    files.filter(|file| file.extension().is_some_and(|ending| ending == "cubin")).count()
 }
 
 /// The processor's name; the system tells it on some architectures only.

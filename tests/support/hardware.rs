@@ -2,7 +2,8 @@
 
 use std::io::Write;
 
-/// Says that the test on this thread has not run, and why. `cargo xtask test` counts these lines apart from what passed.
+/// Says that the test on this thread has not run, and why. `cargo xtask test` counts these lines apart from what
+/// passed.
 ///
 /// # Panics
 /// With `GPU_REQUIRED=1`: there, what is missing is a failure.

@@ -2,6 +2,8 @@
 
 mod choice;
 
+use std::path::PathBuf;
+
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
 use phalanx_kernels::{KernelError, Precision as KernelPrecision};
 use phalanx_model::Checkpoint;
@@ -66,6 +68,15 @@ impl Device {
             memory: memory_available(),
         }
     }
+}
+
+/// Where machine code of GPU kernels is kept: `PHALANX_KERNEL_CACHE`, else `phalanx/kernels` in the user's cache
+/// folder. `None` where the system names no such folder.
+#[must_use]
+pub fn kernel_cache() -> Option<PathBuf> {
+    let path = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
+    path("PHALANX_KERNEL_CACHE").or_else(|| Some(cache()?.join("phalanx/kernels")))
 }
 
 /// Cores that this process may use.

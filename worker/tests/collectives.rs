@@ -8,15 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use phalanx_kernels::HostParts;
-use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
-use phalanx_proto::{CellId, Epoch, ExchangeCounters, Fence, LayerIdx, Rank, StepId, Term};
+use phalanx_model::{CollectiveError, Collectives};
+use phalanx_proto::{CellId, Epoch, Rank, StepId, Term};
 use phalanx_worker::collectives::tcp::{self, ConnectError, Listener, Refusal, Tcp};
 use phalanx_worker::collectives::{GroupId, local};
 use phalanx_worker::progress::ProgressCell;
 
 #[macro_use]
 mod promises;
-use promises::{COMBINE, DISPATCH, PATIENCE, ROW, Rng, each, exchange, fence, parts_arrive_equal, swap};
+use promises::{COMBINE, DISPATCH, PATIENCE, ROW, Rng, each, exchange, fence, parts_arrive_equal, parts_from, swap};
 
 promises!(threads, local::group, 0);
 promises!(sockets, tcp_group, tcp::HEADER_BYTES);

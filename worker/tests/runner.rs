@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::Path;
+#[path = "../../tests/support/paths.rs"]
+mod paths;
 
 use phalanx_kernels::cpu::Cpu;
 use phalanx_model::{Checkpoint, GptOss};
@@ -52,7 +53,7 @@ const LIMITS: Limits = Limits {
 };
 
 fn checkpoint() -> Checkpoint {
-    Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-a")).unwrap()
+    Checkpoint::open(&paths::fixture("tiny-a")).unwrap()
 }
 
 /// A rank alone in its cell, and the steps it has done.

@@ -1,5 +1,5 @@
-//! How many tests passed and failed, read from the lines that `cargo test` closes each suite with; and how many did not run
-//! because the machine lacks something, read from the lines that they say so with.
+//! How many tests passed and failed, read from the lines that `cargo test` closes each suite with; and how many did not
+//! run because the machine lacks something, read from the lines that they say so with.
 
 /// Counts summed over suites.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

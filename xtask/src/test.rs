@@ -1,8 +1,8 @@
 //! Every suite, in two tiers.
 //!
 //! A test of the full tier is an ordinary test marked `#[ignore = "full tier: why it is slow"]`, so one command runs
-//! either tier. Python clients are scripts in `tests/clients/`: each drives the built `phalanx` binary from outside, finds
-//! it in `PHALANX_BIN`, bounds its own waits, and says by its exit status whether all was well.
+//! either tier. Python clients are scripts in `tests/clients/`: each drives the built `phalanx` binary from outside,
+//! finds it in `PHALANX_BIN`, bounds its own waits, and says by its exit status whether all was well.
 
 use crate::House;
 use crate::python;

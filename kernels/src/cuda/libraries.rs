@@ -1,9 +1,9 @@
 //! Which CUDA libraries and devices this machine has. Asking never fails where there are none: what is missing is a
 //! value that says how to get it.
 //!
-//! `cudarc` opens libraries at its first call and panics where one is missing or lacks a symbol, so whoever uses it asks
-//! here before. Functions are looked up one by one and their results read as plain integers: a driver newer than the
-//! bindings may answer with a code that they do not know.
+//! `cudarc` opens libraries at its first call and panics where one is missing or lacks a symbol, so whoever uses it
+//! asks here before. Functions are looked up one by one and their results read as plain integers: a driver newer than
+//! the bindings may answer with a code that they do not know.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;

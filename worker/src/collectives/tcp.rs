@@ -161,8 +161,8 @@ impl Tcp {
         }
     }
 
-    /// Looks without waiting whether a rank is gone or has given up, between two exchanges over these connections. What a
-    /// fast peer has sent for the next one is kept for it.
+    /// Looks without waiting whether a rank is gone or has given up, between two exchanges over these connections. What
+    /// a fast peer has sent for the next one is kept for it.
     pub(super) fn listen(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
         for at in 0..self.peers.len() {
             let progress = self.peers[at].progress(self.payload_max);

@@ -80,6 +80,10 @@ fn hub_cache_in(environment: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBu
 }
 
 #[cfg(test)]
+#[path = "../../../../tests/support/paths.rs"]
+mod paths;
+
+#[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -102,7 +106,7 @@ mod tests {
         fs::create_dir_all(repository.join("refs")).unwrap();
         fs::create_dir_all(&snapshot).unwrap();
         fs::write(repository.join("refs/main"), "5be1\n").unwrap();
-        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-a");
+        let fixture = paths::fixture("tiny-a");
         for entry in fs::read_dir(fixture).unwrap() {
             let entry = entry.unwrap();
             fs::copy(entry.path(), snapshot.join(entry.file_name())).unwrap();

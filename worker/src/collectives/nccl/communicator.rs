@@ -1,13 +1,14 @@
 //! One rank's communicator: made without blocking, watched while it works, aborted when it is no longer needed.
 //!
-//! `cudarc`'s own communicator panics when it is dropped after a peer has died, which is when it is dropped. This one never
-//! panics, never waits without a deadline, and calls the library only as far as its [`State`] allows.
+//! `cudarc`'s own communicator panics when it is dropped after a peer has died, which is when it is dropped. This one
+//! never panics, never waits without a deadline, and calls the library only as far as its [`State`] allows.
 
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cudarc::nccl::sys::{cudaStream_t, ncclComm_t};
+use cudarc::nccl::sys::{cudaStream_t, ncclComm, ncclComm_t};
 
 use super::schedule::{Direction, Transfer};
 use super::state::{Event, State};
@@ -41,6 +42,9 @@ pub enum NcclError {
         /// In the middle of what.
         what: &'static str,
     },
+    /// The call before is not through.
+    #[error("the communicator's last call is still under way; wait until it settles")]
+    Busy,
     /// The communicator is not in a state for that.
     #[error("a communicator that is {state:?} can exchange nothing; make one for a new epoch")]
     NotReady {
@@ -74,8 +78,8 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    /// Starts to join `ranks` ranks, all of which have `id`; [`Communicator::settle`] waits for them. The current device
-    /// of the calling thread is the rank's. `channels_max` bounds the multiprocessors that exchanges take.
+    /// Starts to join `ranks` ranks, all of which have `id`; [`Communicator::settle`] waits for them. The current
+    /// device of the calling thread is the rank's. `channels_max` bounds the multiprocessors that exchanges take.
     ///
     /// # Errors
     /// The library refuses.
@@ -87,27 +91,17 @@ impl Communicator {
         channels_max: Option<u32>,
     ) -> Result<Self, NcclError> {
         let mut config = config(channels_max);
-        let mut handle = std::ptr::null_mut();
+        let handle = cell();
         let (n, r) = (c_int::try_from(ranks).unwrap_or(c_int::MAX), c_int::try_from(rank).unwrap_or(c_int::MAX));
-        // SAFETY: handle and configuration are valid while the call lasts, which copies the configuration.
-        let code = Code(unsafe { (api.0.init)(&mut handle, n, id.raw(), r, &mut config) });
-        Self::made(api, handle, (rank, ranks), channels_max, ("ncclCommInitRankConfig", code))
-    }
-
-    /// A communicator as a function has made it, or has not.
-    fn made(
-        api: Api,
-        handle: ncclComm_t,
-        (rank, ranks): (usize, usize),
-        channels_max: Option<u32>,
-        (name, code): (&'static str, Code),
-    ) -> Result<Self, NcclError> {
+        // SAFETY: the cell is valid for ever, and the configuration while the call lasts, which copies it.
+        let code = Code(unsafe { (api.0.init)(handle.as_ptr(), n, id.raw(), r, &mut config) });
+        let handle = handle.load(Ordering::Acquire);
         if handle.is_null() {
-            return Err(NcclError::Call { name, code });
+            return Err(NcclError::Call { name: "ncclCommInitRankConfig", code });
         }
         // From here on it is aborted when it is dropped.
         let made = Self { api, handle: Handle(handle), rank, ranks, channels_max, state: State::Initialising };
-        if code.is_failure() { Err(NcclError::Call { name, code }) } else { Ok(made) }
+        if code.is_failure() { Err(NcclError::Call { name: "ncclCommInitRankConfig", code }) } else { Ok(made) }
     }
 
     /// The library's pointer.
@@ -139,6 +133,14 @@ impl Communicator {
         if code.is_failure() { Err(NcclError::Call { name, code }) } else { Ok(()) }
     }
 
+    /// How it is, by the library; it must be alive.
+    fn ask(&self) -> Code {
+        let mut code = 0;
+        // SAFETY: the communicator is alive, and the function writes the integer it is given.
+        let asked = Code(unsafe { (self.api.0.async_error)(self.handle.0, &mut code) });
+        if asked.is_failure() { asked } else { Code(code) }
+    }
+
     /// Asks once how it is. False while something is still under way in the background.
     ///
     /// # Errors
@@ -147,13 +149,7 @@ impl Communicator {
         if !self.state.is_alive() {
             return Err(NcclError::NotReady { state: self.state });
         }
-        let mut code = 0;
-        // SAFETY: the communicator is alive, and the function writes the integer it is given.
-        let asked = Code(unsafe { (self.api.0.async_error)(self.handle.0, &mut code) });
-        if asked.is_failure() {
-            self.note("ncclCommGetAsyncError", asked)?;
-        }
-        let code = Code(code);
+        let code = self.ask();
         self.state = self.state.after(Event::Answered(code));
         match self.state {
             State::Broken if code.is_failure() => Err(NcclError::Failed { code }),
@@ -230,12 +226,13 @@ impl Communicator {
         }
         // A group that was begun is ended, else it would take up the thread's next calls.
         // SAFETY: a group was begun by this thread.
-        let ended = Code(unsafe { (self.api.0.group_end)() });
-        failed.and(self.note("ncclGroupEnd", ended))
+        let code = Code(unsafe { (self.api.0.group_end)() });
+        let ended = self.note("ncclGroupEnd", code);
+        failed.and(ended)
     }
 
-    /// Enqueues that every rank gets the same number of bytes from each: `source` of this rank ends up at `into + rank *
-    /// bytes` of all. The other way to dispatch: every row to every rank.
+    /// Enqueues that every rank gets the same number of bytes from each: `source` of this rank ends up at `into + rank
+    /// * bytes` of all. The other way to dispatch: every row to every rank.
     ///
     /// # Errors
     /// The communicator is not ready, or the library refuses; then it is broken.
@@ -255,17 +252,22 @@ impl Communicator {
         self.note("ncclAllGather", Code(code))
     }
 
-    fn ready(&self) -> Result<(), NcclError> {
-        if self.state.is_ready() { Ok(()) } else { Err(NcclError::NotReady { state: self.state }) }
+    fn ready(&mut self) -> Result<(), NcclError> {
+        match self.state.is_ready() {
+            true if self.poll()? => Ok(()),
+            true => Err(NcclError::Busy),
+            false => Err(NcclError::NotReady { state: self.state }),
+        }
     }
 
-    /// A communicator of the ranks that are left, in their old order; all of them must ask for the same. What is under way
-    /// on this one is given up, and it is of no use afterwards.
+    /// A communicator of the ranks that are left, in their old order; all of them must ask for the same. What is under
+    /// way on this one is given up, and it is of no use afterwards.
     ///
     /// # Errors
-    /// The library has no shrink, this rank is one of those left out, a rank does not exist, the library refuses, or the
-    /// deadline passed.
+    /// The library has no shrink, this rank is one of those left out, a rank does not exist, the library refuses, as it
+    /// may after an asynchronous error, or the deadline passed.
     pub fn shrink(&mut self, without: &[usize], deadline: Instant) -> Result<Self, NcclError> {
+        const LATE: NcclError = NcclError::Late { what: "while the ranks that are left joined" };
         let Some(shrink) = self.api.0.shrink else {
             return Err(NcclError::Shrink { why: "this NCCL is older than 2.27" });
         };
@@ -279,19 +281,38 @@ impl Communicator {
         {
             return Err(NcclError::Shrink { why: "they are no other ranks of it" });
         }
+        self.give_up();
+        let (parent, made, channels_max) = (self.handle, cell(), self.channels_max);
         let mut excluded: Vec<c_int> =
             without.iter().map(|&rank| c_int::try_from(rank).unwrap_or(c_int::MAX)).collect();
-        let count = c_int::try_from(excluded.len()).unwrap_or(c_int::MAX);
-        let mut config = config(self.channels_max);
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the communicator is alive; list, handle and configuration are valid while the call lasts.
-        let code =
-            unsafe { shrink(self.handle.0, excluded.as_mut_ptr(), count, &mut handle, &mut config, SHRINK_ABORT) };
+        let call = move || {
+            let (parent, mut config) = (parent, config(channels_max));
+            let count = c_int::try_from(excluded.len()).unwrap_or(c_int::MAX);
+            // SAFETY: the communicator is alive and nothing else touches it meanwhile; the cell is valid for ever, list
+            // and configuration while the call lasts, which copies them.
+            unsafe { shrink(parent.0, excluded.as_mut_ptr(), count, made.as_ptr(), &mut config, SHRINK_ABORT) }
+        };
+        let Some(code) = bounded("nccl-shrink", deadline.saturating_duration_since(Instant::now()), call) else {
+            // A thread is still within it: nobody may touch it any more.
+            self.state = self.state.after(Event::Aborted);
+            return Err(LATE);
+        };
+        // It is the old communicator that says how far the new one is.
+        let mut code = Code(code);
+        while code == Code::IN_PROGRESS {
+            if Instant::now() >= deadline {
+                return Err(LATE);
+            }
+            std::thread::sleep(POLL);
+            code = self.ask();
+        }
+        let handle = made.load(Ordering::Acquire);
+        if code.is_failure() || handle.is_null() {
+            return Err(NcclError::Call { name: "ncclCommShrink", code });
+        }
         let rank = self.rank - without.iter().filter(|&&other| other < self.rank).count();
-        let ranks = self.ranks - without.len();
-        let made = ("ncclCommShrink", Code(code));
-        let mut shrunk = Self::made(self.api, handle, (rank, ranks), self.channels_max, made)?;
-        self.give_up();
+        let (ranks, state) = (self.ranks - without.len(), State::Initialising);
+        let mut shrunk = Self { api: self.api, handle: Handle(handle), rank, ranks, channels_max, state };
         shrunk.settle("while the ranks that are left joined", deadline, || Ok::<_, NcclError>(()))?;
         Ok(shrunk)
     }
@@ -306,13 +327,22 @@ impl Communicator {
         self.note("ncclCommFinalize", Code(unsafe { (self.api.0.finalize)(self.handle.0) }))?;
         self.settle("while the communicator ended", deadline, || Ok::<_, NcclError>(()))?;
         self.state = self.state.after(Event::Aborted);
-        // SAFETY: the communicator is finalised, and nothing touches it after its state has changed.
-        let code = Code(unsafe { (self.api.0.destroy)(self.handle.0) });
-        if code.is_failure() { Err(NcclError::Call { name: "ncclCommDestroy", code }) } else { Ok(()) }
+        let (destroy, handle) = (self.api.0.destroy, self.handle);
+        let call = move || {
+            let handle = handle;
+            // SAFETY: the communicator is finalised, and nothing touches it after its state has changed.
+            unsafe { destroy(handle.0) }
+        };
+        let code = bounded("nccl-destroy", deadline.saturating_duration_since(Instant::now()), call).map(Code);
+        match code {
+            Some(code) if code.is_failure() => Err(NcclError::Call { name: "ncclCommDestroy", code }),
+            Some(_) => Ok(()),
+            None => Err(NcclError::Late { what: "while the communicator ended" }),
+        }
     }
 
-    /// Stops whatever is under way and gives the memory back. The library may take long over it when a peer is gone, so it
-    /// has a thread and a bound for it; past the bound what it holds is left behind, as the process will be soon.
+    /// Stops whatever is under way and gives the memory back. The library may take long over it when a peer is gone, so
+    /// it has a thread and a bound for it; past the bound what it holds is left behind, as the process will be soon.
     pub fn abort(&mut self) {
         self.abort_within(ABORT_WAIT);
     }
@@ -324,31 +354,40 @@ impl Communicator {
         }
         self.state = self.state.after(Event::Aborted);
         let (abort, handle) = (self.api.0.abort, self.handle);
-        let (done, ended) = mpsc::channel();
         let call = move || {
             let handle = handle;
             // SAFETY: the communicator was alive, and nothing touches it after its state has changed.
-            let code = Code(unsafe { abort(handle.0) });
-            // Nobody listens past the bound.
-            let _ = done.send(code);
+            unsafe { abort(handle.0) }
         };
-        let thread = std::thread::Builder::new().name("nccl-abort".to_owned()).spawn(call);
-        match thread.map(|_| ended.recv_timeout(wait)) {
-            Ok(Ok(code)) if code.is_failure() => {
-                tracing::warn!("ncclCommAbort failed: {code}");
+        match bounded("nccl-abort", wait, call).map(Code) {
+            Some(code) => {
+                if code.is_failure() {
+                    tracing::warn!("ncclCommAbort failed: {code}");
+                }
                 true
             }
-            Ok(Ok(_)) => true,
-            Ok(Err(_)) => {
+            None => {
                 tracing::warn!("NCCL does not give the communicator back; its memory is lost until the process ends");
-                false
-            }
-            Err(error) => {
-                tracing::warn!("no thread to abort the communicator: {error}; its memory is lost");
                 false
             }
         }
     }
+}
+
+/// Where the library puts the pointer of a communicator that it makes, perhaps later and from a thread of its own; so
+/// these few bytes are never given back.
+fn cell() -> &'static AtomicPtr<ncclComm> {
+    Box::leak(Box::new(AtomicPtr::new(std::ptr::null_mut())))
+}
+
+/// What a call answers that may take long, if it does so in time. It goes on without us otherwise.
+fn bounded<T: Send + 'static>(name: &str, wait: Duration, call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (done, ended) = mpsc::channel();
+    // Nobody listens past the bound.
+    let body = move || drop(done.send(call()));
+    // Without a thread the call is not made: the library keeps what it has.
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).ok()?;
+    ended.recv_timeout(wait).ok()
 }
 
 impl Drop for Communicator {

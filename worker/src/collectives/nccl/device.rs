@@ -17,8 +17,8 @@ pub struct DeviceFault(pub String);
 ///
 /// # Safety
 /// [`Device::source`] and [`Device::room`] give addresses in the device's memory with room for all parts as
-/// [`super::starts`] lays them out with [`ALIGN`]; they stay valid until the stream is idle or the device is dropped, also if
-/// the parts are not.
+/// [`super::starts`] lays them out with [`ALIGN`]; they stay valid until the stream is idle or the device is dropped,
+/// also if the parts are not.
 pub unsafe trait Device: Send + 'static {
     /// Bytes to or from each rank, in the device's memory.
     type Parts: Send + 'static;
@@ -35,8 +35,8 @@ pub unsafe trait Device: Send + 'static {
     /// Where the parts to all ranks begin.
     fn source(&self, parts: &Self::Parts) -> *const c_void;
 
-    /// Makes room for so many bytes of each rank, `[ranks]`, tells the ops that follow on the stream where they are, and
-    /// gives the address at which they begin.
+    /// Makes room for so many bytes of each rank, `[ranks]`, tells the ops that follow on the stream where they are,
+    /// and gives the address at which they begin.
     ///
     /// # Errors
     /// The parts have not that much room, or the device failed.

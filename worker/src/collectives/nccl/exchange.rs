@@ -1,12 +1,13 @@
 //! The exchanges of a step over NCCL.
 //!
-//! The ranks of an epoch are joined twice: over TCP, which is the control connection, and over NCCL, which carries the rows.
-//! The control connections bring NCCL's id from rank 0 to all; then, in each exchange, the fence and the sizes of the parts,
-//! without which NCCL must not be called at all; and all the time the news that a rank is gone, which NCCL itself never
-//! gives. So fences, checks and blame are those of [`super::super::tcp`], and only bytes of known size go over NCCL.
+//! The ranks of an epoch are joined twice: over TCP, which is the control connection, and over NCCL, which carries the
+//! rows. The control connections bring NCCL's id from rank 0 to all; then, in each exchange, the fence and the sizes of
+//! the parts, without which NCCL must not be called at all; and all the time the news that a rank is gone, which NCCL
+//! itself never gives. So fences, checks and blame are those of [`super::super::tcp`], and only bytes of known size go
+//! over NCCL.
 //!
-//! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each other. So
-//! rows move when all ranks finish the exchange, and none finishes it before all are there.
+//! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each
+//! other. So rows move when all ranks finish the exchange, and none finishes it before all are there.
 
 use std::time::{Duration, Instant};
 
@@ -58,8 +59,8 @@ pub enum JoinError {
     NoId,
 }
 
-/// One rank's ends of the connections to all others of an epoch, on a GPU. Dropping it makes the exchanges of the others
-/// fail.
+/// One rank's ends of the connections to all others of an epoch, on a GPU. Dropping it makes the exchanges of the
+/// others fail.
 pub struct Nccl<D: Device> {
     control: Tcp,
     communicator: Communicator,
@@ -88,10 +89,9 @@ impl<D: Device> Nccl<D> {
         options: JoinOptions,
     ) -> Result<Self, JoinError> {
         let id = agree(api, &mut control, options.fence, options.deadline)?;
-        let (rank, ranks) = (control.rank().index(), control.size() as usize);
-        let mut communicator = Communicator::join(api, id, rank, ranks, options.channels_max)?;
-        communicator
-            .settle("while ranks joined", options.deadline, || control.listen(JOINING).map_err(JoinError::from))?;
+        let ranks = control.size() as usize;
+        // Told before it ends, so that all name the rank that was lost first.
+        let communicator = gather(api, id, &mut control, &options).map_err(|error| tell(&mut control, error))?;
         Ok(Self {
             control,
             communicator,
@@ -125,6 +125,7 @@ impl<D: Device> Nccl<D> {
     fn announce(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
         let sizes = self.device.sizes(&self.outgoing, self.step.deadline);
         self.sent = sizes.map_err(|fault| self.failed(self.lost(exchange, &fault)))?;
+        assert_eq!(self.sent.len(), self.sizes_out.by_rank.len(), "a part for each rank");
         let me = self.control.rank().index();
         for (rank, (part, &bytes)) in self.sizes_out.by_rank.iter_mut().zip(&self.sent).enumerate() {
             part.clear();
@@ -174,22 +175,27 @@ impl<D: Device> Nccl<D> {
         let transfers = all_to_all(me, &self.sent, sizes, ALIGN);
         // SAFETY: the device vouches for both addresses, which have room for the parts as the schedule lays them out.
         let enqueued = unsafe { self.communicator.enqueue(&transfers, source, into, self.device.stream()) };
-        enqueued.map_err(|error| self.lost(exchange, &error))?;
+        match enqueued {
+            Ok(()) => {}
+            Err(error) if is_remote(&error) => return self.wait(exchange, Some(error)),
+            Err(error) => return Err(self.lost(exchange, &error)),
+        }
         let (from, to) = (starts(&self.sent, ALIGN)[me], starts(sizes, ALIGN)[me]);
         // SAFETY: this rank's own part, as both sides lay it out; source and room are different parts.
         let kept = unsafe { self.device.copy(source.byte_add(from), into.byte_add(to), sizes[me]) };
         kept.map_err(|fault| self.lost(exchange, &fault))?;
-        self.wait(exchange)
+        self.wait(exchange, None)
     }
 
-    /// Waits for the stream, and looks at the communicator and at the other ranks meanwhile.
-    fn wait(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
+    /// Waits for the stream, and looks at the communicator and at the other ranks meanwhile; or waits until one of
+    /// them says what has failed there.
+    fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>) -> Result<(), CollectiveError> {
         let Exchange { layer, kind, .. } = exchange;
         let me = self.control.rank();
         // A rank that is gone, and until when its bytes may still arrive. Farewells are said once.
         let mut gone: Option<(Instant, CollectiveError)> = None;
         // Until when another rank may still say who is to blame for what failed here.
-        let mut fault: Option<(Instant, NcclError)> = None;
+        let mut fault = failed.map(|error| (Instant::now() + GRACE, error));
         for look in 0_u32.. {
             if fault.is_none() {
                 match self.communicator.poll() {
@@ -199,9 +205,7 @@ impl<D: Device> Nccl<D> {
                             return Ok(());
                         }
                     }
-                    Err(error @ NcclError::Failed { code: Code::REMOTE_ERROR }) => {
-                        fault = Some((Instant::now() + GRACE, error));
-                    }
+                    Err(error) if is_remote(&error) => fault = Some((Instant::now() + GRACE, error)),
                     Err(error) => return Err(self.lost(exchange, &error)),
                 }
             }
@@ -243,9 +247,34 @@ impl<D: Device> Nccl<D> {
     }
 }
 
+/// Joins the ranks that have the id over NCCL, as long as all of them are there.
+fn gather(api: Api, id: UniqueId, control: &mut Tcp, options: &JoinOptions) -> Result<Communicator, JoinError> {
+    let (rank, ranks) = (control.rank().index(), control.size() as usize);
+    let mut communicator = Communicator::join(api, id, rank, ranks, options.channels_max)?;
+    communicator.settle("while ranks joined", options.deadline, || control.listen(JOINING).map_err(JoinError::from))?;
+    Ok(communicator)
+}
+
+/// Tells the others why this rank does not join: another is to blame, or itself.
+fn tell(control: &mut Tcp, error: JoinError) -> JoinError {
+    let Exchange { layer, kind, .. } = JOINING;
+    let lost = |why: String| CollectiveError::Lost { rank: control.rank(), layer, kind, why };
+    let told = match &error {
+        JoinError::Control(error) => error.clone(),
+        JoinError::Nccl(_) | JoinError::NoId => lost(error.to_string()),
+    };
+    control.fail(told);
+    error
+}
+
 /// The exchange of the id, before any step.
 const JOINING: Exchange =
     Exchange { layer: LayerIdx(u32::MAX), kind: ExchangeKind::Dispatch, row_bytes: UniqueId::BYTES };
+
+/// Whether another rank has failed, or the way to it.
+const fn is_remote(error: &NcclError) -> bool {
+    matches!(error, NcclError::Failed { code: Code::REMOTE_ERROR })
+}
 
 /// The exchange of sizes that goes before that of the rows.
 const fn of_sizes(exchange: Exchange) -> Exchange {
@@ -258,11 +287,7 @@ pub(super) fn agree(api: Api, control: &mut Tcp, fence: Fence, deadline: Instant
     let mut send = HostParts::new(ranks);
     if me == Rank(0) {
         let made = api.unique_id().map_err(|code| NcclError::Call { name: "ncclGetUniqueId", code });
-        // Told before it ends, so that the others blame this rank.
-        let id = made.inspect_err(|error| {
-            let Exchange { layer, kind, .. } = JOINING;
-            control.fail(CollectiveError::Lost { rank: me, layer, kind, why: error.to_string() });
-        })?;
+        let id = made.map_err(|error| tell(control, error.into()))?;
         send.by_rank.iter_mut().for_each(|part| part.extend_from_slice(&id.0));
     }
     let mut received = HostParts::new(ranks);

@@ -1,7 +1,7 @@
 //! A stand-in for NCCL, for tests: the same table of functions over threads and host memory, with faults on request.
 //!
-//! It does what NCCL is documented to do, also what hurts: a peer's death is never noticed, ranks that disagree on a size
-//! hang, and a communicator used after its end is misuse, which is kept and told to the test.
+//! It does what NCCL is documented to do, also what hurts: a peer's death is never noticed, ranks that disagree on a
+//! size hang, and a communicator used after its end is misuse, which is kept and told to the test.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -123,6 +123,8 @@ struct Comm {
     alive: AtomicBool,
     /// Questions left before what is under way is through.
     slow: AtomicU32,
+    /// A smaller communicator under way, and where its pointer goes.
+    child: Mutex<Option<(usize, Box<Comm>)>>,
 }
 
 /// The communicator behind a pointer, if it may be used.
@@ -180,7 +182,14 @@ unsafe extern "C" fn init(
         return code;
     }
     lock(&world).joined += 1;
-    let comm = Comm { world, rank, ranks, alive: AtomicBool::new(true), slow: AtomicU32::new(faults.slow) };
+    let comm = Comm {
+        world,
+        rank,
+        ranks,
+        alive: AtomicBool::new(true),
+        slow: AtomicU32::new(faults.slow),
+        child: Mutex::default(),
+    };
     // SAFETY: the caller's pointer.
     unsafe { *out = leak(comm) };
     IN_PROGRESS
@@ -188,10 +197,16 @@ unsafe extern "C" fn init(
 
 unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int {
     let Some(comm) = comm(pointer, "ncclCommGetAsyncError") else { return INVALID_USAGE };
+    let smaller = lock(&comm.child).take_if(|(_, child)| lock(&child.world).joined == child.ranks);
+    if let Some((into, child)) = smaller {
+        // SAFETY: the caller's pointer, which must be good until this communicator is through.
+        unsafe { *std::ptr::with_exposed_provenance_mut::<ncclComm_t>(into) = leak(*child) };
+    }
+    let shrinking = lock(&comm.child).is_some();
     let mut world = lock(&comm.world);
     let (joined, faults) = (world.joined, world.faults(comm.rank).clone());
     let slow = comm.slow.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
-    let waiting = joined < comm.ranks || faults.joins_never || slow;
+    let waiting = shrinking || joined < comm.ranks || faults.joins_never || slow;
     // SAFETY: the caller's integer.
     unsafe { *out = if waiting && faults.async_error == SUCCESS { IN_PROGRESS } else { faults.async_error } };
     faults.all
@@ -328,9 +343,10 @@ unsafe extern "C" fn shrink(
     lock(&smaller).joined += 1;
     let below = excluded.iter().filter(|&&rank| usize::try_from(rank).is_ok_and(|rank| rank < comm.rank)).count();
     let (rank, ranks) = (comm.rank - below, comm.ranks - excluded.len());
-    let comm = Comm { world: smaller, rank, ranks, alive: AtomicBool::new(true), slow: AtomicU32::new(0) };
-    // SAFETY: the caller's pointer.
-    unsafe { *out = leak(comm) };
+    let (alive, slow) = (AtomicBool::new(true), AtomicU32::new(0));
+    let child = Comm { world: smaller, rank, ranks, alive, slow, child: Mutex::default() };
+    // As NCCL does: there is no pointer before all have joined, and the old communicator tells when.
+    *lock(&comm.child) = Some((out.expose_provenance(), Box::new(child)));
     IN_PROGRESS
 }
 
@@ -430,8 +446,8 @@ impl FakeDevice {
     }
 }
 
-// SAFETY: a buffer's memory stays where it is while the parts change hands, and tests drop none before its stream is idle
-// or its communicator has ended, which takes its work off the stream.
+// SAFETY: a buffer's memory stays where it is while the parts change hands, and tests drop none before its stream is
+// idle or its communicator has ended, which takes its work off the stream.
 unsafe impl Device for FakeDevice {
     type Parts = FakeParts;
 

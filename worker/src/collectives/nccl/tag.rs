@@ -1,8 +1,8 @@
 //! The fence within the bytes: for exchanges that a captured graph holds.
 //!
-//! In a captured graph the host takes no part: every rank sends every other one slot of the bucket's worst case, and how
-//! much of it counts is the device's to know. So each slot begins with a tag, written by the host before the graph is
-//! launched, and the host looks at all tags after the step, before anything of the step is used.
+//! In a captured graph the host takes no part: every rank sends every other one slot of the bucket's worst case, and
+//! how much of it counts is the device's to know. So each slot begins with a tag, written by the host before the graph
+//! is launched, and the host looks at all tags after the step, before anything of the step is used.
 
 use phalanx_model::{CollectiveError, Exchange};
 use phalanx_proto::{Fence, Rank};

@@ -325,8 +325,8 @@ fn calls_that_go_on_in_the_background_are_waited_for() {
 #[test]
 fn survivors_shrink_and_exchange() {
     let (mut four, world) = communicators(API, 4);
-    fake::lock(&world).faults(3).async_error = 6;
-    assert!(four[3].poll().is_err(), "a broken communicator may be shrunk too");
+    // One that has waited in vain may be shrunk too.
+    four[3].give_up();
     let dead = four.remove(2);
     drop(dead);
     let survivors = std::thread::scope(|scope| {
@@ -417,6 +417,38 @@ fn what_cannot_be_shrunk_says_so() {
     clean(&world, 2);
 }
 
+/// The library may refuse to shrink what has failed, at once or later; then nothing is made.
+#[test]
+fn a_shrink_that_fails_leaves_one_communicator_to_abort() {
+    let (mut three, world) = communicators(API, 3);
+    fake::lock(&world).faults(0).async_error = 6;
+    assert!(
+        matches!(three[0].shrink(&[2], Instant::now() + PATIENCE), Err(NcclError::Call { code, .. }) if code.0 == 6)
+    );
+    assert_eq!(three[0].state(), State::Broken);
+    drop(three);
+    clean(&world, 3);
+}
+
+#[test]
+fn nothing_is_enqueued_while_a_call_is_under_way() {
+    let (mut pair, world) = communicators(API, 2);
+    fake::lock(&world).faults(0).slow = 3;
+    let (stream, transfers) = (fake::new_stream(), fixed(0, 2, 8));
+    let mut bytes = [0_u8; 32];
+    let mut enqueue = |c: &mut Communicator| {
+        let into = bytes.as_mut_ptr();
+        // SAFETY: the buffer outlives the streams use of it: the communicators end before it does.
+        unsafe { c.enqueue(&transfers, into.cast(), into.byte_add(16).cast(), stream) }
+    };
+    enqueue(&mut pair[0]).unwrap();
+    assert_eq!(enqueue(&mut pair[0]), Err(NcclError::Busy));
+    settle(&mut pair[0]).unwrap();
+    enqueue(&mut pair[0]).unwrap();
+    drop(pair);
+    clean(&world, 2);
+}
+
 #[test]
 fn nothing_is_enqueued_unless_ready() {
     let id = API.unique_id().unwrap();
@@ -455,8 +487,8 @@ fn a_library_that_fails_everywhere_is_survived() {
         let second = pair.pop().unwrap();
         assert!(second.finish(soon()).is_err());
         let mut first = pair.pop().unwrap();
-        assert!(first.shrink(&[1], soon()).is_err());
         assert!(first.poll().is_err());
+        assert!(first.shrink(&[1], soon()).is_err());
         drop(first);
         clean(&world, 2);
     }
