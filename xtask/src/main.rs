@@ -1,13 +1,15 @@
-//! The project's own tasks: `cargo xtask verify|fix|test|sim`.
+//! The project's own tasks: `cargo xtask verify|fix|test|gpu-pack|sim`.
 //!
 //! - [`verify`]: the gate. It reads and never writes, so it may run on any tree.
 //! - [`fix`]: what a machine can mend, mended.
 //! - [`mod@test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
+//! - [`mod@gpu_pack`]: the tests as binaries, for a machine with a GPU and without Rust.
 //! - [`sim`]: the planner in virtual time, thousands of small worlds in which everything goes wrong that may.
 //!
 //! Absent on purpose: dependencies. A task must build in a second on a machine that has only Rust.
 
 mod fix;
+mod gpu_pack;
 mod python;
 mod report;
 mod run;
@@ -26,7 +28,8 @@ Tasks:
   verify         read-only gate: format, clippy, docs, tidy, generated code, licences
   fix            writes: regenerates generated files, applies clippy's suggestions, formats
   test           quick tier: every test of the workspace, then the Python clients
-  test --full    also the tests marked `full tier`; ends non-zero if anything could not run
+  test --full    also the tests marked `full tier`; ends non-zero if anything but what needs a GPU could not run
+  gpu-pack       writes .gpu/: tests as binaries and one script, for a machine with a GPU and without Rust
   sim [OPTIONS]  the planner in virtual time, with faults; `sim --help` says more
 
 Exit status: 0 all well, 1 something failed, 2 the command line was not understood.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         ["fix"] => fix::fix(&house),
         ["test"] => test::test(&house, test::Tier::Quick),
         ["test", "--full"] => test::test(&house, test::Tier::Full),
+        ["gpu-pack"] => gpu_pack::gpu_pack(&house),
         ["sim", ref options @ ..] => return sim::sim(&house, options),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
