@@ -121,7 +121,7 @@ impl DeviceArgs {
     /// # Errors
     /// What is asked for cannot be used.
     pub fn choose(&self) -> Result<Choice, DeviceError> {
-        let choice = choose_device(self.device, &Probe::take())?;
+        let choice = choose_device(self.device, Probe::take)?;
         tracing::info!("{choice}");
         Ok(choice)
     }

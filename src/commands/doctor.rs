@@ -32,7 +32,7 @@ pub struct DoctorArgs {
 /// The reader of the output is gone. Exit code 1 if the device asked for cannot be used.
 pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let probe = Probe::take();
-    let chosen = choose_device(args.device, &probe);
+    let chosen = choose_device(args.device, || probe.clone());
     let machine = Machine::look(probe);
     if args.json {
         say_json(&machine.json(&chosen))?;

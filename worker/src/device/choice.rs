@@ -127,18 +127,19 @@ pub struct DeviceError {
     pub lacks: Vec<String>,
 }
 
-/// What to compute on.
+/// What to compute on. Where CPUs are asked for, nothing is asked of the machine: a driver takes time and memory to
+/// answer.
 ///
 /// # Errors
 /// GPUs are asked for and cannot be used.
-pub fn choose_device(asked: DeviceRequest, probe: &Probe) -> Result<Choice, DeviceError> {
+pub fn choose_device(asked: DeviceRequest, probe: impl FnOnce() -> Probe) -> Result<Choice, DeviceError> {
     let cpu = |why: String| Choice { processor: Processor::Cpu, why };
     let index = match asked {
         DeviceRequest::Cpu => return Ok(cpu("as asked".to_owned())),
         DeviceRequest::Auto => None,
         DeviceRequest::Cuda(index) => index,
     };
-    match (cuda(index, probe), asked) {
+    match (cuda(index, &probe()), asked) {
         (Ok(choice), _) => Ok(choice),
         (Err(lacks), DeviceRequest::Auto) => {
             let first = lacks.into_iter().next().map_or_else(String::new, |lack| lack.in_short);
@@ -247,13 +248,13 @@ mod tests {
     #[test]
     fn where_all_is_there_gpus_are_taken() {
         for asked in [DeviceRequest::Auto, ALL] {
-            let choice = choose_device(asked, &good()).unwrap();
+            let choice = choose_device(asked, good).unwrap();
             assert_eq!(choice.processor, Processor::Cuda { first: 0, count: 2 });
             assert_eq!(choice.to_string(), "computes on cuda: NVIDIA H100 and 1 more");
         }
-        let one = choose_device(DeviceRequest::Cuda(Some(1)), &good()).unwrap();
+        let one = choose_device(DeviceRequest::Cuda(Some(1)), good).unwrap();
         assert_eq!(one.to_string(), "computes on cuda:1: NVIDIA H100");
-        assert_eq!(choose_device(DeviceRequest::Cpu, &good()).unwrap().processor, Processor::Cpu);
+        assert_eq!(choose_device(DeviceRequest::Cpu, || panic!("nobody asked")).unwrap().processor, Processor::Cpu);
     }
 
     #[test]
@@ -277,21 +278,21 @@ mod tests {
             (Probe { backend: false, ..good() }, "this build computes on CPUs only"),
         ];
         for (probe, why) in cases {
-            let choice = choose_device(DeviceRequest::Auto, &probe).unwrap();
+            let choice = choose_device(DeviceRequest::Auto, || probe.clone()).unwrap();
             assert_eq!(choice.processor, Processor::Cpu);
             assert!(choice.why.contains(why) && choice.why.contains("doctor"), "{choice}");
-            let error = choose_device(ALL, &probe).unwrap_err();
+            let error = choose_device(ALL, || probe.clone()).unwrap_err();
             assert!(!error.lacks.is_empty() && error.to_string().contains("--device cpu"), "{error}");
         }
     }
 
     #[test]
     fn all_that_is_missing_is_said_at_once() {
-        let error = choose_device(ALL, &nothing()).unwrap_err().to_string();
+        let error = choose_device(ALL, nothing).unwrap_err().to_string();
         for words in ["libcuda.so.1", "libnvrtc.so.13", "no CUDA backend"] {
             assert!(error.contains(words), "{words}: {error}");
         }
-        let error = choose_device(DeviceRequest::Cuda(Some(2)), &good()).unwrap_err().to_string();
+        let error = choose_device(DeviceRequest::Cuda(Some(2)), good).unwrap_err().to_string();
         assert!(error.contains("--device cuda:2") && error.contains("no GPU 2, the driver shows 2"), "{error}");
     }
 }

@@ -3,6 +3,8 @@
 //! It does what NCCL is documented to do, also what hurts: a peer's death is never noticed, ranks that disagree on a
 //! size hang, and a communicator used after its end is misuse, which is kept and told to the test.
 
+mod device;
+
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_uint, c_void};
@@ -12,9 +14,8 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclUniqueId};
 
-use super::device::{ALIGN, Device, DeviceFault};
-use super::schedule::starts;
 use super::table::{Api, BYTES, SHRINK_ABORT, Table, UniqueId};
+pub(super) use device::{FakeDevice, FakeParts};
 
 const SUCCESS: c_int = 0;
 const INVALID_ARGUMENT: c_int = 4;
@@ -421,72 +422,4 @@ pub(super) fn advance(stream: cudaStream_t) -> bool {
     }
     stream.extend(waiting);
     stream.is_empty()
-}
-
-/// Parts in host memory as a device has them: one buffer.
-#[derive(Debug, Default)]
-pub(super) struct FakeParts {
-    pub(super) bytes: Vec<u8>,
-    pub(super) sizes: Vec<usize>,
-}
-
-/// A device that is host memory.
-pub(super) struct FakeDevice {
-    stream: usize,
-    /// Most bytes that parts have room for.
-    pub(super) room: usize,
-    /// What every look at the stream finds.
-    pub(super) fault: Arc<Mutex<Option<String>>>,
-}
-
-impl FakeDevice {
-    pub(super) fn new() -> Self {
-        let stream = new_stream();
-        Self { stream: stream.expose_provenance(), room: usize::MAX, fault: Arc::default() }
-    }
-}
-
-// SAFETY: a buffer's memory stays where it is while the parts change hands, and tests drop none before its stream is
-// idle or its communicator has ended, which takes its work off the stream.
-unsafe impl Device for FakeDevice {
-    type Parts = FakeParts;
-
-    fn stream(&self) -> cudaStream_t {
-        std::ptr::with_exposed_provenance_mut(self.stream)
-    }
-
-    fn sizes(&mut self, parts: &FakeParts, _deadline: Instant) -> Result<Vec<usize>, DeviceFault> {
-        Ok(parts.sizes.clone())
-    }
-
-    fn source(&self, parts: &FakeParts) -> *const c_void {
-        parts.bytes.as_ptr().cast()
-    }
-
-    fn room(&mut self, parts: &mut FakeParts, bytes: &[usize]) -> Result<*mut c_void, DeviceFault> {
-        let total = starts(bytes, ALIGN).last().zip(bytes.last()).map_or(0, |(start, len)| start + len);
-        if total > self.room {
-            return Err(DeviceFault(format!("{total} bytes have no room")));
-        }
-        parts.sizes = bytes.to_vec();
-        parts.bytes.clear();
-        parts.bytes.resize(total, 0);
-        parts.bytes.as_mut_ptr().expose_provenance();
-        Ok(parts.bytes.as_mut_ptr().cast())
-    }
-
-    unsafe fn copy(&mut self, from: *const c_void, to: *mut c_void, bytes: usize) -> Result<(), DeviceFault> {
-        // SAFETY: the caller vouches for both.
-        unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), bytes) };
-        Ok(())
-    }
-
-    fn clear(&mut self, parts: &mut FakeParts) {
-        parts.bytes.clear();
-        parts.sizes.clear();
-    }
-
-    fn is_idle(&mut self) -> Result<bool, DeviceFault> {
-        lock(&self.fault).clone().map_or_else(|| Ok(advance(self.stream())), |why| Err(DeviceFault(why)))
-    }
 }

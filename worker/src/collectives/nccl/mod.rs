@@ -7,7 +7,7 @@
 //! - [`Communicator`]: NCCL's communicator, made and watched without blocking, aborted without panic, shrunk where
 //!   ranks are lost.
 //! - [`State`] and the schedule ([`all_to_all`], [`fixed`]): what may be called next, and which bytes go where; pure.
-//! - [`tag`], [`check_tag`]: the fence within a slot, for exchanges in captured graphs, where no size is known outside
+//! - [`tag()`], [`check_tag`]: the fence within a slot, for exchanges in captured graphs, where no size is known outside
 //!   the device.
 //! - [`Api`]: the library's functions, looked up one by one.
 

@@ -99,7 +99,11 @@ fn options() -> JoinOptions {
 }
 
 fn join(control: Tcp, options: JoinOptions) -> Result<Hosted, JoinError> {
-    let nccl = Nccl::join(API, control, FakeDevice::new(), FakeParts::default(), options)?;
+    join_with(control, FakeDevice::new(), options)
+}
+
+fn join_with(control: Tcp, device: FakeDevice, options: JoinOptions) -> Result<Hosted, JoinError> {
+    let nccl = Nccl::join(API, control, device, FakeParts::default(), options)?;
     Ok(Hosted { nccl, send: FakeParts::default(), received: FakeParts::default() })
 }
 
@@ -289,6 +293,25 @@ fn a_device_that_fails_is_this_rank_s_fault() {
     });
     assert!(errors[1].to_string().contains("illegal address"), "{}", errors[1]);
     assert!(errors.iter().all(|error| error.blamed() == [Rank(1)]), "{errors:?}");
+}
+
+#[test]
+fn a_rank_without_room_for_what_comes_is_named() {
+    let group = each(controls(2), |control| {
+        let mut device = FakeDevice::new();
+        if control.rank() == Rank(1) {
+            device.room = 2 * ROW;
+        }
+        join_with(control, device, options()).unwrap()
+    });
+    let world = group[0].world();
+    let errors = each(group, |mut c| {
+        c.begin(fence(1), Instant::now() + PATIENCE);
+        exchanges_until_failure(&mut c, 2)
+    });
+    assert!(errors[1].to_string().contains("have no room"), "{}", errors[1]);
+    assert!(errors.iter().all(|error| error.blamed() == [Rank(1)]), "{errors:?}");
+    clean(&world, 2);
 }
 
 #[test]
