@@ -155,7 +155,9 @@ fn built(line: &str) -> Option<Built> {
         "kernels" | "worker" => package,
         _ => "phalanx",
     };
-    let is_test = line.contains("\"test\":true}");
+    // The target, which comes before, says whether it has tests; the profile, whether this is them.
+    let (_, profile) = line.split_once("\"profile\":")?;
+    let is_test = profile.contains("\"test\":true");
     Some(Built { package: package.to_owned(), target: field("name")?.to_owned(), is_test, executable })
 }
 
@@ -207,7 +209,7 @@ mod tests {
             format!(
                 "{{\"reason\":\"compiler-artifact\",\"package_id\":\"path+file:///r/worker#phalanx-worker@0.1.0\",\
                  \"manifest_path\":\"/r/worker/Cargo.toml\",\
-                 \"target\":{{\"kind\":[\"{kind}\"],\"name\":\"collectives\"}},\
+                 \"target\":{{\"kind\":[\"{kind}\"],\"name\":\"collectives\",\"test\":true}},\
                  \"profile\":{{\"opt_level\":\"3\",\"test\":{test}}},\"executable\":{executable},\"fresh\":true}}"
             )
         };
