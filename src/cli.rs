@@ -10,7 +10,7 @@ use phalanx_model::{CheckpointError, LoadError};
 use phalanx_planner::EngineConfig;
 use phalanx_proto::{ConfigError, DenseType, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
-use phalanx_worker::device::{Device, cores};
+use phalanx_worker::device::{Choice, Device, DeviceError, DeviceRequest, Probe, choose_device, cores};
 use sha2::{Digest, Sha256};
 
 use crate::children::WorkerExited;
@@ -47,6 +47,8 @@ pub enum Command {
     Model(commands::model::ModelCommand),
     /// Prove that a model gives the same bits in every layout
     Verify(commands::verify::VerifyArgs),
+    /// Say what this machine offers, and what is missing
+    Doctor(commands::doctor::DoctorArgs),
     /// Measure speed
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
@@ -121,6 +123,10 @@ impl From<IsaArg> for Isa {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Computing")]
 pub struct DeviceArgs {
+    /// What to compute on: `auto` takes GPUs where they can be used and else CPUs, `cpu`, `cuda` for all GPUs in turn,
+    /// or `cuda:N` for one; `phalanx doctor` says what there is
+    #[arg(long, env = "PHALANX_DEVICE", value_name = "DEVICE", default_value_t)]
+    pub device: DeviceRequest,
     /// How much is rounded on the way
     #[arg(long, env = "PHALANX_PRECISION", value_enum, default_value = "fast")]
     pub precision: PrecisionArg,
@@ -144,11 +150,29 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// The device of each of `workers` workers of this machine.
+    /// What to compute on, by what this machine has.
+    ///
+    /// # Errors
+    /// What is asked for cannot be used.
+    pub fn choose(&self) -> Result<Choice, DeviceError> {
+        let choice = choose_device(self.device, Probe::take)?;
+        tracing::info!("{choice}");
+        Ok(choice)
+    }
+
+    /// The device that `workers` workers of this machine share.
+    ///
+    /// # Errors
+    /// What is asked for cannot be used, or flags contradict each other.
+    pub fn device(&self, workers: u32) -> anyhow::Result<Device> {
+        Ok(self.device_on(&self.choose()?, workers)?)
+    }
+
+    /// The device that `workers` workers of this machine share, by a choice made before.
     ///
     /// # Errors
     /// [`ExactQ8`].
-    pub fn device(&self, workers: u32) -> Result<Device, ExactQ8> {
+    pub fn device_on(&self, choice: &Choice, workers: u32) -> Result<Device, ExactQ8> {
         let threads = self.threads.unwrap_or_else(cores);
         let dense = match (self.precision, self.dense) {
             (PrecisionArg::Exact, Some(DenseArg::Q8)) => return Err(ExactQ8),
@@ -157,6 +181,7 @@ impl DeviceArgs {
             (_, Some(dense)) => dense.into(),
         };
         Ok(Device {
+            processor: choice.processor,
             precision: self.precision.into(),
             dense,
             threads: (threads / workers.max(1)).max(1),
@@ -309,6 +334,7 @@ pub fn run() -> ExitCode {
         Command::Worker(args) => commands::worker::run(args),
         Command::Model(command) => commands::model::run(command),
         Command::Verify(args) => commands::verify::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
         Command::Bench(command) => commands::bench::run(command),
     };
     match done {
@@ -337,6 +363,7 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
             || cause.is::<ConfigError>()
             || cause.is::<MemoryRefused>()
             || cause.is::<ExactQ8>()
+            || cause.is::<DeviceError>()
             || cause.is::<phalanx_planner::Refused>()
             || cause.downcast_ref::<LoadError>().is_some()
     })

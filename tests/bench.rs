@@ -15,7 +15,7 @@ use server::Serve;
 
 fn bench(url: &str, args: &[&str]) -> Output {
     let args = ["bench", "serve", "--url", url].into_iter().chain(args.iter().copied());
-    Command::new(env!("CARGO_BIN_EXE_phalanx")).args(args).output().unwrap()
+    Command::new(server::paths::binary()).args(args).output().unwrap()
 }
 
 fn measured(out: &Output) -> Value {

@@ -14,7 +14,7 @@ use server::{Serve, chat, kill, runs, until};
 const QUESTION: &str = "What is 17 + 18?";
 
 fn phalanx() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_phalanx"))
+    Command::new(server::paths::binary())
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn peak_memory_is_what_inspect_plans() {
         let ask = json!({"model": "model", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4});
         let (status, answer) = serve.post("/v1/chat/completions", &ask);
         assert_eq!(status, 200, "{answer}");
-        let inspect = Command::new(env!("CARGO_BIN_EXE_phalanx"))
+        let inspect = Command::new(server::paths::binary())
             .args(["model", "inspect", model, "--workers", workers, "--threads", "2", "--json"])
             .output()
             .unwrap();

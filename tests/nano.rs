@@ -7,7 +7,6 @@
 #[allow(dead_code, reason = "other test binaries use the rest")]
 mod server;
 
-use std::path::Path;
 use std::sync::Mutex;
 
 use phalanx_coordinator::harmony::{Start, Tokenizer, Turn, TurnReader};
@@ -21,7 +20,7 @@ const GAP_MIN: f64 = 0.25;
 const CLIENTS: usize = 8;
 
 fn cases() -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/gpt-oss-nano/eval_prompts.jsonl");
+    let path = server::paths::root().join("models/gpt-oss-nano/eval_prompts.jsonl");
     let text = std::fs::read_to_string(path).unwrap();
     let cases: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let sure: Vec<Value> = cases.into_iter().filter(|case| case["nano_gap"].as_f64().unwrap() > GAP_MIN).collect();

@@ -21,7 +21,7 @@ use server::Serve;
 const _: () = assert!(PLANS_AHEAD_MAX <= STEPS_IN_FLIGHT);
 
 fn phalanx(args: &[&str]) -> (Child, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_phalanx")).args(args).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new(server::paths::binary()).args(args).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     (child, line)

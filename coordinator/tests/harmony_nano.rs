@@ -4,7 +4,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::Path;
+#[path = "../../tests/support/paths.rs"]
+mod paths;
 
 use phalanx_coordinator::harmony::{
     Channel, DeveloperContent, Message, Start, SystemContent, Tokenizer, ToolCall, ToolDefinition, Turn, TurnReader,
@@ -14,7 +15,7 @@ use phalanx_proto::TokenId;
 use serde_json::Value;
 
 fn rows() -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/gpt-oss-nano/eval_prompts.jsonl");
+    let path = paths::root().join("models/gpt-oss-nano/eval_prompts.jsonl");
     let text = std::fs::read_to_string(path).unwrap();
     let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(rows.len(), 206);

@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::Path;
+#[path = "../../tests/support/paths.rs"]
+mod paths;
 
 use phalanx_coordinator::harmony::{Detokenizer, Tokenizer, UnknownToken, special};
 use phalanx_proto::TokenId;
@@ -10,7 +11,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 fn golden() -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tokenizer_golden.json");
+    let path = paths::fixture("tokenizer_golden.json");
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 

@@ -98,6 +98,12 @@ pub enum KernelError {
         /// The instruction set.
         isa: &'static str,
     },
+    /// This build cannot compute on a processor that was asked for.
+    #[error("this build has no backend for {processor}; compute on cpu")]
+    Processor {
+        /// The processor.
+        processor: &'static str,
+    },
     /// The threads could not be started.
     #[error("cannot start {threads} threads: {why}; use fewer --threads")]
     Threads {

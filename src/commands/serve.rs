@@ -10,7 +10,7 @@ use phalanx_coordinator::harmony::ReasoningEffort;
 use phalanx_model::nano;
 
 use crate::cli::{DeviceArgs, EngineArgs, LimitArgs, TokenArgs};
-use crate::commands::say;
+use crate::commands::{note, say};
 use crate::server::{self, LocalOptions, LocalServer};
 
 /// What the HTTP API says and to whom.
@@ -100,7 +100,9 @@ pub fn cells(replicas: u32, workers: u32) -> String {
 pub fn run(args: ServeArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
-        let device = args.device.device(args.workers * args.replicas)?;
+        let choice = args.device.choose()?;
+        note(&choice);
+        let device = args.device.device_on(&choice, args.workers * args.replicas)?;
         let options = LocalOptions {
             model: args.model,
             workers: args.workers,

@@ -9,6 +9,7 @@ use clap::Args;
 use phalanx_model::{Checkpoint, checkpoint, nano};
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{DenseType, Limits, Precision, Sampling, SeqId};
+use phalanx_worker::device::DeviceRequest;
 use serde_json::json;
 
 use crate::cli::{DenseArg, DeviceArgs, PrecisionArg};
@@ -135,8 +136,16 @@ fn cell(
     threads: Option<u32>,
 ) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
-    let device = DeviceArgs { precision, dense: Some(dense), threads, pin: None, no_weight_cache: false, isa: None }
-        .device(workers)?;
+    let args = DeviceArgs {
+        device: DeviceRequest::Cpu,
+        precision,
+        dense: Some(dense),
+        threads,
+        pin: None,
+        no_weight_cache: false,
+        isa: None,
+    };
+    let device = args.device(workers)?;
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
     let limits = Limits::new(checkpoint.config(), seqs_max, 256, tokens);
     start_cell(checkpoint, &CellOptions { workers, device, limits })

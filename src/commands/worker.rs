@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use crate::cli::{DeviceArgs, LOOPBACK_ANY_PORT, TokenArgs};
-use crate::commands::{say, say_json};
+use crate::commands::{note, say, say_json};
 use crate::server;
 
 /// Arguments of `worker`.
@@ -50,10 +50,11 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
     for address in [args.listen, data_listen] {
         check_listener(address, token.as_ref())?;
     }
+    let choice = args.device.choose()?;
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let data = Listener::bind(data_listen, token.as_ref().map(phalanx_wire::ClusterToken::bytes))
         .with_context(|| format!("cannot listen on {data_listen}"))?;
-    let host = ModelHost::new(checkpoint, args.device.device(1)?, data)?;
+    let host = ModelHost::new(checkpoint, args.device.device_on(&choice, 1)?, data)?;
     let runtime = server::runtime()?;
     runtime.block_on(async {
         let listen = args.listen;
@@ -71,6 +72,7 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
             service::serve(listener, host, token, ended).await?;
         } else {
             say(format_args!("worker of {} on {address}; give it to `phalanx coordinator --worker`", args.model))?;
+            note(&choice);
             let ended = async {
                 server::interrupted().await;
             };

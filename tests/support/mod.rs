@@ -3,20 +3,19 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+#[allow(clippy::duplicate_mod, reason = "a test binary may have `server` beside this")]
+mod paths;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{DenseType, Limits, Precision, SeqId, TokenId};
-use phalanx_worker::device::Device;
+use phalanx_worker::device::{Device, Processor};
 
-/// A folder of the golden fixtures.
-pub(crate) fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
+pub(crate) use paths::fixture;
 
 /// How a test's cell is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +49,7 @@ impl Setup {
     pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
         let device = Device {
+            processor: Processor::Cpu,
             precision: self.precision,
             dense: self.dense,
             threads: self.threads,

@@ -1,5 +1,8 @@
 //! A real server with real worker processes.
 
+#[allow(clippy::duplicate_mod, reason = "a test binary may have `support` beside this")]
+pub(crate) mod paths;
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,7 +21,7 @@ pub(crate) struct Serve {
 impl Serve {
     /// Starts a server on a port of the system's choice.
     pub(crate) fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_phalanx"))
+        let mut child = Command::new(paths::binary())
             .args(["serve", "--listen", "127.0.0.1:0", "--threads", "2"])
             .args(args)
             .stdout(Stdio::piped())

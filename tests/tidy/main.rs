@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Folders that hold no source: build outputs and private environments.
-const NOT_SOURCE: [&str; 5] = ["target", ".git", ".venv", "gpu-pack", "__pycache__"];
+const NOT_SOURCE: [&str; 5] = ["target", ".git", ".venv", ".gpu", "__pycache__"];
 
 /// The only places where `unsafe` may stand.
 const UNSAFE_HOMES: [&str; 2] = ["kernels/", "worker/src/collectives/"];

@@ -1,10 +1,16 @@
 //! What this machine offers a worker, and how a worker's backend is made.
 
+mod choice;
+
+use std::path::PathBuf;
+
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
 use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
 use phalanx_model::packed::PackedFile;
 use phalanx_model::{Checkpoint, LoadError};
 use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+
+pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
 
 use crate::weight_cache;
 
@@ -14,6 +20,8 @@ const PROCESS_BASE: Bytes = Bytes(24 << 20);
 /// How a worker computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
+    /// What the workers of this machine compute on.
+    pub processor: Processor,
     /// How much is rounded on the way.
     pub precision: Precision,
     /// How projections are held.
@@ -32,8 +40,11 @@ impl Device {
     /// Makes the backend.
     ///
     /// # Errors
-    /// The threads cannot be started, or the processor lacks the instruction set.
+    /// The threads cannot be started, the processor lacks the instruction set, or this build has no backend for it.
     pub fn backend(&self) -> Result<Cpu, KernelError> {
+        if let Processor::Cuda { .. } = self.processor {
+            return Err(KernelError::Processor { processor: "cuda" });
+        }
         let precision = match self.precision {
             Precision::Exact => KernelPrecision::Exact,
             Precision::Fast => KernelPrecision::Fast,
@@ -98,6 +109,15 @@ impl Device {
             memory: memory_available(),
         }
     }
+}
+
+/// Where machine code of GPU kernels is kept: `PHALANX_KERNEL_CACHE`, else `phalanx/kernels` in the user's cache
+/// folder. `None` where the system names no such folder.
+#[must_use]
+pub fn kernel_cache() -> Option<PathBuf> {
+    let path = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
+    path("PHALANX_KERNEL_CACHE").or_else(|| Some(cache()?.join("phalanx/kernels")))
 }
 
 /// Cores that this process may use.

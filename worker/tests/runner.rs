@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::path::Path;
+#[path = "../../tests/support/paths.rs"]
+mod paths;
 
 use phalanx_kernels::cpu::Cpu;
 use phalanx_model::packed::Stored;
@@ -14,7 +15,7 @@ use phalanx_proto::{
 };
 use phalanx_worker::collectives::local::{self, Local};
 use phalanx_worker::constraints::{ConstraintFailure, Refused};
-use phalanx_worker::device::Device;
+use phalanx_worker::device::{Device, Processor};
 use phalanx_worker::runner::{Runner, STEPS_IN_FLIGHT, StepError};
 
 /// splitmix64.
@@ -53,7 +54,7 @@ const LIMITS: Limits = Limits {
 };
 
 fn checkpoint() -> Checkpoint {
-    Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-a")).unwrap()
+    Checkpoint::open(&paths::fixture("tiny-a")).unwrap()
 }
 
 /// A rank alone in its cell, and the steps it has done.
@@ -71,6 +72,7 @@ impl Bench {
         let config = checkpoint.config();
         let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
         let backend = Device {
+            processor: Processor::Cpu,
             precision: Precision::Exact,
             dense: DenseType::Bf16,
             threads: 1,

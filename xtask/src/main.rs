@@ -1,14 +1,16 @@
-//! The project's own tasks: `cargo xtask verify|fix|test|sim|bench-peers`.
+//! The project's own tasks: `cargo xtask verify|fix|test|gpu-pack|sim|bench-peers`.
 //!
 //! - [`verify`]: the gate. It reads and never writes, so it may run on any tree.
 //! - [`fix`]: what a machine can mend, mended.
 //! - [`mod@test`]: every suite, in two tiers, with a closing table that says what ran and what did not.
+//! - [`mod@gpu_pack`]: the tests as binaries, for a machine with a GPU and without Rust.
 //! - [`sim`]: the planner in virtual time, thousands of small worlds in which everything goes wrong that may.
 //! - [`peers`]: how fast Phalanx is beside others, on this machine.
 //!
 //! Absent on purpose: dependencies. A task must build in a second on a machine that has only Rust.
 
 mod fix;
+mod gpu_pack;
 mod peers;
 mod python;
 mod report;
@@ -28,7 +30,8 @@ Tasks:
   verify         read-only gate: format, clippy, docs, tidy, generated code, licences
   fix            writes: regenerates generated files, applies clippy's suggestions, formats
   test           quick tier: every test of the workspace, then the Python clients
-  test --full    also the tests marked `full tier`; ends non-zero if anything could not run
+  test --full    also the tests marked `full tier`; ends non-zero if anything but what needs a GPU could not run
+  gpu-pack       writes .gpu/: tests as binaries and one script, for a machine with a GPU and without Rust
   sim [OPTIONS]  the planner in virtual time, with faults; `sim --help` says more
   bench-peers [OPTIONS]
                  speed on CPUs beside llama.cpp and ik_llama.cpp; `bench-peers --help` says more
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         ["fix"] => fix::fix(&house),
         ["test"] => test::test(&house, test::Tier::Quick),
         ["test", "--full"] => test::test(&house, test::Tier::Full),
+        ["gpu-pack"] => gpu_pack::gpu_pack(&house),
         ["sim", ref options @ ..] => return sim::sim(&house, options),
         ["bench-peers", ref options @ ..] => return peers::bench(&house, options),
         ["help" | "--help" | "-h"] => {

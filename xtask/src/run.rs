@@ -92,7 +92,7 @@ mod tests {
         let (outcome, tally) = run_tests_into(&mut output, Command::new("sh").args(["-c", print]));
         assert!(matches!(outcome, Outcome::Passed(_)));
         assert!(output.starts_with(b"\xff\n") && output.ends_with(b"3 passed; 0 failed\n"), "passed on unchanged");
-        assert_eq!(tally, Tally { passed: 5, failed: 0, ignored: 0 });
+        assert_eq!(tally, Tally { passed: 5, failed: 0, ignored: 0, not_run: 0 });
     }
 
     #[test]

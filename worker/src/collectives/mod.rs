@@ -1,9 +1,11 @@
-//! How ranks exchange rows: [`local`] between threads of one process, [`tcp`] between processes on any hosts.
+//! How ranks exchange rows: [`local`] between threads of one process, [`tcp`] between processes on any hosts, [`nccl`]
+//! between GPUs.
 //!
-//! Both move bytes and never add. Both are bounded by the step's deadline, name the rank that is to blame
+//! All move bytes and never add. All are bounded by the step's deadline, name the rank that is to blame
 //! when an exchange fails, tell the other ranks so, and are broken for the rest of the epoch afterwards.
 
 pub mod local;
+pub mod nccl;
 mod step;
 pub mod tcp;
 

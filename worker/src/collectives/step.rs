@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use phalanx_kernels::HostParts;
 use phalanx_model::{CollectiveError, Exchange, ExchangeKind};
 use phalanx_proto::{ExchangeCounters, Fence, Rank};
 
@@ -37,8 +36,7 @@ impl Step {
     }
 
     /// Opens an exchange.
-    pub(super) fn open(&mut self, exchange: Exchange, send: &HostParts, size: usize) -> Result<(), CollectiveError> {
-        assert_eq!(send.by_rank.len(), size, "a part for each rank");
+    pub(super) fn open(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
         assert_eq!(self.open, None, "exchanges do not overlap");
         if self.broken {
             return Err(CollectiveError::Broken);
@@ -47,18 +45,12 @@ impl Step {
         Ok(())
     }
 
-    /// Closes the exchange and makes room for what it received.
-    pub(super) fn close(
-        &mut self,
-        exchange: Exchange,
-        received: &mut HostParts,
-        size: usize,
-    ) -> Result<(), CollectiveError> {
+    /// Closes the exchange.
+    pub(super) fn close(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
         if self.broken {
             return Err(CollectiveError::Broken);
         }
         assert_eq!(self.open.take(), Some(exchange), "an exchange is started before it is finished");
-        received.by_rank.resize_with(size, Vec::new);
         Ok(())
     }
 

@@ -13,7 +13,7 @@
 //! the rank that was lost first and not the one that noticed it first.
 
 mod connect;
-mod frame;
+pub(super) mod frame;
 mod handshake;
 mod peer;
 
@@ -161,8 +161,18 @@ impl Tcp {
         }
     }
 
+    /// Looks without waiting whether a rank is gone or has given up, between two exchanges over these connections. What
+    /// a fast peer has sent for the next one is kept for it.
+    pub(super) fn listen(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
+        for at in 0..self.peers.len() {
+            let progress = self.peers[at].progress(self.payload_max);
+            progress.map_err(|trouble| self.blame(exchange, at, trouble))?;
+        }
+        Ok(())
+    }
+
     /// Tells the others whom this rank gave up on, and ends the connections.
-    fn fail(&mut self, error: CollectiveError) -> CollectiveError {
+    pub(super) fn fail(&mut self, error: CollectiveError) -> CollectiveError {
         let blamed = error.blamed().first().copied().unwrap_or(self.rank);
         let farewell = Header::farewell(blamed, self.step.fence, self.rank);
         self.peers.iter_mut().for_each(|peer| peer.enqueue_farewell(&farewell));
@@ -224,12 +234,14 @@ impl Collectives<HostParts> for Tcp {
     }
 
     fn start(&mut self, exchange: Exchange, send: &mut HostParts) -> Result<(), CollectiveError> {
-        self.step.open(exchange, send, self.peers.len() + 1)?;
+        assert_eq!(send.by_rank.len(), self.peers.len() + 1, "a part for each rank");
+        self.step.open(exchange)?;
         self.send(exchange, send).map_err(|error| self.fail(error))
     }
 
     fn finish(&mut self, exchange: Exchange, received: &mut HostParts) -> Result<(), CollectiveError> {
-        self.step.close(exchange, received, self.peers.len() + 1)?;
+        self.step.close(exchange)?;
+        received.by_rank.resize_with(self.peers.len() + 1, Vec::new);
         self.receive(exchange, received).map_err(|error| self.fail(error))
     }
 

@@ -15,7 +15,17 @@ const REVISION_BYTES_MAX: u64 = 256;
 /// # Errors
 /// There is no such model, or its checkpoint has a defect.
 pub fn open(model: &str) -> Result<Checkpoint, CheckpointError> {
-    open_with(model, &|variable| std::env::var_os(variable).filter(|value| !value.is_empty()))
+    open_with(model, &environment)
+}
+
+/// Where huggingface_hub keeps what it downloads, whether or not it is there.
+#[must_use]
+pub fn hub_cache() -> Option<PathBuf> {
+    hub_cache_in(&environment)
+}
+
+fn environment(variable: &str) -> Option<OsString> {
+    std::env::var_os(variable).filter(|value| !value.is_empty())
 }
 
 /// [`open`] in an environment of one's own.
@@ -31,7 +41,7 @@ pub(crate) fn open_with(
         return Checkpoint::open(dir);
     }
     let mut looked = vec![dir.to_owned()];
-    if let (Some(hub), Some((owner, name))) = (hub_cache(environment), hub_id(model)) {
+    if let (Some(hub), Some((owner, name))) = (hub_cache_in(environment), hub_id(model)) {
         let repository = hub.join(format!("models--{owner}--{name}"));
         let head = repository.join("refs").join("main");
         if head.exists() {
@@ -58,8 +68,8 @@ fn hub_id(model: &str) -> Option<(&str, &str)> {
     model.split_once('/').filter(|(owner, name)| word(owner) && word(name))
 }
 
-/// Where huggingface_hub keeps what it downloads.
-fn hub_cache(environment: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+/// [`hub_cache`] in an environment of one's own.
+fn hub_cache_in(environment: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let path = |variable| environment(variable).map(PathBuf::from);
     let home = || {
         path("XDG_CACHE_HOME")
@@ -68,6 +78,10 @@ fn hub_cache(environment: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> 
     };
     path("HF_HUB_CACHE").or_else(|| path("HF_HOME").or_else(home).map(|home| home.join("hub")))
 }
+
+#[cfg(test)]
+#[path = "../../../../tests/support/paths.rs"]
+mod paths;
 
 #[cfg(test)]
 mod tests {
@@ -92,7 +106,7 @@ mod tests {
         fs::create_dir_all(repository.join("refs")).unwrap();
         fs::create_dir_all(&snapshot).unwrap();
         fs::write(repository.join("refs/main"), "5be1\n").unwrap();
-        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-a");
+        let fixture = paths::fixture("tiny-a");
         for entry in fs::read_dir(fixture).unwrap() {
             let entry = entry.unwrap();
             fs::copy(entry.path(), snapshot.join(entry.file_name())).unwrap();

@@ -32,7 +32,7 @@ use contents::{Contents, Located, Shard};
 pub use config::parse as parse_config;
 pub(crate) use contents::{Image, read_json};
 pub use error::CheckpointError;
-pub use find::open;
+pub use find::{hub_cache, open};
 pub use header::{Dtype, HeaderError};
 
 /// A checkpoint whose every tensor has the type and shape that its `config.json` calls for.

@@ -1,7 +1,7 @@
 //! A fixture to damage.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -9,10 +9,7 @@ use tempfile::TempDir;
 pub(crate) const SHARD_0: &str = "model-00000-of-00002.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// The folder of a fixture.
-pub(crate) fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
-}
+pub(crate) use crate::paths::fixture;
 
 /// A copy of the checkpoint in a fixture, without its golden outputs.
 pub(crate) fn copy_of(name: &str) -> TempDir {

@@ -7,4 +7,6 @@ mod common;
 mod fuzz;
 mod nano;
 mod open;
+#[path = "../../../../tests/support/paths.rs"]
+mod paths;
 mod synth;

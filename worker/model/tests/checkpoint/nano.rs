@@ -1,15 +1,13 @@
 //! The demo model: in memory, and as a directory.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use phalanx_model::checkpoint::names;
 use phalanx_model::{Checkpoint, nano};
 
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
+use crate::paths::root;
 
 #[test]
 fn expands_to_the_whole_vocabulary() {
@@ -33,7 +31,7 @@ fn the_exported_directory_is_what_the_script_writes_and_loads_as_any_other() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     nano::export(&ours).unwrap();
-    let pack = repository().join("models/gpt-oss-nano");
+    let pack = root().join("models/gpt-oss-nano");
     let script = Command::new("python3").arg(pack.join("train/expand.py")).args([&pack, &theirs]).output().unwrap();
     assert!(script.status.success(), "{}", String::from_utf8_lossy(&script.stderr));
     let names = |dir: &Path| {

@@ -26,7 +26,7 @@ const MAGIC: [u8; 4] = *b"PHXF";
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::collectives) enum Kind {
     /// Rows of an exchange.
     Rows(ExchangeKind, LayerIdx),
     /// The sender's exchange failed, and this rank is to blame.
@@ -35,27 +35,27 @@ pub(super) enum Kind {
 
 /// A frame without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) kind: Kind,
-    pub(super) fence: Fence,
-    pub(super) from: Rank,
-    pub(super) len: u32,
-    pub(super) crc: u32,
+pub(in crate::collectives) struct Header {
+    pub(in crate::collectives) kind: Kind,
+    pub(in crate::collectives) fence: Fence,
+    pub(in crate::collectives) from: Rank,
+    pub(in crate::collectives) len: u32,
+    pub(in crate::collectives) crc: u32,
 }
 
 impl Header {
     /// The header of rows with this payload, whose length the caller has bounded.
-    pub(super) fn rows(exchange: Exchange, fence: Fence, from: Rank, payload: &[u8]) -> Self {
+    pub(in crate::collectives) fn rows(exchange: Exchange, fence: Fence, from: Rank, payload: &[u8]) -> Self {
         let kind = Kind::Rows(exchange.kind, exchange.layer);
         Self { kind, fence, from, len: payload.len() as u32, crc: crc32c::crc32c(payload) }
     }
 
     /// The header that blames a rank.
-    pub(super) fn farewell(blamed: Rank, fence: Fence, from: Rank) -> Self {
+    pub(in crate::collectives) fn farewell(blamed: Rank, fence: Fence, from: Rank) -> Self {
         Self { kind: Kind::Farewell(blamed), fence, from, len: 0, crc: crc32c::crc32c(&[]) }
     }
 
-    pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
+    pub(in crate::collectives) fn encode(&self) -> [u8; HEADER_BYTES] {
         let (kind, subject) = match self.kind {
             Kind::Rows(ExchangeKind::Dispatch, layer) => (1u32, layer.0),
             Kind::Rows(ExchangeKind::Combine, layer) => (2, layer.0),
@@ -77,7 +77,7 @@ impl Header {
     }
 
     /// The header in these bytes, or what does not hold of them.
-    pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, &'static str> {
+    pub(in crate::collectives) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, &'static str> {
         let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         if bytes[..4] != MAGIC {

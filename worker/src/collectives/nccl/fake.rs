@@ -1,0 +1,425 @@
+//! A stand-in for NCCL, for tests: the same table of functions over threads and host memory, with faults on request.
+//!
+//! It does what NCCL is documented to do, also what hurts: a peer's death is never noticed, ranks that disagree on a
+//! size hang, and a communicator used after its end is misuse, which is kept and told to the test.
+
+mod device;
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclUniqueId};
+
+use super::table::{Api, BYTES, SHRINK_ABORT, Table, UniqueId};
+pub(super) use device::{FakeDevice, FakeParts};
+
+const SUCCESS: c_int = 0;
+const INVALID_ARGUMENT: c_int = 4;
+const INVALID_USAGE: c_int = 5;
+const IN_PROGRESS: c_int = 7;
+/// Longest that anything hangs here, so that a test that fails ends.
+const HANG_MAX: Duration = Duration::from_secs(20);
+
+/// NCCL, as new as can be.
+pub(super) const API: Api = Api(&TABLE);
+/// NCCL before 2.27.
+pub(super) const OLD_API: Api = Api(&OLD_TABLE);
+
+static TABLE: Table = Table { shrink: Some(shrink), ..OLD_TABLE };
+const OLD_TABLE: Table = Table {
+    get_unique_id,
+    init,
+    async_error,
+    abort,
+    finalize,
+    destroy,
+    group_start,
+    group_end,
+    send,
+    receive,
+    all_gather,
+    shrink: None,
+};
+
+/// What goes wrong at a rank.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Faults {
+    /// Joining answers this.
+    pub(super) init: c_int,
+    /// Joining never ends.
+    pub(super) joins_never: bool,
+    /// The asynchronous state.
+    pub(super) async_error: c_int,
+    /// Sending answers this.
+    pub(super) send: c_int,
+    /// What is sent goes nowhere.
+    pub(super) sends_nothing: bool,
+    /// Aborting does not end until this is taken back.
+    pub(super) abort_hangs: bool,
+    /// Every call answers this.
+    pub(super) all: c_int,
+    /// The asynchronous state is asked so often before a call is through.
+    pub(super) slow: u32,
+}
+
+/// The ranks that share an id.
+pub(super) struct World {
+    /// What goes wrong at each rank, `[ranks]`; grows when it is asked for.
+    faults: Vec<Faults>,
+    joined: usize,
+    /// What was sent from a rank to a rank, in order.
+    mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
+    /// What was done that must not be done.
+    pub(super) misuse: Vec<String>,
+    /// Communicators that have ended, by abort or in good order.
+    pub(super) aborted: usize,
+    pub(super) destroyed: usize,
+    /// Worlds of those who are left, by who is left out.
+    shrunk: HashMap<Vec<c_int>, Arc<Mutex<World>>>,
+}
+
+impl World {
+    fn new() -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            faults: Vec::new(),
+            joined: 0,
+            mail: HashMap::new(),
+            misuse: Vec::new(),
+            aborted: 0,
+            destroyed: 0,
+            shrunk: HashMap::new(),
+        }))
+    }
+
+    /// What goes wrong at a rank.
+    pub(super) fn faults(&mut self, rank: usize) -> &mut Faults {
+        if self.faults.len() <= rank {
+            self.faults.resize_with(rank + 1, Faults::default);
+        }
+        &mut self.faults[rank]
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+static WORLDS: Mutex<Vec<Arc<Mutex<World>>>> = Mutex::new(Vec::new());
+
+/// The ranks that join by an id.
+pub(super) fn world(id: UniqueId) -> Arc<Mutex<World>> {
+    let number = usize::from_le_bytes(std::array::from_fn(|i| id.0[i]));
+    Arc::clone(&lock(&WORLDS)[number])
+}
+
+/// What a communicator's pointer points to; never given back, so that use after its end is seen.
+struct Comm {
+    world: Arc<Mutex<World>>,
+    rank: usize,
+    ranks: usize,
+    alive: AtomicBool,
+    /// Questions left before what is under way is through.
+    slow: AtomicU32,
+    /// A smaller communicator under way, and where its pointer goes.
+    child: Mutex<Option<(usize, Box<Comm>)>>,
+}
+
+/// The communicator behind a pointer, if it may be used.
+fn comm(pointer: ncclComm_t, call: &str) -> Option<&'static Comm> {
+    // SAFETY: tests use pointers of `init` and `shrink` alone, which are leaked.
+    let comm = unsafe { pointer.cast::<Comm>().as_ref() }?;
+    if comm.alive.load(Ordering::SeqCst) {
+        return Some(comm);
+    }
+    lock(&comm.world).misuse.push(format!("{call} of rank {} after its end", comm.rank));
+    None
+}
+
+/// The world of a communicator.
+pub(super) fn world_of(pointer: ncclComm_t) -> Arc<Mutex<World>> {
+    // SAFETY: tests use pointers of `init` and `shrink` alone, which are leaked.
+    Arc::clone(unsafe { &(*pointer.cast::<Comm>()).world })
+}
+
+fn leak(comm: Comm) -> ncclComm_t {
+    std::ptr::from_ref(Box::leak(Box::new(comm))).cast_mut().cast()
+}
+
+unsafe extern "C" fn get_unique_id(id: *mut ncclUniqueId) -> c_int {
+    let mut worlds = lock(&WORLDS);
+    let mut bytes = [0; UniqueId::BYTES];
+    bytes[..8].copy_from_slice(&worlds.len().to_le_bytes());
+    worlds.push(World::new());
+    // SAFETY: the caller's id.
+    unsafe { *id = UniqueId(bytes).raw() };
+    SUCCESS
+}
+
+unsafe extern "C" fn init(
+    out: *mut ncclComm_t,
+    ranks: c_int,
+    id: ncclUniqueId,
+    rank: c_int,
+    config: *mut ncclConfig_t,
+) -> c_int {
+    // SAFETY: the caller's configuration.
+    let config = unsafe { &*config };
+    let made = config.size == size_of::<ncclConfig_t>() && config.magic == 0xcafe_beef && config.version >= 22_800;
+    if !made || config.blocking != 0 || config.trafficClass != c_int::MIN || !config.netName.is_null() {
+        return INVALID_ARGUMENT;
+    }
+    let world = world(UniqueId(id.internal.map(|byte| byte.to_ne_bytes()[0])));
+    let (Ok(rank), Ok(ranks)) = (usize::try_from(rank), usize::try_from(ranks)) else { return INVALID_ARGUMENT };
+    if rank >= ranks {
+        return INVALID_ARGUMENT;
+    }
+    let faults = lock(&world).faults(rank).clone();
+    let code = faults.init.max(faults.all);
+    if code != SUCCESS {
+        return code;
+    }
+    lock(&world).joined += 1;
+    let comm = Comm {
+        world,
+        rank,
+        ranks,
+        alive: AtomicBool::new(true),
+        slow: AtomicU32::new(faults.slow),
+        child: Mutex::default(),
+    };
+    // SAFETY: the caller's pointer.
+    unsafe { *out = leak(comm) };
+    IN_PROGRESS
+}
+
+unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int {
+    let Some(comm) = comm(pointer, "ncclCommGetAsyncError") else { return INVALID_USAGE };
+    let smaller = lock(&comm.child).take_if(|(_, child)| lock(&child.world).joined == child.ranks);
+    if let Some((into, child)) = smaller {
+        // SAFETY: the caller's pointer, which must be good until this communicator is through.
+        unsafe { *std::ptr::with_exposed_provenance_mut::<ncclComm_t>(into) = leak(*child) };
+    }
+    let shrinking = lock(&comm.child).is_some();
+    let mut world = lock(&comm.world);
+    let (joined, faults) = (world.joined, world.faults(comm.rank).clone());
+    let slow = comm.slow.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+    let waiting = shrinking || joined < comm.ranks || faults.joins_never || slow;
+    // SAFETY: the caller's integer.
+    unsafe { *out = if waiting && faults.async_error == SUCCESS { IN_PROGRESS } else { faults.async_error } };
+    faults.all
+}
+
+unsafe extern "C" fn abort(pointer: ncclComm_t) -> c_int {
+    let Some(comm) = comm(pointer, "ncclCommAbort") else { return INVALID_USAGE };
+    comm.alive.store(false, Ordering::SeqCst);
+    let begun = Instant::now();
+    while lock(&comm.world).faults(comm.rank).abort_hangs && begun.elapsed() < HANG_MAX {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut world = lock(&comm.world);
+    world.aborted += 1;
+    world.faults(comm.rank).all
+}
+
+unsafe extern "C" fn finalize(pointer: ncclComm_t) -> c_int {
+    comm(pointer, "ncclCommFinalize").map_or(INVALID_USAGE, |comm| lock(&comm.world).faults(comm.rank).all)
+}
+
+unsafe extern "C" fn destroy(pointer: ncclComm_t) -> c_int {
+    let Some(comm) = comm(pointer, "ncclCommDestroy") else { return INVALID_USAGE };
+    comm.alive.store(false, Ordering::SeqCst);
+    lock(&comm.world).destroyed += 1;
+    SUCCESS
+}
+
+/// A call within a group.
+enum Op {
+    Send(&'static Comm, usize, Vec<u8>),
+    Receive(Pending, cudaStream_t),
+}
+
+thread_local! {
+    static GROUP: RefCell<Option<Vec<Op>>> = const { RefCell::new(None) };
+}
+
+unsafe extern "C" fn group_start() -> c_int {
+    GROUP.with_borrow_mut(|group| if group.replace(Vec::new()).is_some() { INVALID_USAGE } else { SUCCESS })
+}
+
+unsafe extern "C" fn group_end() -> c_int {
+    let Some(ops) = GROUP.take() else { return INVALID_USAGE };
+    let mut slow = 0;
+    for op in ops {
+        match op {
+            Op::Send(comm, to, bytes) => {
+                let mut world = lock(&comm.world);
+                slow = world.faults(comm.rank).slow;
+                if !world.faults(comm.rank).sends_nothing {
+                    world.mail.entry((comm.rank, to)).or_default().push_back(bytes);
+                }
+                comm.slow.store(slow, Ordering::SeqCst);
+            }
+            Op::Receive(pending, stream) => lock(pending_of(stream)).push_back(pending),
+        }
+    }
+    if slow > 0 { IN_PROGRESS } else { SUCCESS }
+}
+
+unsafe extern "C" fn send(
+    source: *const c_void,
+    count: usize,
+    kind: c_uint,
+    to: c_int,
+    pointer: ncclComm_t,
+    _stream: cudaStream_t,
+) -> c_int {
+    let Some(comm) = comm(pointer, "ncclSend") else { return INVALID_USAGE };
+    let faults = lock(&comm.world).faults(comm.rank).clone();
+    if faults.send.max(faults.all) != SUCCESS {
+        return faults.send.max(faults.all);
+    }
+    let Some(to) = peer(comm, to).filter(|_| kind == BYTES) else { return INVALID_ARGUMENT };
+    // SAFETY: the caller vouches for so many bytes.
+    let bytes = unsafe { std::slice::from_raw_parts(source.cast::<u8>(), count) }.to_vec();
+    in_group(Op::Send(comm, to, bytes))
+}
+
+unsafe extern "C" fn receive(
+    into: *mut c_void,
+    count: usize,
+    kind: c_uint,
+    from: c_int,
+    pointer: ncclComm_t,
+    stream: cudaStream_t,
+) -> c_int {
+    let Some(comm) = comm(pointer, "ncclRecv") else { return INVALID_USAGE };
+    let Some(from) = peer(comm, from).filter(|_| kind == BYTES) else { return INVALID_ARGUMENT };
+    in_group(Op::Receive(Pending { comm, from, into: into.addr(), bytes: count, refused: false }, stream))
+}
+
+unsafe extern "C" fn all_gather(
+    source: *const c_void,
+    into: *mut c_void,
+    count: usize,
+    kind: c_uint,
+    pointer: ncclComm_t,
+    stream: cudaStream_t,
+) -> c_int {
+    let Some(comm) = comm(pointer, "ncclAllGather").filter(|_| kind == BYTES) else { return INVALID_USAGE };
+    // SAFETY: the caller vouches for so many bytes.
+    let bytes = unsafe { std::slice::from_raw_parts(source.cast::<u8>(), count) };
+    for rank in 0..comm.ranks {
+        lock(&comm.world).mail.entry((comm.rank, rank)).or_default().push_back(bytes.to_vec());
+        let into = into.addr() + rank * count;
+        lock(pending_of(stream)).push_back(Pending { comm, from: rank, into, bytes: count, refused: false });
+    }
+    SUCCESS
+}
+
+unsafe extern "C" fn shrink(
+    pointer: ncclComm_t,
+    excluded: *mut c_int,
+    count: c_int,
+    out: *mut ncclComm_t,
+    config: *mut ncclConfig_t,
+    flags: c_int,
+) -> c_int {
+    let Some(comm) = comm(pointer, "ncclCommShrink") else { return INVALID_USAGE };
+    // SAFETY: the caller's list and configuration.
+    let (excluded, config) =
+        unsafe { (std::slice::from_raw_parts(excluded, usize::try_from(count).unwrap_or(0)).to_vec(), &*config) };
+    if flags != SHRINK_ABORT || config.blocking != 0 {
+        return INVALID_ARGUMENT;
+    }
+    let mut world = lock(&comm.world);
+    let code = world.faults(comm.rank).all;
+    if code != SUCCESS {
+        return code;
+    }
+    let smaller = Arc::clone(world.shrunk.entry(excluded.clone()).or_insert_with(World::new));
+    lock(&smaller).joined += 1;
+    let below = excluded.iter().filter(|&&rank| usize::try_from(rank).is_ok_and(|rank| rank < comm.rank)).count();
+    let (rank, ranks) = (comm.rank - below, comm.ranks - excluded.len());
+    let (alive, slow) = (AtomicBool::new(true), AtomicU32::new(0));
+    let child = Comm { world: smaller, rank, ranks, alive, slow, child: Mutex::default() };
+    // As NCCL does: there is no pointer before all have joined, and the old communicator tells when.
+    *lock(&comm.child) = Some((out.expose_provenance(), Box::new(child)));
+    IN_PROGRESS
+}
+
+fn peer(comm: &Comm, rank: c_int) -> Option<usize> {
+    usize::try_from(rank).ok().filter(|&rank| rank < comm.ranks && rank != comm.rank)
+}
+
+fn in_group(op: Op) -> c_int {
+    GROUP.with_borrow_mut(|group| {
+        group.as_mut().map_or(INVALID_USAGE, |ops| {
+            ops.push(op);
+            SUCCESS
+        })
+    })
+}
+
+/// A receive that waits on a stream.
+struct Pending {
+    comm: &'static Comm,
+    from: usize,
+    into: usize,
+    bytes: usize,
+    /// Another size was sent: it never ends.
+    refused: bool,
+}
+
+impl Pending {
+    /// Takes what was sent. Whether there was something.
+    fn take(&mut self) -> bool {
+        let mut world = lock(&self.comm.world);
+        let (from, to) = (self.from, self.comm.rank);
+        let Some(bytes) = world.mail.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return false };
+        if bytes.len() != self.bytes {
+            world.misuse.push(format!("{from} sends {} bytes where {to} receives {}", bytes.len(), self.bytes));
+            self.refused = true;
+            return false;
+        }
+        let into = std::ptr::with_exposed_provenance_mut::<u8>(self.into);
+        // SAFETY: whoever enqueued the receive vouched for so many bytes until the stream is idle.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, bytes.len()) };
+        true
+    }
+}
+
+/// A stream of host memory; never given back.
+type Stream = Mutex<VecDeque<Pending>>;
+
+fn pending_of(stream: cudaStream_t) -> &'static Stream {
+    // SAFETY: tests use streams of `new_stream` alone, which are leaked.
+    unsafe { &*stream.cast::<Stream>() }
+}
+
+pub(super) fn new_stream() -> cudaStream_t {
+    let stream: &'static Stream = Box::leak(Box::new(Mutex::new(VecDeque::new())));
+    std::ptr::from_ref(stream).cast_mut().cast()
+}
+
+/// Goes as far as it can. Whether everything on the stream is done.
+pub(super) fn advance(stream: cudaStream_t) -> bool {
+    let mut stream = lock(pending_of(stream));
+    let mut waiting = Vec::new();
+    let mut held: Vec<usize> = Vec::new();
+    for mut pending in stream.drain(..) {
+        // A communicator's end takes its work off the stream.
+        if !pending.comm.alive.load(Ordering::SeqCst) {
+            continue;
+        }
+        if held.contains(&pending.from) || pending.refused || !pending.take() {
+            held.push(pending.from);
+            waiting.push(pending);
+        }
+    }
+    stream.extend(waiting);
+    stream.is_empty()
+}

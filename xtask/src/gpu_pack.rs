@@ -1,0 +1,307 @@
+//! What a machine with a GPU needs to run the tests, in one folder: it has neither Rust nor a network.
+//!
+//! Binaries are built here for release and stripped; beside them are the fixtures they read and `run.sh`, which runs
+//! them all and ends with one table. Nothing in the folder is of one machine: tests find their files by `PHALANX_ROOT`
+//! and `PHALANX_BIN`, which the script sets.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::House;
+use crate::run::{answers, cargo};
+
+/// Where the pack is made; ignored by Git.
+const FOLDER: &str = ".gpu";
+/// What may be carried.
+const BYTES_MAX: u64 = 60 << 20;
+const SCRIPT: &str = include_str!("gpu_pack/run.sh");
+
+/// What is built: whatever runs on a GPU, or beside one.
+const BUILD: &[&str] = &[
+    "test",
+    "--release",
+    "--locked",
+    "--no-run",
+    "--message-format=json-render-diagnostics",
+    "--package",
+    "phalanx-kernels",
+    "--package",
+    "phalanx-worker",
+    "--package",
+    "phalanx",
+    "--lib",
+    "--test",
+    "conformance",
+    "--test",
+    "collectives",
+    "--test",
+    "runner",
+    "--test",
+    "golden",
+    "--test",
+    "commands",
+];
+/// What the tests read.
+const FIXTURES: &[&str] = &["tests/fixtures/tiny-a", "tests/fixtures/tiny-b"];
+
+/// Makes the pack anew. Says whether all was well.
+pub(crate) fn gpu_pack(house: &House) -> bool {
+    match pack(house) {
+        Ok(bytes) => {
+            println!(
+                "\n{FOLDER}/ holds {:.1} MiB: copy it to a machine with a GPU and run {FOLDER}/run.sh",
+                mib(bytes)
+            );
+            true
+        }
+        Err(why) => {
+            eprintln!("error: {why}");
+            false
+        }
+    }
+}
+
+fn pack(house: &House) -> Result<u64, String> {
+    let built = build(house)?;
+    let folder = house.root.join(FOLDER);
+    let at = |error: io::Error| format!("{}: {error}", folder.display());
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(error)),
+        _ => {}
+    }
+    for name in ["tests", "bin", "lib"] {
+        fs::create_dir_all(folder.join(name)).map_err(at)?;
+    }
+    for Built { package, target, is_test, executable } in &built {
+        let to = if *is_test {
+            folder.join("tests").join(format!("{package}.{target}"))
+        } else {
+            folder.join("bin").join(target)
+        };
+        if to.exists() {
+            return Err(format!("two executables are named {}: give their targets different names", to.display()));
+        }
+        fs::copy(executable, &to).map_err(at)?;
+        // Without `strip` the pack is larger, not wrong.
+        answers(Command::new("strip").arg(&to));
+    }
+    for fixture in FIXTURES {
+        copy(&house.root.join(fixture), &folder.join("root").join(fixture)).map_err(at)?;
+    }
+    write_script(&folder).map_err(at)?;
+    let mut files = sizes(&folder).map_err(at)?;
+    files.sort_unstable_by(|a, b| b.cmp(a));
+    for (bytes, path) in &files {
+        println!("{:8.1} MiB  {}", mib(*bytes), path.strip_prefix(&folder).unwrap_or(path).display());
+    }
+    let total = files.iter().map(|(bytes, _)| bytes).sum();
+    if total > BYTES_MAX {
+        return Err(format!(
+            "{FOLDER}/ holds {:.1} MiB, {:.0} may be carried: take something out of BUILD in xtask/src/gpu_pack.rs",
+            mib(total),
+            mib(BYTES_MAX)
+        ));
+    }
+    Ok(total)
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// An executable that cargo has made.
+#[derive(Debug, PartialEq, Eq)]
+struct Built {
+    package: String,
+    target: String,
+    is_test: bool,
+    executable: PathBuf,
+}
+
+fn build(house: &House) -> Result<Vec<Built>, String> {
+    let mut command = cargo(house, BUILD);
+    println!("$ cargo {}", BUILD.join(" "));
+    let output = command.stderr(Stdio::inherit()).output().map_err(|error| format!("cannot start cargo: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("cargo ends with {}", output.status));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let built: Vec<Built> = text.lines().filter_map(built).collect();
+    if built.iter().any(|built| built.is_test) {
+        Ok(built)
+    } else {
+        Err("cargo names no test: has its output changed?".into())
+    }
+}
+
+/// The executable that a line of cargo's messages names. Fields are found by their names: these tasks have no
+/// dependencies, and cargo writes one message a line, each field once before those of `profile`.
+fn built(line: &str) -> Option<Built> {
+    let field = |name: &str| {
+        let begin = line.find(&format!("\"{name}\":\""))? + name.len() + 4;
+        let value = &line[begin..];
+        let value = &value[..value.find('"')?];
+        // A path with a backslash would have to be unescaped; such a machine packs nothing.
+        (!value.contains('\\')).then_some(value)
+    };
+    if field("reason")? != "compiler-artifact" {
+        return None;
+    }
+    let executable = field("executable")?.into();
+    let package = Path::new(field("manifest_path")?).parent()?.file_name()?.to_str()?;
+    let package = match package {
+        "kernels" | "worker" => package,
+        _ => "phalanx",
+    };
+    // The target, which comes before, says whether it has tests; the profile, whether this is them.
+    let (_, profile) = line.split_once("\"profile\":")?;
+    let is_test = profile.contains("\"test\":true");
+    Some(Built { package: package.to_owned(), target: field("name")?.to_owned(), is_test, executable })
+}
+
+fn write_script(folder: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let script = folder.join("run.sh");
+    fs::write(&script, SCRIPT)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
+}
+
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &to)?;
+        } else {
+            fs::copy(entry.path(), to)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every file below a folder with its bytes.
+fn sizes(folder: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        if meta.is_dir() {
+            found.extend(sizes(&entry.path())?);
+        } else {
+            found.push((meta.len(), entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn executables_are_read_from_cargo_s_messages() {
+        let line = |kind: &str, test: bool, executable: &str| {
+            format!(
+                "{{\"reason\":\"compiler-artifact\",\"package_id\":\"path+file:///r/worker#phalanx-worker@0.1.0\",\
+                 \"manifest_path\":\"/r/worker/Cargo.toml\",\
+                 \"target\":{{\"kind\":[\"{kind}\"],\"name\":\"collectives\",\"test\":true}},\
+                 \"profile\":{{\"opt_level\":\"3\",\"test\":{test}}},\"executable\":{executable},\"fresh\":true}}"
+            )
+        };
+        let expected = Built {
+            package: "worker".into(),
+            target: "collectives".into(),
+            is_test: true,
+            executable: "/t/collectives-1f".into(),
+        };
+        assert_eq!(built(&line("test", true, "\"/t/collectives-1f\"")), Some(expected));
+        assert!(!built(&line("bin", false, "\"/t/phalanx\"")).unwrap().is_test);
+        assert_eq!(built(&line("lib", false, "null")), None);
+        assert_eq!(built("{\"reason\":\"build-finished\",\"success\":true}"), None);
+    }
+
+    /// A pack whose tests are these shell scripts, removed when dropped.
+    struct Pack(PathBuf);
+
+    impl Pack {
+        fn new(name: &str, tests: &[(&str, &str)]) -> Self {
+            let folder = std::env::temp_dir().join(format!("phalanx-gpu-pack-{}-{name}", std::process::id()));
+            for part in ["tests", "root"] {
+                fs::create_dir_all(folder.join(part)).unwrap();
+            }
+            for (name, body) in tests {
+                let path = folder.join("tests").join(name);
+                fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            }
+            write_script(&folder).unwrap();
+            Self(folder)
+        }
+
+        /// Exit status and output of `run.sh`.
+        fn run(&self, required: Option<&str>, names: &[&str]) -> (Option<i32>, String) {
+            let mut command = Command::new(self.0.join("run.sh"));
+            command.args(names).env("LIMIT_SECONDS", "1").env_remove("OUT").env_remove("GPU_REQUIRED");
+            command.env_remove("PHALANX_ROOT").current_dir("/");
+            if let Some(required) = required {
+                command.env("GPU_REQUIRED", required);
+            }
+            let output = command.output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+        }
+    }
+
+    impl Drop for Pack {
+        fn drop(&mut self) {
+            drop(fs::remove_dir_all(&self.0));
+        }
+    }
+
+    const GOOD: &str = "echo 'test result: ok. 3 passed; 0 failed; 1 ignored'";
+
+    #[test]
+    fn the_script_runs_every_test_and_ends_with_one_table() {
+        let lacking = "[ \"$GPU_REQUIRED\" = 1 ] && exit 101\necho 'NOT RUN a: no GPU'\n\
+                       echo 'test result: ok. 2 passed; 0 failed'";
+        let seen = "[ -d \"$PHALANX_ROOT\" ] && [ \"$(pwd)\" = \"$PHALANX_ROOT\" ] || exit 7\n\
+                    [ \"$1\" = --test-threads=1 ] || exit 8\n";
+        let pack = Pack::new("table", &[("good", &format!("{seen}{GOOD}")), ("lacking", lacking)]);
+        let (status, output) = pack.run(Some("0"), &[]);
+        assert_eq!(status, Some(0), "{output}");
+        let table: Vec<Vec<&str>> =
+            output.lines().rev().take(3).map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(table[2], ["suite", "passed", "failed", "not", "run", "outcome"]);
+        assert_eq!(table[1], ["good", "3", "0", "0", "passed"]);
+        assert_eq!(table[0], ["lacking", "1", "0", "1", "passed"]);
+
+        let (status, output) = pack.run(None, &[]);
+        assert_eq!(status, Some(1), "what is missing is a failure unless told otherwise: {output}");
+        assert!(output.ends_with("FAILED: exit status 101\n"), "{output}");
+        assert_eq!(pack.run(None, &["good"]).0, Some(0));
+        assert_eq!(pack.run(None, &["nothing"]).0, Some(1));
+    }
+
+    #[test]
+    fn a_test_that_fails_dies_or_hangs_fails_the_run_and_the_others_still_run() {
+        let fails = "echo 'test a ... FAILED'\necho 'test result: FAILED. 1 passed; 2 failed'\nexit 101";
+        let pack = Pack::new(
+            "faults",
+            &[("a-fails", fails), ("b-dies", "kill -9 $$"), ("c-hangs", "sleep 60"), ("d-good", GOOD)],
+        );
+        let (status, output) = pack.run(None, &[]);
+        assert_eq!(status, Some(1), "{output}");
+        for row in [
+            "1       2        0  FAILED: exit status 101",
+            "FAILED: still running after 1 s",
+            "3       0        0  passed",
+        ] {
+            assert!(output.contains(row), "`{row}` is not in: {output}");
+        }
+        assert_eq!(output.matches("FAILED: ").count(), 3, "{output}");
+    }
+}

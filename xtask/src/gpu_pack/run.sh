@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs what `cargo xtask gpu-pack` has put beside this file, on a machine with a GPU: no Rust, no network, nothing to
+# install. `./run.sh` runs everything; `./run.sh NAME...` only what has one of the names.
+#
+# Libraries are looked for beside this file (lib/), in the nvidia packages of python3, and where the system looks.
+# GPU_REQUIRED=0 lets tests that lack something pass as NOT RUN; by default they fail.
+set -u
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export GPU_REQUIRED=${GPU_REQUIRED:-1} RUST_BACKTRACE=${RUST_BACKTRACE:-1}
+export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
+# One test at a time: they share one GPU. A test that hangs ends here.
+limit=${LIMIT_SECONDS:-120}
+logs=${OUT:-$here}/logs
+mkdir -p "$logs"
+
+packages=$(python3 -c 'import glob, sys
+print(":".join(f for p in sys.path if p for f in sorted(glob.glob(p + "/nvidia/*/lib"))))' 2>/dev/null)
+export LD_LIBRARY_PATH="$here/lib${packages:+:$packages}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+
+if [ -x "$PHALANX_BIN" ]; then
+    "$PHALANX_BIN" doctor
+fi
+
+wanted() {
+    local name=$1 word
+    shift
+    [ $# -eq 0 ] && return 0
+    for word in "$@"; do
+        case $name in *"$word"*) return 0 ;; esac
+    done
+    return 1
+}
+
+rows=() failed=0
+for test in "$here"/tests/*; do
+    name=$(basename "$test")
+    wanted "$name" "$@" || continue
+    echo
+    echo "== $name"
+    # The tests' own threads and processes die with it.
+    (cd "$PHALANX_ROOT" && timeout --kill-after=10 "$limit" "$test" --test-threads=1) >"$logs/$name.log" 2>&1
+    status=$?
+    grep -E '^(NOT RUN|test .*FAILED$|test result:)' "$logs/$name.log"
+    case $status in
+        0) outcome=passed ;;
+        124 | 137) outcome="FAILED: still running after $limit s" ;;
+        *) outcome="FAILED: exit status $status" ;;
+    esac
+    [ "$status" -eq 0 ] || { failed=1; tail -n 40 "$logs/$name.log"; }
+    count() { sed -n "s/^test result: .* \([0-9]*\) $1.*/\1/p" "$logs/$name.log" | awk '{ n += $1 } END { print n + 0 }'; }
+    skipped=$(grep -c '^NOT RUN ' "$logs/$name.log")
+    rows+=("$(printf '%-34s %7s %7s %8s  %s' "$name" "$(($(count passed) - skipped))" "$(count failed)" "$skipped" "$outcome")")
+done
+
+echo
+printf '%-34s %7s %7s %8s  %s\n' suite passed failed 'not run' outcome
+printf '%s\n' "${rows[@]:-nothing has this name}"
+[ ${#rows[@]} -gt 0 ] || failed=1
+exit $failed
