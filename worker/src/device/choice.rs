@@ -254,6 +254,8 @@ mod tests {
         }
         let one = choose_device(DeviceRequest::Cuda(Some(1)), good).unwrap();
         assert_eq!(one.to_string(), "computes on cuda:1: NVIDIA H100");
+        let oldest = || Probe { gpus: Ok(vec![gpu(0, CAPABILITY_MIN)]), ..good() };
+        assert!(choose_device(ALL, oldest).is_ok());
         assert_eq!(choose_device(DeviceRequest::Cpu, || panic!("nobody asked")).unwrap().processor, Processor::Cpu);
     }
 

@@ -223,6 +223,7 @@ fn failing(n: u32, wait: Duration, spoil: impl Fn(&mut World) + Sync) -> (Vec<Co
         // Only rank 0's patience may end: who waits for whom is then certain.
         c.begin(fence(1), Instant::now() + if c.rank() == Rank(0) { wait } else { PATIENCE });
         let error = exchanges_until_failure(&mut c, 10);
+        assert_eq!(c.nccl.communicator().state(), State::Aborted, "what is on the stream must end");
         c.begin(fence(2), Instant::now() + PATIENCE);
         let again = c.start(exchange(0, DISPATCH), &mut HostParts::new(n as usize));
         assert_eq!(again, Err(CollectiveError::Broken), "it serves nothing afterwards");
@@ -293,6 +294,26 @@ fn a_device_that_fails_is_this_rank_s_fault() {
     });
     assert!(errors[1].to_string().contains("illegal address"), "{}", errors[1]);
     assert!(errors.iter().all(|error| error.blamed() == [Rank(1)]), "{errors:?}");
+}
+
+#[test]
+fn parts_of_no_whole_rows_are_refused() {
+    let group = hosted(2);
+    let world = group[0].world();
+    let errors = each(group, |mut c| {
+        c.begin(fence(1), Instant::now() + PATIENCE);
+        let bytes = if c.rank() == Rank(1) { ROW + 4 } else { ROW };
+        let mut error = Ok(());
+        for layer in 0..3 {
+            let mut send = HostParts { by_rank: vec![vec![0; bytes]; 2] };
+            error = error.and_then(|()| swap(&mut c, exchange(layer, DISPATCH), &mut send, &mut HostParts::default()));
+        }
+        error.unwrap_err()
+    });
+    let whole = "its payload is not a whole number of rows";
+    assert_eq!(errors[0], CollectiveError::Corrupt { rank: Rank(1), what: whole });
+    assert_eq!(errors[1].blamed(), [Rank(1)], "{}", errors[1]);
+    clean(&world, 2);
 }
 
 #[test]
