@@ -7,7 +7,7 @@
 
 use super::dense::need;
 use super::exp::exp;
-use super::int8::{ByRows, Int8Block, Multiply, Operand, to_operand};
+use super::int8::{ByRows, Int8Block, Multiply, Operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
 use super::mxfp4::{self, Mxfp4};
@@ -129,8 +129,6 @@ pub struct Work {
     active: Vec<u32>,
     /// Results for each rank.
     results: Vec<u32>,
-    /// A row of numbers from the wire.
-    row: Vec<f32>,
 }
 
 impl Work {
@@ -156,7 +154,6 @@ impl Work {
             starts: Vec::new(),
             active: Vec::new(),
             results: Vec::new(),
-            row: vec![0.0; hidden],
         }
     }
 
@@ -173,19 +170,25 @@ impl Work {
     ///
     /// # Errors
     /// The first such rank.
-    pub(super) fn receive(&mut self, received: &HostParts, experts: &Experts, top_k: usize) -> Result<(), KernelError> {
+    pub(super) fn receive(
+        &mut self,
+        simd: Simd,
+        threads: &Threads,
+        received: &HostParts,
+        experts: &Experts,
+        top_k: usize,
+    ) -> Result<(), KernelError> {
         let record = wire::dispatch_record(self.precision, top_k, self.shape.hidden);
         self.arrived.clear();
         self.results.clear();
-        let (mut rows, mut result) = (0, Ok(()));
+        let (mut rows, mut result) = (Vec::new(), Ok(()));
         for (rank, bytes) in received.by_rank.iter().enumerate() {
             let before = self.arrived.len();
-            match self.check(bytes, record, top_k, experts, rows) {
+            match self.check(bytes, record, top_k, experts, rows.len()) {
                 Ok(()) => {
                     for bytes in bytes.chunks_exact(record) {
-                        self.read_row(&bytes[top_k * 4..], rows);
-                        self.read_slots(&bytes[..top_k * 4], rows, rank, before);
-                        rows += 1;
+                        self.read_slots(&bytes[..top_k * 4], rows.len(), rank, before);
+                        rows.push(&bytes[top_k * 4..]);
                     }
                 }
                 Err(what) => result = result.and(Err(KernelError::Received { rank, what })),
@@ -193,6 +196,11 @@ impl Work {
             self.results.push((self.arrived.len() - before) as u32);
         }
         self.group(experts.slots.len());
+        let (precision, hidden) = (self.precision, self.shape.hidden);
+        match &mut self.operands {
+            Operands::Exact { rows: out, .. } => read_rows(simd, threads, precision, hidden, &rows, out),
+            Operands::Fast { rows: out, .. } => read_rows(simd, threads, precision, hidden, &rows, out),
+        }
         result
     }
 
@@ -221,18 +229,6 @@ impl Work {
             return Err("more rows than a step may have");
         }
         Ok(())
-    }
-
-    fn read_row(&mut self, bytes: &[u8], row: usize) {
-        wire::decode(self.precision, bytes, &mut self.row);
-        let hidden = self.shape.hidden;
-        match &mut self.operands {
-            Operands::Exact { rows, .. } => to_operand(&self.row, &mut rows[row * hidden..(row + 1) * hidden]),
-            Operands::Fast { rows, .. } => {
-                let width = hidden / BLOCK;
-                to_operand(&self.row, &mut rows[row * width..(row + 1) * width]);
-            }
-        }
     }
 
     fn read_slots(&mut self, bytes: &[u8], row: usize, rank: usize, first_of_rank: usize) {
@@ -344,6 +340,42 @@ impl Work {
                 parts: &parts,
             });
         });
+    }
+}
+
+/// Rows of the wire as operands.
+fn read_rows<O: Operand>(
+    simd: Simd,
+    threads: &Threads,
+    precision: Precision,
+    hidden: usize,
+    rows: &[&[u8]],
+    out: &mut [O],
+) {
+    let width = hidden / O::COLUMNS;
+    threads.each_chunk(&mut out[..rows.len() * width], width, 4 * rows.len() * hidden, |row, out| {
+        simd.run(ReadRow { precision, bytes: rows[row], out });
+    });
+}
+
+/// One row from the wire.
+struct ReadRow<'a, O> {
+    precision: Precision,
+    bytes: &'a [u8],
+    out: &'a mut [O],
+}
+
+impl<O: Operand> Kernel for ReadRow<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        let size = BLOCK * wire::bytes(self.precision);
+        for (bytes, out) in self.bytes.chunks_exact(size).zip(self.out.chunks_exact_mut(BLOCK / O::COLUMNS)) {
+            let mut x = [0.0; BLOCK];
+            wire::decode(self.precision, bytes, &mut x);
+            O::from_block(&x, out);
+        }
     }
 }
 

@@ -460,7 +460,7 @@ impl Backend for Cpu {
     }
 
     fn receive(&mut self, received: &HostParts, experts: &Experts, work: &mut Work) {
-        let result = work.receive(received, experts, self.top_k);
+        let result = work.receive(self.simd, &self.threads, received, experts, self.top_k);
         self.note(result);
     }
 
