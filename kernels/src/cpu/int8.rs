@@ -133,11 +133,16 @@ pub(super) trait ByRows {
             self.rows::<L, 8>(l, at);
             at += 8;
         }
-        while at + 4 <= range.end {
+        // More than four would not fit the registers of the narrow.
+        while !L::WIDE && at + 4 <= range.end {
             self.rows::<L, 4>(l, at);
             at += 4;
         }
         match range.end - at {
+            7 if L::WIDE => self.rows::<L, 7>(l, at),
+            6 if L::WIDE => self.rows::<L, 6>(l, at),
+            5 if L::WIDE => self.rows::<L, 5>(l, at),
+            4 => self.rows::<L, 4>(l, at),
             3 => self.rows::<L, 3>(l, at),
             2 => self.rows::<L, 2>(l, at),
             1 => self.rows::<L, 1>(l, at),

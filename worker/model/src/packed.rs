@@ -24,6 +24,8 @@ use crate::weights::{Matrix, OnProgress, expert_shape, expert_source};
 
 /// Bytes before the first section; sections begin at multiples of it, as pages do.
 const PAGE: usize = 4096;
+/// Bytes of a write. Pages written together, at a multiple of their size, can be kept and mapped as one large page.
+const LARGE_PAGE: usize = 2 << 20;
 /// How long to sleep while another process packs the same weights.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
@@ -169,6 +171,35 @@ fn is_at(_file: &File, _path: &Path) -> bool {
     true
 }
 
+/// Writes whole large pages.
+struct LargePages<'a> {
+    file: &'a mut File,
+    page: Vec<u8>,
+}
+
+impl<'a> LargePages<'a> {
+    fn new(file: &'a mut File) -> Self {
+        Self { file, page: Vec::with_capacity(LARGE_PAGE) }
+    }
+}
+
+impl Write for LargePages<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(LARGE_PAGE - self.page.len());
+        self.page.extend_from_slice(&bytes[..taken]);
+        if self.page.len() == LARGE_PAGE {
+            self.flush()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_all(&self.page)?;
+        self.page.clear();
+        Ok(())
+    }
+}
+
 /// Writes a section and zeros up to the next.
 fn put(out: &mut impl Write, buffer: &mut [u8], len: usize) -> io::Result<()> {
     let end = len.next_multiple_of(PAGE);
@@ -236,7 +267,9 @@ impl PackedFile {
             Err(plan) => plan,
         };
         let written = file.set_len(0).map_err(broken).and_then(|()| {
-            plan.write(backend, checkpoint, &mut file, on_progress, &broken)?;
+            let mut pages = LargePages::new(&mut file);
+            plan.write(backend, checkpoint, &mut pages, on_progress, &broken)?;
+            pages.flush().map_err(broken)?;
             file.sync_all().map_err(broken)?;
             fs::rename(&part, path).map_err(broken)
         });
