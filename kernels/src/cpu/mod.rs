@@ -29,9 +29,11 @@ pub use router::Routes;
 pub use rows::Rows;
 pub use sample::sample;
 
-use self::dense::{Store, need};
+pub(crate) use self::dense::need;
+pub(crate) use self::kv::check;
+
+use self::dense::Store;
 use self::isa::Simd;
-use self::kv::check;
 use self::rope::Angles;
 use self::threads::Threads;
 use crate::memory::{Source, resident};

@@ -6,7 +6,7 @@ use phalanx_kernels::{Isa, Precision};
 use crate::compare::{close, same};
 use crate::layer::{Layers, Row, VOCAB};
 use crate::rows::COUNTS;
-use crate::{Make, PRECISIONS, Tested, cpu, references};
+use crate::{Make, PRECISIONS, Tested, make_cpu, references};
 
 fn token(sequence: u32, position: u32) -> u32 {
     (position * 37 + sequence * 11 + 5) % VOCAB as u32
@@ -76,10 +76,7 @@ pub(crate) fn steps_without_rows<B: Tested>(make: &Make<B>) {
 fn instruction_sets_and_threads_agree() {
     let rows: Vec<Row> = (0..80).map(|position| row(2, position)).chain((0..20).map(|p| row(6, p))).collect();
     for (precision, reference) in PRECISIONS.into_iter().zip(references()) {
-        let run = |isa, threads| {
-            let make = Make { name: String::new(), precision, make: Box::new(move || cpu(isa, precision, threads)) };
-            Layers::new(&make, 100).step(&rows)
-        };
+        let run = |isa, threads| Layers::new(&make_cpu(isa, precision, threads), 100).step(&rows);
         let expected = run(Isa::Portable, 1);
         for isa in Isa::available() {
             for threads in [1, 3] {

@@ -6,13 +6,13 @@ use crate::attention::Sequence;
 use crate::compare::close;
 use crate::data::{Expert, Random};
 use crate::experts::{expected_expert, records, work};
-use crate::{Make, cpu, tolerances};
+use crate::{Make, make_cpu, tolerances};
 
 /// A name and what it does.
 type Fault<T> = (&'static str, fn(&mut T));
 
 fn make(precision: Precision) -> Make<phalanx_kernels::Cpu> {
-    Make { name: String::new(), precision, make: Box::new(move || cpu(Isa::detect(), precision, 1)) }
+    make_cpu(Isa::detect(), precision, 1)
 }
 
 /// Compares the right expert's results with those of a wrong one.
@@ -28,7 +28,7 @@ fn compare_experts(precision: Precision, wrong: fn(&mut Expert), limit: f32) -> 
     let row = wire(&phalanx_kernels::reference::exchange::to_wire(precision, &row));
     let mut other = right.clone();
     wrong(&mut other);
-    let expected = expected_expert(precision, &other, limit, &row);
+    let expected = expected_expert(make(precision).expert, &other, limit, &row);
     close("experts", 96, &expected, &wire(&got.by_rank[0]), tolerances::expert(precision))
 }
 

@@ -15,22 +15,66 @@ mod faults;
 mod hostile;
 mod layer;
 mod memory;
+mod operand;
 mod plans;
 mod rows;
 mod sampling;
 mod tolerances;
 
-use phalanx_kernels::{Backend, Cpu, CpuOptions, HostParts, Isa, Precision, Reference};
+use std::sync::Arc;
 
-/// A backend whose exchange buffers the host can read.
-trait Tested: Backend<Parts = HostParts> {}
+use operand::Operand;
+use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::{Backend, Cpu, CpuOptions, Cuda, HostParts, Isa, Precision, Reference};
 
-impl<B: Backend<Parts = HostParts>> Tested for B {}
+/// A backend whose exchange buffers the host can read and write.
+trait Tested: Backend {
+    /// What the buffers hold.
+    fn download(&mut self, parts: &Self::Parts) -> HostParts;
+
+    /// Buffers that hold these bytes.
+    fn upload(&mut self, parts: &HostParts) -> Self::Parts;
+}
+
+impl Tested for Reference {
+    fn download(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+}
+
+impl Tested for Cpu {
+    fn download(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+}
+
+impl Tested for Cuda {
+    fn download(&mut self, parts: &Self::Parts) -> HostParts {
+        parts.download().unwrap()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> Self::Parts {
+        let mut uploaded = self.parts(parts.by_rank.len(), parts.by_rank.iter().map(Vec::len).sum());
+        uploaded.upload(parts).unwrap();
+        uploaded
+    }
+}
 
 /// Makes backends of one kind and precision.
 struct Make<B> {
     name: String,
     precision: Precision,
+    /// What dense matrices, and experts, multiply with.
+    dense: Operand,
+    expert: Operand,
     make: Box<dyn Fn() -> B>,
 }
 
@@ -50,19 +94,41 @@ fn references() -> Vec<Make<Reference>> {
     let make = |precision| Make {
         name: format!("reference {precision:?}"),
         precision,
+        dense: Operand::Whole,
+        expert: Operand::of_cpu_experts(precision),
         make: Box::new(move || Reference::new(precision)),
     };
     PRECISIONS.map(make).into()
 }
 
+fn make_cpu(isa: Isa, precision: Precision, threads: usize) -> Make<Cpu> {
+    Make {
+        name: format!("cpu {} {precision:?} with {threads} threads", isa.name()),
+        precision,
+        dense: Operand::Whole,
+        expert: Operand::of_cpu_experts(precision),
+        make: Box::new(move || cpu(isa, precision, threads)),
+    }
+}
+
+/// The CUDA kernels on the CPU.
+fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
+    Make {
+        name: format!("cuda {precision:?}, emulated"),
+        precision,
+        dense: Operand::of_cuda(precision),
+        expert: Operand::of_cuda(precision),
+        make: Box::new(move || Cuda::new(Arc::new(device), precision).unwrap()),
+    }
+}
+
+fn cudas() -> Vec<Make<Cuda>> {
+    PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision)).into()
+}
+
 fn cpus() -> Vec<Make<Cpu>> {
     let kinds = Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision)));
-    let make = |(isa, precision): (Isa, Precision)| Make {
-        name: format!("cpu {} {precision:?}", isa.name()),
-        precision,
-        make: Box::new(move || cpu(isa, precision, 2)),
-    };
-    kinds.map(make).collect()
+    kinds.map(|(isa, precision)| make_cpu(isa, precision, 2)).collect()
 }
 
 /// A test for each check on each kind of backend.
@@ -74,6 +140,9 @@ macro_rules! conformance {
             }
             mod cpu {
                 $(#[test] fn $check() { crate::cpus().iter().for_each(crate::$module::$check); })*
+            }
+            mod cuda {
+                $(#[test] fn $check() { crate::cudas().iter().for_each(crate::$module::$check); })*
             }
         }
     };

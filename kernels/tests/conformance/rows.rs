@@ -92,8 +92,10 @@ pub(crate) fn projects<B: Tested>(make: &Make<B>) {
             let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
             b.write(&mut x, &values);
             b.project(&x, &dense, &mut out);
-            let expected: Vec<f32> =
-                values.chunks(cols).flat_map(|row| linear(row, &weight.values, &bias.values)).collect();
+            let expected: Vec<f32> = values
+                .chunks(cols)
+                .flat_map(|row| linear(&make.dense.round_f32(row), &weight.values, &bias.values))
+                .collect();
             let what = format!("{}, {count} rows of {cols} to {rows}", make.name);
             close(&what, rows, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
             b.finish().unwrap();
@@ -125,7 +127,8 @@ pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
         .enumerate()
         .flat_map(|(i, bias)| if i == 1 { vec![0.0; bias.values.len()] } else { bias.values.clone() })
         .collect();
-    let expected: Vec<f32> = values.chunks(cols).flat_map(|row| linear(row, &all, &bias)).collect();
+    let expected: Vec<f32> =
+        values.chunks(cols).flat_map(|row| linear(&make.dense.round_f32(row), &all, &bias)).collect();
     close(&make.name, 70, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
     b.finish().unwrap();
 }
