@@ -1,4 +1,5 @@
-//! The Python clients: official client libraries against a server that the script starts itself.
+//! Private Python environments: for the clients, official libraries against a server that the script starts itself, and
+//! for what comes as a Python package though it is none.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,6 +10,8 @@ use crate::run::{answers, run};
 
 /// Where the scripts and their requirements are.
 const FOLDER: &str = "tests/clients";
+/// What compiles the CUDA kernels.
+const NVRTC: &str = "kernels/csrc/requirements.txt";
 
 /// Runs every script of [`FOLDER`] in a private environment, in the order of their names.
 pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
@@ -18,7 +21,7 @@ pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
         return vec![("python clients".into(), Outcome::NotRun(format!("no script in {FOLDER}")))];
     }
     let environment = if house.phalanx.is_file() {
-        environment(&house.root, &folder.join("requirements.txt"))
+        environment(&house.root.join(".venv"), &folder.join("requirements.txt"))
     } else {
         Err(format!("{} was not built", house.phalanx.display()))
     };
@@ -46,20 +49,28 @@ fn name(script: &Path) -> String {
     format!("{FOLDER}/{}", file.to_string_lossy())
 }
 
-/// Makes `.venv` with the pinned requirements, once; `Err` says why there is none.
-fn environment(root: &Path, requirements: &Path) -> Result<PathBuf, String> {
-    let home = root.join(".venv");
+/// The folder of the library that compiles the CUDA kernels, brought once; `Err` says why there is none.
+pub(crate) fn nvrtc(house: &House) -> Result<PathBuf, String> {
+    let home = house.root.join("target/nvrtc");
+    environment(&home, &house.root.join(NVRTC))?;
+    let versions = std::fs::read_dir(home.join("lib")).into_iter().flatten().flatten();
+    let mut folders = versions.map(|version| version.path().join("site-packages/nvidia/cu13/lib"));
+    folders.find(|folder| folder.join("libnvrtc.so.13").is_file()).ok_or_else(|| format!("{NVRTC} brought no NVRTC"))
+}
+
+/// Makes an environment with the pinned requirements, once; `Err` says why there is none.
+fn environment(home: &Path, requirements: &Path) -> Result<PathBuf, String> {
     let python = home.join("bin/python");
     let wanted = std::fs::read(requirements).map_err(|error| format!("{}: {error}", requirements.display()))?;
     let stamp = home.join("installed.txt");
     if std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(python);
     }
-    make(&home)?;
+    make(home)?;
     let mut install = Command::new(&python);
     install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"]).arg(requirements);
     if !matches!(run(&mut install), Outcome::Passed(_)) {
-        return Err(format!("pip could not install {FOLDER}/requirements.txt: is there a network?"));
+        return Err(format!("pip could not install {}: is there a network?", requirements.display()));
     }
     std::fs::write(&stamp, wanted).map_err(|error| format!("{}: {error}", stamp.display()))?;
     Ok(python)

@@ -146,6 +146,12 @@ impl Buffer {
         self.address
     }
 
+    /// Where it is, to be written there.
+    #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
+    pub(super) const fn address_mut(&mut self) -> u64 {
+        self.address
+    }
+
     /// Its size.
     pub(super) const fn bytes(&self) -> usize {
         self.bytes

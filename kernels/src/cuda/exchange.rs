@@ -224,7 +224,7 @@ impl Work {
 
 impl Cuda {
     pub(super) fn dispatch_rows(
-        &mut self,
+        &self,
         x: &Rows,
         routes: &Routes,
         places: &Places,
@@ -242,8 +242,8 @@ impl Cuda {
             x: x.address(),
             experts: routes.experts(),
             places: places.buffer.address(),
-            out: out.bytes.address(),
-            parts: out.places.address(),
+            out: out.bytes.address_mut(),
+            parts: out.places.address_mut(),
             rows: x.len() as u32,
             hidden: x.cols() as u32,
             top_k: routes.top_k() as u32,
@@ -256,7 +256,7 @@ impl Cuda {
     }
 
     pub(super) fn receive_parts(
-        &mut self,
+        &self,
         received: &Parts,
         experts: &Experts,
         work: &mut Work,
@@ -325,28 +325,28 @@ impl Cuda {
         })
     }
 
-    pub(super) fn gate_up_items(&mut self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
+    pub(super) fn gate_up_items(&self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
         let args = self.expert_args(experts, work, 0)?;
         let slots = experts.slots.len() as u32;
         let (grid, shared) = choose::experts(self.precision, 2 * work.shape.intermediate as u32, slots);
         self.launch(&self.by_precision(GATE_UP_F32, GATE_UP_BF16), grid, shared, &args)
     }
 
-    pub(super) fn down_items(&mut self, experts: &Experts, work: &Work, out: &mut Parts) -> Result<(), KernelError> {
+    pub(super) fn down_items(&self, experts: &Experts, work: &Work, out: &mut Parts) -> Result<(), KernelError> {
         let most = work.items_max * work.shape.hidden * wire::bytes(self.precision);
         if most > out.bytes_max {
             return Err(KernelError::Size { what: "the buffer of results", got: out.bytes_max, need: most });
         }
         need("the ranks of results", out.ranks, work.ranks)?;
         out.places.copy_from(&work.results, work.ranks * PART)?;
-        let args = self.expert_args(experts, work, out.bytes.address())?;
+        let args = self.expert_args(experts, work, out.bytes.address_mut())?;
         let slots = experts.slots.len() as u32;
         let (grid, shared) = choose::experts(self.precision, work.shape.hidden as u32, slots);
         self.launch(&self.by_precision(DOWN_F32, DOWN_BF16), grid, shared, &args)
     }
 
     pub(super) fn combine_rows(
-        &mut self,
+        &self,
         returned: &Parts,
         routes: &Routes,
         places: &Places,
@@ -360,7 +360,7 @@ impl Cuda {
             experts: routes.experts(),
             weights: routes.weights(),
             places: places.buffer.address(),
-            residual: residual.address(),
+            residual: residual.address_mut(),
             status: self.status.address(),
             rows: residual.len() as u32,
             hidden: residual.cols() as u32,

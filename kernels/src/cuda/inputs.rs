@@ -103,7 +103,8 @@ impl Inputs {
         }
         self.checked.clear();
         self.half = rope.inv_freq.len();
-        whole.and(self.upload(rope))
+        let uploaded = self.upload(rope);
+        whole.and(uploaded)
     }
 
     fn upload(&mut self, rope: &RopeTable) -> Result<(), KernelError> {

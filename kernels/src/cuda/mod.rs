@@ -1,12 +1,15 @@
 //! Every op on CUDA devices, by the kernels of `csrc/`.
 //!
-//! The backend is the host's half: it checks shapes, chooses kernels ([`choose`]), keeps memory and enqueues. A
-//! [`Device`] is the other half: the driver ([`driver`]), or the same kernels on the CPU (`emulated`, for tests).
+//! The backend is the host's half: it checks shapes, chooses kernels (`choose`), keeps memory and enqueues. A
+//! [`Device`] is the other half: a GPU behind the driver ([`driver`]), or the same kernels on the CPU (`emulated`, for tests).
 //! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
+mod backend;
 mod choose;
+pub mod compile;
 mod device;
+pub mod driver;
 #[cfg(feature = "cuda-emu")]
 mod emulated;
 mod exchange;
@@ -27,27 +30,23 @@ pub use ops::{KERNELS, Kernel};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 
 use self::choose::DIM_MAX;
-use self::device::{Buffer, Memory, bytes_of};
+use self::device::{Buffer, Memory};
 use self::inputs::{Inputs, Sight, upload};
 use self::ops::{
     ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
     RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
-use self::pack::{DenseLayout, pack_dense};
+use self::pack::DenseLayout;
 use self::sample::{Drawn, Draws};
 use crate::cpu::{check, need};
-use crate::memory::Source;
-use crate::{
-    Backend, Draw, EmbeddingSource, ExpertShape, ExpertSource, KernelError, KvLayer, KvShape, Precision, RopeTable,
-    SEGMENT, Sampled, Stack, StepInputs, bf16, wire,
-};
+use crate::{KernelError, KvLayer, Precision, SEGMENT};
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
 pub struct Cuda {
     precision: Precision,
     memory: Arc<Memory>,
-    /// Choices of a row: told by [`Backend::routes`], needed to read records.
+    /// Choices of a row: told by [`Backend::routes`](crate::Backend::routes), needed to read records.
     top_k: usize,
     inputs: Inputs,
     /// Last sampled token of each slot.
@@ -62,7 +61,7 @@ pub struct Cuda {
     draws: Draws,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
-    /// The first thing that went wrong since the last [`Backend::finish`].
+    /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
     error: Option<KernelError>,
     /// The device failed: nothing is enqueued any more.
     broken: bool,
@@ -99,7 +98,7 @@ impl Cuda {
         self.precision
     }
 
-    /// Keeps the first error for [`Backend::finish`].
+    /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).
     fn note(&mut self, result: Result<(), KernelError>) {
         if let Err(error) = result {
             self.broken |= matches!(error, KernelError::Device { .. });
@@ -146,7 +145,7 @@ impl Cuda {
             tokens: self.inputs.at(self.inputs.tokens),
             sampled: self.inputs.at(self.inputs.sampled),
             slots: self.tokens.address(),
-            out: out.address(),
+            out: out.address_mut(),
             status: self.status.address(),
             cols: table.cols as u32,
             vocab: table.vocab as u32,
@@ -161,7 +160,7 @@ impl Cuda {
         let args = RmsNormArgs {
             x: x.address(),
             weight: weight.buffer.address(),
-            out: out.address(),
+            out: out.address_mut(),
             hidden: x.cols() as u32,
             eps,
         };
@@ -194,10 +193,10 @@ impl Cuda {
             need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
             out.resize(x.len())?;
         }
-        self.project_to(self.precision == Precision::Exact, x, weight, out.address(), add)
+        self.project_to(self.precision == Precision::Exact, x, weight, out.address_mut(), add)
     }
 
-    fn rotate_and_store_rows(&mut self, qkv: &Rows, kv: &Kv, layer: KvLayer) -> Result<(), KernelError> {
+    fn rotate_and_store_rows(&mut self, qkv: &mut Rows, kv: &Kv, layer: KvLayer) -> Result<(), KernelError> {
         let (dim, kv_heads) = (kv.shape.head_dim, kv.shape.kv_heads);
         need("the rows of the step", qkv.len(), self.inputs.rows())?;
         need("the rope table for a head", self.inputs.half * 2, dim)?;
@@ -215,7 +214,7 @@ impl Cuda {
         }
         let (tables, stride) = self.inputs.table(layer.pool);
         let args = RopeArgs {
-            qkv: qkv.address(),
+            qkv: qkv.address_mut(),
             cos: self.inputs.at(self.inputs.cos),
             sin: self.inputs.at(self.inputs.sin),
             kv: kv.layer(layer),
@@ -270,7 +269,7 @@ impl Cuda {
             positions: self.inputs.at(self.inputs.positions),
             sequences: self.inputs.at(self.inputs.sequences),
             sinks: sinks.buffer.address(),
-            out: out.address(),
+            out: out.address_mut(),
             partials: self.partials.address(),
             cols: qkv.cols() as u32,
             heads: shape[0],
@@ -312,7 +311,7 @@ impl Cuda {
         let args = GatherArgs {
             x: x.address(),
             rows: self.gathered.address(),
-            out: out.address(),
+            out: out.address_mut(),
             cols: x.cols() as u32,
             unused: 0,
         };
@@ -327,214 +326,5 @@ impl Cuda {
             self.status.upload(0, &[0; status::BYTES])?;
         }
         status::read(words)
-    }
-}
-
-impl Backend for Cuda {
-    type Rows = Rows;
-    type Vector = Vector;
-    type Dense = Dense;
-    type Embedding = Embedding;
-    type Experts = Experts;
-    type Places = Places;
-    type Kv = Kv;
-    type Routes = Routes;
-    type Work = Work;
-    type Parts = Parts;
-
-    fn rows(&mut self, rows: usize, cols: usize) -> Rows {
-        let made = Rows::new(&self.memory, rows, cols);
-        self.made(made, |memory| Rows::nothing(memory, cols))
-    }
-
-    fn routes(&mut self, rows: usize, top_k: usize) -> Routes {
-        self.top_k = top_k;
-        let made = Routes::new(&self.memory, rows, top_k);
-        self.made(made, |memory| Routes::nothing(memory, top_k))
-    }
-
-    fn work(&mut self, received: usize, choices: usize, shape: ExpertShape) -> Work {
-        let made = Work::new(&self.memory, self.precision, received, choices, shape);
-        self.made(made, |memory| Work::nothing(memory, shape))
-    }
-
-    fn parts(&mut self, ranks: usize, bytes_max: usize) -> Parts {
-        let made = Parts::new(&self.memory, ranks, bytes_max);
-        self.made(made, |memory| Parts::nothing(memory, ranks))
-    }
-
-    fn kv(&mut self, shape: &KvShape) -> Kv {
-        let made = Kv::new(&self.memory, self.precision, shape);
-        self.made(made, |_| Kv::nothing(shape))
-    }
-
-    fn token_slots(&mut self, slots: usize) {
-        let made = self.memory.zeroed(slots * 4);
-        self.tokens = self.made(made, Memory::nothing);
-    }
-
-    fn vector(&mut self, source: Source<'_>) -> Result<Vector, KernelError> {
-        need("a vector of bf16", source.bytes().len() % 2, 0)?;
-        let values: Vec<f32> = bf16::values(source.bytes()).collect();
-        source.release();
-        Ok(Vector { buffer: self.memory.filled(&bytes_of(&values))?, len: values.len() })
-    }
-
-    fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Dense, KernelError> {
-        let (rows, bytes) = pack_dense(cols, stack)?;
-        Ok(Dense { buffer: self.memory.filled(&bytes)?, rows, cols })
-    }
-
-    fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Embedding, KernelError> {
-        let bytes = table.table();
-        let vocab = bytes.len().checked_div(cols * 2).unwrap_or(0);
-        need("the embedding", bytes.len(), vocab * cols * 2)?;
-        Ok(Embedding { buffer: self.memory.filled(bytes)?, cols, vocab })
-    }
-
-    fn experts(&mut self, slots: usize, shape: ExpertShape) -> Experts {
-        let made = Experts::new(&self.memory, slots, shape);
-        self.made(made, |memory| Experts::nothing(memory, shape))
-    }
-
-    fn load_expert(
-        &mut self,
-        experts: &mut Experts,
-        slot: usize,
-        source: &ExpertSource<'_>,
-    ) -> Result<(), KernelError> {
-        experts.load(&self.memory, slot, source)
-    }
-
-    fn places(&mut self, places: &[(u32, u32)]) -> Places {
-        let made = Places::new(&self.memory, places);
-        self.made(made, Places::nothing)
-    }
-
-    fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {
-        self.drawn.clear();
-        let result = self.inputs.begin(inputs, rope);
-        self.note(result);
-    }
-
-    fn copy_block(&mut self, kv: &mut Kv, pool: usize, from: u32, to: u32) {
-        let result = kv.copy_block(pool, from, to);
-        self.note(result);
-    }
-
-    fn embed(&mut self, table: &Embedding, out: &mut Rows) {
-        let result = self.embed_rows(table, out);
-        self.note(result);
-    }
-
-    fn norm(&mut self, x: &Rows, weight: &Vector, eps: f32, out: &mut Rows) {
-        let result = self.norm_rows(x, weight, eps, out);
-        self.note(result);
-    }
-
-    fn project(&mut self, x: &Rows, weight: &Dense, out: &mut Rows) {
-        let result = self.project_rows(x, weight, out, false);
-        self.note(result);
-    }
-
-    fn rotate_and_store(&mut self, qkv: &mut Rows, kv: &mut Kv, layer: KvLayer) {
-        let result = self.rotate_and_store_rows(qkv, kv, layer);
-        self.note(result);
-    }
-
-    fn attend(&mut self, qkv: &Rows, kv: &Kv, layer: KvLayer, sinks: &Vector, window: Option<u32>, out: &mut Rows) {
-        let result = self.attend_rows(qkv, kv, layer, sinks, window, out);
-        self.note(result);
-    }
-
-    fn project_add(&mut self, x: &Rows, weight: &Dense, residual: &mut Rows) {
-        let result = self.project_rows(x, weight, residual, true);
-        self.note(result);
-    }
-
-    fn route(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) {
-        let result = self.route_rows(x, router, routes);
-        self.note(result);
-    }
-
-    fn dispatch(&mut self, x: &Rows, routes: &Routes, places: &Places, out: &mut Parts) {
-        let result = self.dispatch_rows(x, routes, places, out);
-        self.note(result);
-    }
-
-    fn receive(&mut self, received: &Parts, experts: &Experts, work: &mut Work) {
-        let result = self.receive_parts(received, experts, work);
-        self.note(result);
-    }
-
-    fn gate_up(&mut self, experts: &Experts, work: &mut Work) {
-        let result = self.gate_up_items(experts, work);
-        self.note(result);
-    }
-
-    fn down(&mut self, experts: &Experts, work: &Work, out: &mut Parts) {
-        let result = self.down_items(experts, work, out);
-        self.note(result);
-    }
-
-    fn combine(&mut self, returned: &Parts, routes: &Routes, places: &Places, residual: &mut Rows) {
-        let result = self.combine_rows(returned, routes, places, residual);
-        self.note(result);
-    }
-
-    fn gather(&mut self, x: &Rows, rows: &[u32], out: &mut Rows) {
-        let result = self.gather_rows(x, rows, out);
-        self.note(result);
-    }
-
-    fn sample(&mut self, logits: &Rows, draws: &[Draw]) {
-        let result = self.sample_rows(logits, draws);
-        self.note(result);
-    }
-
-    fn set_token(&mut self, slot: u32, token: u32) {
-        let result = check("token slot", slot as usize, self.tokens.bytes() / 4)
-            .and_then(|slot| self.tokens.upload(slot * 4, &token.to_le_bytes()));
-        self.note(result);
-    }
-
-    fn sampled(&mut self) -> Vec<Sampled> {
-        let read: Result<Vec<_>, _> = self.drawn.iter().map(Drawn::read).collect();
-        self.made(read, |_| Vec::new()).concat()
-    }
-
-    fn read(&mut self, rows: &Rows) -> Vec<f32> {
-        let read = rows.read();
-        self.made(read, |_| Vec::new())
-    }
-
-    fn write(&mut self, rows: &mut Rows, values: &[f32]) {
-        let result = rows.write(values);
-        self.note(result);
-    }
-
-    fn finish(&mut self) -> Result<(), KernelError> {
-        let waited = self.memory.device.synchronize();
-        self.note(waited);
-        if !self.broken {
-            let status = self.take_status();
-            self.note(status);
-        }
-        match &self.error {
-            Some(error) if self.broken => Err(error.clone()),
-            _ => self.error.take().map_or(Ok(()), Err),
-        }
-    }
-
-    fn dispatch_record(&self, top_k: usize, hidden: usize) -> usize {
-        wire::dispatch_record(self.precision, top_k, hidden)
-    }
-
-    fn combine_record(&self, hidden: usize) -> usize {
-        hidden * wire::bytes(self.precision)
-    }
-
-    fn allocated(&self) -> u64 {
-        self.memory.held()
     }
 }

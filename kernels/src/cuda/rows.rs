@@ -28,6 +28,11 @@ impl Rows {
         self.buffer.address()
     }
 
+    /// Where it is, to be written there.
+    pub(super) const fn address_mut(&mut self) -> u64 {
+        self.buffer.address_mut()
+    }
+
     /// Numbers of a row.
     pub(super) const fn cols(&self) -> usize {
         self.cols

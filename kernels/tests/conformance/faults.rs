@@ -1,12 +1,13 @@
 //! The suite sees faults: a comparison with something slightly wrong must fail at the tolerances in use.
 
+use phalanx_kernels::cuda::{Emulated, Fault as Planted};
 use phalanx_kernels::{ExpertShape, HostParts, Isa, Precision};
 
 use crate::attention::Sequence;
 use crate::compare::close;
 use crate::data::{Expert, Random};
 use crate::experts::{expected_expert, records, work};
-use crate::{Make, make_cpu, tolerances};
+use crate::{Make, Tested, make_cpu, make_cuda, tolerances};
 
 /// A name and what it does.
 type Fault<T> = (&'static str, fn(&mut T));
@@ -16,26 +17,28 @@ fn make(precision: Precision) -> Make<phalanx_kernels::Cpu> {
 }
 
 /// Compares the right expert's results with those of a wrong one.
-fn compare_experts(precision: Precision, wrong: fn(&mut Expert), limit: f32) -> Result<(), String> {
+fn compare_experts<B: Tested>(make: &Make<B>, wrong: fn(&mut Expert), limit: f32) -> Result<(), String> {
+    let precision = make.precision;
     let shape = ExpertShape { hidden: 96, intermediate: 64, limit: 7.0 };
     let mut random = Random(61);
     let right = Expert::random(&mut random, 96, 64);
     let row: Vec<f32> = random.numbers(96).iter().map(|x| x * 4.0).collect();
     let mut received = HostParts::new(1);
     received.by_rank[0] = records(precision, &[vec![0]], &row);
-    let got = work(&make(precision), shape, &[Some(&right)], 1, &received);
+    let got = work(make, shape, &[Some(&right)], 1, &received);
     let wire = |bytes: &[u8]| phalanx_kernels::reference::exchange::from_wire(precision, bytes);
     let row = wire(&phalanx_kernels::reference::exchange::to_wire(precision, &row));
     let mut other = right.clone();
     wrong(&mut other);
-    let expected = expected_expert(make(precision).expert, &other, limit, &row);
+    let expected = expected_expert(make.expert, &other, limit, &row);
     close("experts", 96, &expected, &wire(&got.by_rank[0]), tolerances::expert(precision))
 }
 
 #[test]
 fn faults_in_experts_are_seen() {
     for precision in crate::PRECISIONS {
-        compare_experts(precision, |_| (), 7.0).unwrap();
+        let make = make(precision);
+        compare_experts(&make, |_| (), 7.0).unwrap();
         let faults: [Fault<Expert>; 6] = [
             ("nibbles swapped", |e| e.gate_up_blocks.iter_mut().for_each(|b| *b = b.rotate_left(4))),
             ("nibbles of down swapped", |e| e.down_blocks.iter_mut().for_each(|b| *b = b.rotate_left(4))),
@@ -45,9 +48,9 @@ fn faults_in_experts_are_seen() {
             ("no bias of down", |e| e.down_bias.values.fill(0.0)),
         ];
         for (name, fault) in faults {
-            assert!(compare_experts(precision, fault, 7.0).is_err(), "{precision:?}: {name} is not seen");
+            assert!(compare_experts(&make, fault, 7.0).is_err(), "{precision:?}: {name} is not seen");
         }
-        assert!(compare_experts(precision, |_| (), 6.5).is_err(), "{precision:?}: another clamp is not seen");
+        assert!(compare_experts(&make, |_| (), 6.5).is_err(), "{precision:?}: another clamp is not seen");
     }
 }
 
@@ -77,5 +80,35 @@ fn faults_in_attention_are_seen() {
             close("", 64, &other, &got.out, tolerances::ATTEND).is_err(),
             "{precision:?}: KV of the other precision"
         );
+    }
+}
+
+/// Attention of a device against the reference.
+fn compare_attention(device: Emulated, precision: Precision, window: Option<u32>) -> Result<(), String> {
+    let make = make_cuda(device, precision);
+    // All rows at once, which takes one walk over the segments, and one by one, which takes the other.
+    for chunk in [70, 1] {
+        let sequence = Sequence::new([4, 2, 16], window, 0, 70);
+        let got = sequence.run(&make, chunk);
+        close("attention", 64, &sequence.expected(precision, &got.qkv), &got.out, tolerances::ATTEND)?;
+    }
+    Ok(())
+}
+
+/// Kernels with a fault in them fail the checks that the right ones pass.
+#[test]
+fn faults_in_kernels_are_seen() {
+    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault) });
+    for precision in crate::PRECISIONS {
+        let experts = |device| compare_experts(&make_cuda(device, precision), |_| (), 7.0);
+        experts(right).unwrap();
+        assert!(experts(planted(Planted::Nibbles)).is_err(), "{precision:?}: swapped nibbles are not seen");
+        for window in [None, Some(20)] {
+            compare_attention(right, precision, window).unwrap();
+            let barrier = compare_attention(planted(Planted::Barrier), precision, window);
+            assert!(barrier.is_err(), "{precision:?}, window {window:?}: a missing barrier is not seen");
+        }
+        let window = compare_attention(planted(Planted::Window), precision, Some(20));
+        assert!(window.is_err(), "{precision:?}: a window longer by one is not seen");
     }
 }

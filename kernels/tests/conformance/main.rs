@@ -122,8 +122,21 @@ fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
     }
 }
 
+/// The CUDA kernels on the GPU that `PHALANX_GPU` numbers, if it does; it must then be there.
+fn gpus() -> Option<[Make<Cuda>; 2]> {
+    let ordinal: usize = std::env::var("PHALANX_GPU").ok()?.parse().unwrap();
+    let cubins = std::env::var("PHALANX_KERNEL_CACHE").map_or_else(|_| std::env::temp_dir(), Into::into);
+    Some(PRECISIONS.map(|precision| {
+        let cubins = cubins.clone();
+        let make = move || phalanx_kernels::cuda::driver::open(ordinal, &cubins, precision).unwrap();
+        let name = format!("cuda {precision:?} on GPU {ordinal}");
+        Make { name, make: Box::new(make), ..make_cuda(Emulated::default(), precision) }
+    }))
+}
+
 fn cudas() -> Vec<Make<Cuda>> {
-    PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision)).into()
+    let emulated = PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision));
+    emulated.into_iter().chain(gpus().into_iter().flatten()).collect()
 }
 
 fn cpus() -> Vec<Make<Cpu>> {
@@ -176,6 +189,9 @@ conformance!(
     sampling::survives_what_nobody_should_ask,
     hostile::refuses_damaged_tensors,
     hostile::refuses_damaged_records,
+    plans::what_does_not_exist_is_named,
+    plans::what_no_row_sees_may_not_exist,
+    plans::shapes_that_do_not_fit_are_refused,
     contract::rows_alone_or_together,
     contract::chunks_of_any_size,
     contract::steps_without_rows,
