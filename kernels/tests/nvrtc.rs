@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use phalanx_kernels::cuda::KERNELS;
-use phalanx_kernels::cuda::compile::{ARCHS, Cache, available, build};
+use phalanx_kernels::cuda::compile::{ARCHS, Cache, available, build, compile};
 
 /// A little-endian number of `N` bytes.
 fn number<const N: usize>(bytes: &[u8], at: usize) -> usize {
@@ -103,4 +103,19 @@ fn nvrtc_compiles_every_kernel_for_every_architecture() {
     assert_eq!(cache.cubin("rope.cu", "90a").unwrap(), rope.cubin, "compiling twice gives the same bytes");
     assert!(cache.cubin("rope.cu", "1").unwrap_err().to_string().starts_with("NVRTC cannot compile rope.cu for sm_1"));
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// What reads cubins sees a stack where there is one.
+#[test]
+#[ignore = "full tier: needs NVRTC"]
+fn nvrtc_keeps_an_array_indexed_at_run_time_on_the_stack() {
+    if !nvrtc() {
+        return;
+    }
+    let text = "#include \"common.cuh\"\n struct Args { u32* numbers; };\n KERNEL(turns, 32, Args) { u32 array[32]; \
+                for (u32 i = 0; i < 32; i++) array[a.numbers[i] % 32] = i; a.numbers[0] = array[a.numbers[1] % 32]; }";
+    for arch in ARCHS {
+        let (stack, registers) = resources(&compile("turns.cu", text, arch).unwrap())["turns"];
+        assert!(stack >= 128 && registers > 0, "sm_{arch}: {stack} bytes of stack, {registers} registers");
+    }
 }

@@ -214,7 +214,8 @@ static int launch(const Entry& entry, const void* args, const uint32_t* grid, si
   block->shared = (unsigned char*)(((uintptr_t)block->memory.data() + 15) & ~(uintptr_t)15);
   block->place.grid = {grid[0], grid[1], grid[2]};
   block->place.block_size = {threads, 1, 1};
-  unsigned count = 0;
+  // Also a grid of one block runs backwards every second time.
+  static thread_local unsigned count;
   for (unsigned z = 0; z < grid[2]; z++)
     for (unsigned y = 0; y < grid[1]; y++)
       for (unsigned x = 0; x < grid[0]; x++) {

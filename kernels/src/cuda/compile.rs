@@ -52,7 +52,7 @@ pub enum CompileError {
     #[error("NVRTC cannot compile {file} for sm_{arch}: {log}; use the NVRTC of CUDA 13.0, or another architecture")]
     Failed {
         /// Which kernels.
-        file: &'static str,
+        file: String,
         /// For what.
         arch: String,
         /// What NVRTC said.
@@ -238,9 +238,15 @@ impl Drop for Program {
     }
 }
 
-/// Compiles; NVRTC is present.
-fn compile(file: &'static str, text: &str, arch: &str) -> Result<Vec<u8>, CompileError> {
-    let failed = |log: String| CompileError::Failed { file, arch: arch.to_owned(), log };
+/// Compiles a source that may include this program's headers.
+///
+/// # Errors
+/// [`CompileError::Failed`].
+pub fn compile(file: &str, text: &str, arch: &str) -> Result<Vec<u8>, CompileError> {
+    let failed = |log: String| CompileError::Failed { file: file.to_owned(), arch: arch.to_owned(), log };
+    if !available() {
+        return Err(failed("it cannot be loaded".to_owned()));
+    }
     let said = |error: result::NvrtcError| failed(format!("{error:?}"));
     let zero = |_| failed("a zero in the source".to_owned());
     let source = CString::new(text).map_err(zero)?;
@@ -318,7 +324,7 @@ mod tests {
     fn what_is_in_the_folder_serves_without_a_compiler() {
         let folder = std::env::temp_dir().join(format!("phalanx-cubins-{}", std::process::id()));
         let cache = Cache::new(&folder);
-        let version = version().map_or("12.9".to_owned(), |(major, minor)| format!("{major}.{minor}"));
+        let version = version().map_or_else(|| "12.9".to_owned(), |(major, minor)| format!("{major}.{minor}"));
         let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(FILES[6].1, "80")));
         let mut cubin = b"\x7fELF".to_vec();
         cubin.resize(64, 7);

@@ -63,6 +63,20 @@ pub fn devices() -> Option<usize> {
     CudaContext::device_count().ok().and_then(|count| usize::try_from(count).ok())
 }
 
+/// Memory that is given back stays with this process: buffers of a step come and go.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut threshold = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's; the attribute is an u64, which outlives the call.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+    }
+}
+
 impl Driver {
     /// The GPU of this number, with kernels from `cache` or compiled.
     ///
@@ -80,6 +94,7 @@ impl Driver {
         let arch = arch_of(context.compute_capability().map_err(&open)?);
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
+        keep_freed_memory(&context).map_err(&open)?;
         let mut driver = Self {
             context,
             stream,

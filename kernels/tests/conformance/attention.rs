@@ -115,7 +115,7 @@ impl Sequence {
         out
     }
 
-    fn check<B: Tested>(&self, make: &Make<B>, chunk: usize) {
+    pub(crate) fn check<B: Tested>(&self, make: &Make<B>, chunk: usize) {
         let got = self.run(make, chunk);
         let expected = self.expected(make.precision, &got.qkv);
         close(&self.what(&make.name), self.heads * self.dim, &expected, &got.out, tolerances::ATTEND).unwrap();

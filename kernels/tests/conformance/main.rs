@@ -20,6 +20,7 @@ mod plans;
 mod rows;
 mod sampling;
 mod tolerances;
+mod widths;
 
 use std::sync::Arc;
 
@@ -90,7 +91,7 @@ fn cpu(isa: Isa, precision: Precision, threads: usize) -> Cpu {
     Cpu::new(CpuOptions { precision, threads, isa: Some(isa) }).unwrap()
 }
 
-fn references() -> Vec<Make<Reference>> {
+fn references() -> [Make<Reference>; 2] {
     let make = |precision| Make {
         name: format!("reference {precision:?}"),
         precision,
@@ -98,7 +99,7 @@ fn references() -> Vec<Make<Reference>> {
         expert: Operand::of_cpu_experts(precision),
         make: Box::new(move || Reference::new(precision)),
     };
-    PRECISIONS.map(make).into()
+    PRECISIONS.map(make)
 }
 
 fn make_cpu(isa: Isa, precision: Precision, threads: usize) -> Make<Cpu> {
