@@ -1,16 +1,18 @@
 // Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D up to 128, any group of query heads.
 //
-// Keys are taken in segments of 64 positions aligned to absolute position, and a segment is one device function:
+// Keys are taken in segments of 64 positions aligned to absolute position. Segments are merged ascending, the sink joins
+// once, last. A segment is one device function, in each of two precisions; fast is in attention_mma.cuh. Exact, with the
+// orders of src/cpu/attention.rs:
 // - a score is the sum over d ascending, fused, from zero, times 1/sqrt(D); keys out of sight have -inf;
 // - p = exp(score - maximum); their sum has one order: lane i of 16 sums keys i, i + 16, .. ascending, then the lanes
 //   are added ascending;
 // - each dimension's output is the sum over visible keys ascending of p * v, fused, from zero.
-// Segments are merged ascending, the sink joins once, last. These are the orders of src/cpu/attention.rs.
 //
-// A block is a row and up to 8 query heads of one kv head. Two ways to walk the segments, with the same bits:
+// A block is a row (fast: a tile of rows) and up to 8 query heads of one kv head. Two ways to walk the segments, with the
+// same bits:
 // - attention: the block takes all of its row's segments, and merges as it goes;
 // - attention_segments: a block a segment; attention_merge then merges what they left. For few rows with long pasts.
-#include "common.cuh"
+#include "ptx.cuh"
 
 #define HEADS 8
 #define DIM_MAX 128
@@ -18,12 +20,18 @@
 // Outputs of a thread: HEADS * DIM_MAX / ATTENTION_THREADS.
 #define OUTPUTS 8
 
+// Rows of one sequence at consecutive positions.
+struct Tile {
+  u32 first, count;
+};
+
 struct AttentionArgs {
   const float* qkv;      // [T, cols], queries first
   const void* kv;        // of the layer: [block][kv head], keys [16][D] and values [16][D]
   const u32* tables;     // [sequences, stride]
   const u32* positions;  // [T]
   const u32* sequences;  // [T]
+  const Tile* tiles;     // of the step's rows; fast only
   const float* sinks;    // [Nq]
   float* out;            // [T, Nq * D]
   float* partials;       // [T, Nq, segments, 2 + D]: maximum, sum, outputs
@@ -59,14 +67,13 @@ DEVICE Heads heads_of(const AttentionArgs& a) {
 }
 
 // Copies the keys (part 0) or values (part 1) of positions start + low .. start + high.
-template <class E>
 DEVICE void load_tile(const AttentionArgs& a, float* smem, u32 kv_head, u32 part, u32 start, u32 low, u32 high) {
   const u32* table = a.tables + (u64)a.sequences[blockIdx.x] * a.stride;
   for (u32 i = threadIdx.x; i < (high - low) * a.dim; i += ATTENTION_THREADS) {
     u32 key = low + i / a.dim, d = i % a.dim, position = start + key;
     u64 slab = ((u64)table[position / BLOCK_SIZE] * a.kv_heads + kv_head) * 2 + part;
-    const E* from = (const E*)a.kv + (slab * BLOCK_SIZE + position % BLOCK_SIZE) * a.dim;
-    smem[TILE_AT + key * (a.dim + 1) + d] = load(from + d);
+    const float* from = (const float*)a.kv + (slab * BLOCK_SIZE + position % BLOCK_SIZE) * a.dim;
+    smem[TILE_AT + key * (a.dim + 1) + d] = from[d];
   }
 }
 
@@ -77,12 +84,11 @@ DEVICE void load_queries(const AttentionArgs& a, float* smem, Heads heads) {
 
 // One segment. Thread 16h + i of head h (h < count) returns the head's maximum and sum; outputs are those of dimension
 // o % D of head o / D with o = threadIdx.x + 128 k.
-template <class E>
 DEVICE void segment(const AttentionArgs& a, float* smem, Heads heads, u32 start, u32 low, u32 high, float& maximum,
                     float& sum, float (&outputs)[OUTPUTS]) {
   u32 dim = a.dim;
   __syncthreads();  // queries are there, and nobody reads the tile and the scores of the segment before
-  load_tile<E>(a, smem, heads.kv_head, 0, start, low, high);
+  load_tile(a, smem, heads.kv_head, 0, start, low, high);
 #ifndef PLANT_BARRIER
   __syncthreads();
 #endif
@@ -100,7 +106,7 @@ DEVICE void segment(const AttentionArgs& a, float* smem, Heads heads, u32 start,
     smem[P_AT + h * SEGMENT + key] = score;
   }
   __syncthreads();
-  load_tile<E>(a, smem, heads.kv_head, 1, start, low, high);
+  load_tile(a, smem, heads.kv_head, 1, start, low, high);
   // Probabilities: a thread has a head and a lane of 16.
   u32 h = threadIdx.x / 16, lane = threadIdx.x % 16;
   float* p = smem + P_AT + h * SEGMENT;
@@ -152,7 +158,6 @@ DEVICE float finish(Softmax softmax, float sink) {
   return before / fmaf(softmax.sum, before, exp_own(sink - joint));
 }
 
-template <class E>
 DEVICE void attention(const AttentionArgs& a) {
   SHARED(bytes);
   float* smem = (float*)bytes;
@@ -165,7 +170,7 @@ DEVICE void attention(const AttentionArgs& a) {
   for (u32 start = first / SEGMENT * SEGMENT; start < end; start += SEGMENT) {
     u32 low = most(first, start) - start, high = least(end - start, SEGMENT);
     float maximum, sum, outputs[OUTPUTS], before, now;
-    segment<E>(a, smem, heads, start, low, high, maximum, sum, outputs);
+    segment(a, smem, heads, start, low, high, maximum, sum, outputs);
     merge(softmax, maximum, sum, before, now);
     if (threadIdx.x % 16 == 0) {
       smem[WEIGHTS_AT + 2 * h] = before;
@@ -192,7 +197,6 @@ DEVICE void attention(const AttentionArgs& a) {
   }
 }
 
-template <class E>
 DEVICE void attention_segments(const AttentionArgs& a) {
   SHARED(bytes);
   float* smem = (float*)bytes;
@@ -203,7 +207,7 @@ DEVICE void attention_segments(const AttentionArgs& a) {
   load_queries(a, smem, heads);
   u32 low = most(first, start) - start, high = least(end - start, SEGMENT);
   float maximum, sum, outputs[OUTPUTS];
-  segment<E>(a, smem, heads, start, low, high, maximum, sum, outputs);
+  segment(a, smem, heads, start, low, high, maximum, sum, outputs);
   u64 width = 2 + a.dim;
   float* partials = a.partials + (((u64)blockIdx.x * a.heads + heads.first) * a.segments + blockIdx.z) * width;
   u32 h = threadIdx.x / 16;
@@ -218,10 +222,8 @@ DEVICE void attention_segments(const AttentionArgs& a) {
   }
 }
 
-KERNEL(attention_f32, ATTENTION_THREADS, AttentionArgs) { attention<float>(a); }
-KERNEL(attention_bf16, ATTENTION_THREADS, AttentionArgs) { attention<u16>(a); }
-KERNEL(attention_segments_f32, ATTENTION_THREADS, AttentionArgs) { attention_segments<float>(a); }
-KERNEL(attention_segments_bf16, ATTENTION_THREADS, AttentionArgs) { attention_segments<u16>(a); }
+KERNEL(attention_f32, ATTENTION_THREADS, AttentionArgs) { attention(a); }
+KERNEL(attention_segments_f32, ATTENTION_THREADS, AttentionArgs) { attention_segments(a); }
 
 // A block a row and a head; a thread a dimension.
 KERNEL(attention_merge, DIM_MAX, AttentionArgs) {
@@ -238,6 +240,8 @@ KERNEL(attention_merge, DIM_MAX, AttentionArgs) {
   }
   a.out[((u64)blockIdx.x * a.heads + blockIdx.y) * a.dim + d] = total * finish(softmax, a.sinks[blockIdx.y]);
 }
+
+#include "attention_mma.cuh"
 
 #undef HEADS
 #undef DIM_MAX

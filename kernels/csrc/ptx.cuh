@@ -20,4 +20,12 @@ DEVICE void ldmatrix_x4(u32 (&out)[4], const u16* row) {
                : "r"(address));
 }
 
+// The same, each matrix transposed.
+DEVICE void ldmatrix_x4_transposed(u32 (&out)[4], const u16* row) {
+  u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address));
+}
+
 #endif

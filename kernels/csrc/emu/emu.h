@@ -141,3 +141,17 @@ inline void ldmatrix_x4(u32 (&out)[4], const u16* row) {
   }
   emu::warp_release();
 }
+
+inline void ldmatrix_x4_transposed(u32 (&out)[4], const u16* row) {
+  uint32_t words[6] = {}, present;
+  memcpy(words, &row, sizeof row);
+  const emu::Words& all = emu::warp_deposit(words, 2, present);
+  unsigned lane = threadIdx.x & 31;
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    const u16 *even, *odd;
+    memcpy(&even, all[8 * matrix + 2 * (lane % 4)], sizeof even);
+    memcpy(&odd, all[8 * matrix + 2 * (lane % 4) + 1], sizeof odd);
+    out[matrix] = (u32)even[lane / 4] | (u32)odd[lane / 4] << 16;
+  }
+  emu::warp_release();
+}

@@ -1,7 +1,7 @@
 //! The trait, op by op: each does its work in [`Cuda`], and what goes wrong waits for [`Backend::finish`].
 
 use super::device::{Memory, bytes_of};
-use super::pack::pack_dense;
+use super::pack::{ExpertLayout, dense_bytes, pack_dense, pack_expert, stacked_rows};
 use super::sample::Drawn;
 use super::{Cuda, Dense, Embedding, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
 use crate::cpu::{check, need};
@@ -62,8 +62,10 @@ impl Backend for Cuda {
     }
 
     fn dense(&mut self, cols: usize, stack: &[Stack<'_>]) -> Result<Dense, KernelError> {
-        let (rows, bytes) = pack_dense(cols, stack)?;
-        Ok(Dense { buffer: self.memory.filled(&bytes)?, rows, cols })
+        let rows = stacked_rows(cols, stack)?;
+        let mut packed = vec![0; dense_bytes(rows, cols)];
+        pack_dense(cols, stack, &mut packed)?;
+        Ok(Dense { buffer: self.memory.filled(&packed)?, rows, cols })
     }
 
     fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Embedding, KernelError> {
@@ -84,7 +86,11 @@ impl Backend for Cuda {
         slot: usize,
         source: &ExpertSource<'_>,
     ) -> Result<(), KernelError> {
-        experts.load(&self.memory, slot, source)
+        // What was there is given back first: there is no room for both.
+        experts.clear(slot)?;
+        let mut packed = vec![0; ExpertLayout::new(experts.shape()).bytes];
+        pack_expert(experts.shape(), source, &mut packed)?;
+        experts.hold(&self.memory, slot, &packed)
     }
 
     fn places(&mut self, places: &[(u32, u32)]) -> Places {

@@ -46,25 +46,44 @@ const HEADS: u32 = 8;
 /// Dimensions of a head, at most.
 pub(super) const DIM_MAX: usize = 128;
 
-/// Attention of `n` rows, whose longest past spans `segments` segments of keys. `true`: a block a segment, and a merge.
+/// Rows of a tile of attention, for heads of up to 64 dimensions and for wider ones.
+pub(super) const TILE_ROWS: [usize; 2] = [8, 4];
+
+/// Which of [`TILE_ROWS`] and of the fast kernels is for heads of `dim`.
+pub(super) const fn tiling(dim: usize) -> usize {
+    (dim > 64) as usize
+}
+
+/// Attention by `blocks` rows (fast: tiles of rows), whose longest past spans `segments` segments of keys. `true`: a block
+/// a segment, and a merge.
 pub(super) fn attention(
     precision: Precision,
     multiprocessors: u32,
-    n: u32,
+    blocks: u32,
     [heads, kv_heads, dim]: [u32; 3],
     segments: u32,
 ) -> (Choice<AttentionArgs>, bool) {
     let columns = kv_heads * (heads / kv_heads.max(1)).div_ceil(HEADS);
-    let shared = (HEADS * DIM_MAX as u32 + HEADS * SEGMENT as u32 + 2 * HEADS + SEGMENT as u32 * (dim + 1)) * 4;
-    // Rows alone leave multiprocessors idle, and there is more than one segment to share out.
-    let split = segments > 1 && n * columns < multiprocessors;
+    // Blocks alone leave multiprocessors idle, and there is more than one segment to share out.
+    let split = segments > 1 && blocks * columns < multiprocessors;
+    let tiling = tiling(dim as usize);
     let op = match (split, precision) {
         (false, Precision::Exact) => ATTENTION_F32,
-        (false, Precision::Fast) => ATTENTION_BF16,
+        (false, Precision::Fast) => ATTENTION_BF16[tiling],
         (true, Precision::Exact) => ATTENTION_SEGMENTS_F32,
-        (true, Precision::Fast) => ATTENTION_SEGMENTS_BF16,
+        (true, Precision::Fast) => ATTENTION_SEGMENTS_BF16[tiling],
     };
-    (Choice { op, grid: [n, columns, if split { segments } else { 1 }], shared }, split)
+    let segment = SEGMENT as u32;
+    let shared = match precision {
+        // Queries, probabilities, weights, and a tile of keys or values.
+        Precision::Exact => (HEADS * DIM_MAX as u32 + HEADS * segment + 2 * HEADS + segment * (dim + 1)) * 4,
+        // Queries and keys or values in bf16, probabilities too, scores and weights in f32; with padding.
+        Precision::Fast => {
+            let (pairs, stride) = (TILE_ROWS[tiling] as u32 * HEADS, dim.next_multiple_of(16) + 8);
+            ((pairs + segment) * stride + pairs * (segment + 8)) * 2 + pairs * (segment + 4 + 2) * 4
+        }
+    };
+    (Choice { op, grid: [blocks, columns, if split { segments } else { 1 }], shared }, split)
 }
 
 /// Row tiles and warps of a block of the experts' fast kernels.
@@ -110,10 +129,12 @@ mod tests {
         let split = |n, segments| attention(Precision::Fast, 132, n, [64, 8, 64], segments).1;
         assert!(split(1, 2) && split(16, 128));
         assert!(!split(1, 1) && !split(17, 128) && !split(8192, 128));
-        let (choice, _) = attention(Precision::Exact, 132, 3, [64, 2, 128], 5);
         // 32 query heads of a kv head are four chunks.
-        assert_eq!(choice.grid, [3, 8, 5]);
-        assert!(choice.shared <= 48 << 10, "{}", choice.shared);
+        assert_eq!(attention(Precision::Exact, 132, 3, [64, 2, 128], 5).0.grid, [3, 8, 5]);
+        for (precision, dim) in [(Precision::Exact, 128), (Precision::Fast, 64), (Precision::Fast, 128)] {
+            let shared = attention(precision, 132, 1, [8, 1, dim], 1).0.shared;
+            assert!(shared <= 48 << 10, "{precision:?}, {dim}: {shared}");
+        }
     }
 
     #[test]

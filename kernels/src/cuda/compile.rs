@@ -23,8 +23,11 @@ const FILES: [(&str, &str); 9] = [
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
 ];
-const HEADERS: [(&CStr, &str); 2] =
-    [(c"common.cuh", include_str!("../../csrc/common.cuh")), (c"ptx.cuh", include_str!("../../csrc/ptx.cuh"))];
+const HEADERS: [(&CStr, &str); 3] = [
+    (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
+    (c"common.cuh", include_str!("../../csrc/common.cuh")),
+    (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
+];
 
 /// Nothing is fused that the source does not fuse: the emulation's bits are the device's.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
@@ -297,7 +300,10 @@ mod tests {
     fn every_kernel_is_in_its_file() {
         for kernel in KERNELS {
             let (_, text) = FILES.iter().find(|(file, _)| *file == kernel.file).unwrap();
-            assert!(text.contains(&format!("KERNEL({}, ", kernel.name)), "{}", kernel.name);
+            let included = |name: &CStr| text.contains(&format!("#include \"{}\"", name.to_str().unwrap()));
+            let headers = HEADERS.iter().filter(|(name, _)| included(name)).map(|(_, text)| *text);
+            let entry = format!("KERNEL({}, ", kernel.name);
+            assert_eq!(headers.chain([*text]).filter(|text| text.contains(&entry)).count(), 1, "{}", kernel.name);
         }
     }
 

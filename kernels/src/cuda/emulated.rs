@@ -37,6 +37,8 @@ pub enum Fault {
 pub struct Emulated {
     /// Kernels with this fault where there are such.
     pub fault: Option<Fault>,
+    /// The largest allocation that succeeds.
+    pub largest: Option<usize>,
 }
 
 impl Emulated {
@@ -73,6 +75,9 @@ impl Device for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
+        if self.largest.is_some_and(|largest| bytes > largest) {
+            return Err(failed("allocate", format!("no {bytes} bytes")));
+        }
         let layout =
             Layout::from_size_align(bytes, ALIGNMENT).map_err(|error| failed("allocate", error.to_string()))?;
         // SAFETY: callers never ask for 0 bytes.
@@ -155,10 +160,10 @@ mod tests {
     fn faults_are_planted() {
         for (fault, name) in [
             (Fault::Barrier, "attention_f32!barrier"),
-            (Fault::Window, "attention_bf16!window"),
+            (Fault::Window, "attention_segments_bf16_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
         ] {
-            let device = Emulated { fault: Some(fault) };
+            let device = Emulated { fault: Some(fault), largest: None };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();
             assert_eq!(device.name(kernel).to_str(), Ok(name));
             assert_eq!(device.name(&KERNELS[0]).to_str(), Ok(KERNELS[0].name));

@@ -9,10 +9,10 @@ use super::ops::{
     COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DOWN_BF16, DOWN_F32,
     DispatchArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, ReceiveArgs,
 };
-use super::pack::{ExpertLayout, pack_expert};
+use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
 use crate::cpu::{check, need};
-use crate::{ExpertShape, ExpertSource, HostParts, KernelError, Precision, wire};
+use crate::{ExpertShape, HostParts, KernelError, Precision, wire};
 
 /// Rows of a block of dispatch and combine.
 const BLOCK_ROWS: usize = 32;
@@ -126,17 +126,21 @@ impl Experts {
         Self { shape, slots: Vec::new(), table: memory.nothing(), filled: memory.nothing() }
     }
 
-    pub(super) fn load(
-        &mut self,
-        memory: &Arc<Memory>,
-        slot: usize,
-        source: &ExpertSource<'_>,
-    ) -> Result<(), KernelError> {
+    pub(super) const fn shape(&self) -> ExpertShape {
+        self.shape
+    }
+
+    /// Gives back what is in a slot.
+    pub(super) fn clear(&mut self, slot: usize) -> Result<(), KernelError> {
         check("expert slot", slot, self.slots.len())?;
-        // What was there is given back first: there is no room for both.
-        self.set(slot, None)?;
-        let expert = memory.filled(&pack_expert(self.shape, source)?)?;
-        self.set(slot, Some(expert))
+        self.set(slot, None)
+    }
+
+    /// Puts a packed expert into a slot.
+    pub(super) fn hold(&mut self, memory: &Arc<Memory>, slot: usize, packed: &[u8]) -> Result<(), KernelError> {
+        self.clear(slot)?;
+        need("a packed expert", packed.len(), ExpertLayout::new(self.shape).bytes)?;
+        self.set(slot, Some(memory.filled(packed)?))
     }
 
     fn set(&mut self, slot: usize, expert: Option<Buffer>) -> Result<(), KernelError> {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use super::choose::TILE_ROWS;
 use super::device::{Buffer, Memory, Plain, bytes_of};
 use crate::cpu::{check, need};
-use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, RopeTable, StepInputs, TokenSource};
+use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, RopeTable, SEGMENT, StepInputs, TokenSource};
 
 /// Where something of the step lies in the step's buffer.
 pub(super) type Offset = u64;
@@ -22,10 +23,20 @@ pub(super) struct Inputs {
     pub(super) sin: Offset,
     /// Half of `D`, by the rope table.
     pub(super) half: usize,
+    /// For each of [`TILE_ROWS`]: (first row, rows) of one sequence at consecutive positions, at most as many.
+    tiles: [Tiles; 2],
     /// Of each pool: `[sequences, stride]`.
     tables: Vec<Table>,
     /// What was found to exist in this step: a layer's pool and blocks, and what its rows see.
     checked: Vec<(usize, usize, Sight)>,
+}
+
+/// The step's rows in tiles.
+#[derive(Debug, Default)]
+struct Tiles {
+    at: Offset,
+    /// (first row, rows)
+    tiles: Vec<[u32; 2]>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +92,7 @@ impl Inputs {
             cos: 0,
             sin: 0,
             half: 0,
+            tiles: Default::default(),
             tables: Vec::new(),
             checked: Vec::new(),
         }
@@ -130,6 +142,10 @@ impl Inputs {
             .collect();
         self.cos = staging.push(angles.iter().map(|(_, cos)| (cos * rope.scale) as f32));
         self.sin = staging.push(angles.iter().map(|(sin, _)| (sin * rope.scale) as f32));
+        for (tiles, rows_max) in self.tiles.iter_mut().zip(TILE_ROWS) {
+            tiles.tiles = tiles_of(&self.step.sequences, &self.step.positions, rows_max);
+            tiles.at = staging.push(tiles.tiles.as_flattened().iter().copied());
+        }
         self.tables.clear();
         for tables in &self.step.tables {
             let stride = tables.iter().map(Vec::len).max().unwrap_or(0);
@@ -145,6 +161,16 @@ impl Inputs {
     /// The address of something.
     pub(super) const fn at(&self, offset: Offset) -> u64 {
         self.buffer.address() + offset
+    }
+
+    /// Address of the tiles of this tiling, and how many; and the segments of keys that the widest of them spans.
+    pub(super) fn tiles(&self, tiling: usize, sight: Sight) -> (u64, usize, usize) {
+        let Tiles { at, tiles } = &self.tiles[tiling];
+        let spans = |&[first, rows]: &[u32; 2]| {
+            let position = self.step.positions[first as usize] as usize;
+            (position + rows as usize - 1) / SEGMENT - sight.first(position) / SEGMENT + 1
+        };
+        (self.at(*at), tiles.len(), tiles.iter().map(spans).max().unwrap_or(1))
     }
 
     /// Address and stride of a pool's table.
@@ -192,9 +218,37 @@ impl Inputs {
     }
 }
 
+/// Cuts rows into (first row, rows) of one sequence at consecutive positions, at most `rows_max` each.
+fn tiles_of(sequences: &[u32], positions: &[u32], rows_max: usize) -> Vec<[u32; 2]> {
+    let mut tiles: Vec<[u32; 2]> = Vec::new();
+    for (row, (&sequence, &position)) in sequences.iter().zip(positions).enumerate() {
+        let follows = row > 0 && sequences[row - 1] == sequence && positions[row - 1].checked_add(1) == Some(position);
+        match tiles.last_mut() {
+            Some([_, rows]) if follows && (*rows as usize) < rows_max => *rows += 1,
+            _ => tiles.push([row as u32, 1]),
+        }
+    }
+    tiles
+}
+
 /// Numbers copied to a buffer of their own, which grows as needed.
 pub(super) fn upload<T: Plain>(buffer: &mut Buffer, values: &[T]) -> Result<(), KernelError> {
     let bytes = bytes_of(values);
     buffer.reserve(bytes.len())?;
     buffer.upload(0, &bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_runs_of_one_sequence() {
+        let sequences = [0, 0, 0, 0, 0, 1, 1, 2, 2, 0];
+        let positions = [5, 6, 7, 8, 9, 10, 12, 13, 14, 15];
+        assert_eq!(tiles_of(&sequences, &positions, 4), [[0, 4], [4, 1], [5, 1], [6, 1], [7, 2], [9, 1]]);
+        assert_eq!(tiles_of(&sequences, &positions, 8)[0], [0, 5]);
+        assert!(tiles_of(&[], &[], 8).is_empty());
+        assert_eq!(tiles_of(&[0, 0], &[u32::MAX, 0], 8), [[0, 1], [1, 1]]);
+    }
 }

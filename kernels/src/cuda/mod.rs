@@ -39,7 +39,7 @@ use self::ops::{
 use self::pack::DenseLayout;
 use self::sample::{Drawn, Draws};
 use crate::cpu::{check, need};
-use crate::{KernelError, KvLayer, Precision, SEGMENT};
+use crate::{KernelError, KvLayer, Precision};
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
@@ -252,12 +252,12 @@ impl Cuda {
         if qkv.len() == 0 || heads == 0 {
             return Ok(());
         }
-        let spans = |&position: &u32| position as usize / SEGMENT - sight.first(position as usize) / SEGMENT + 1;
-        let segments = self.inputs.step.positions.iter().map(spans).max().unwrap_or(1);
+        let (tiles, count, segments) = self.inputs.tiles(choose::tiling(dim), sight);
         let shape = [heads, kv_heads, dim].map(|n| n as u32);
         let rows = qkv.len() as u32;
+        let blocks = if self.precision == Precision::Exact { rows } else { count as u32 };
         let multiprocessors = self.memory.device.multiprocessors();
-        let (choice, split) = choose::attention(self.precision, multiprocessors, rows, shape, segments as u32);
+        let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, segments as u32);
         if split {
             self.partials.reserve(qkv.len() * heads * segments * (2 + dim) * 4)?;
         }
@@ -268,6 +268,7 @@ impl Cuda {
             tables,
             positions: self.inputs.at(self.inputs.positions),
             sequences: self.inputs.at(self.inputs.sequences),
+            tiles,
             sinks: sinks.buffer.address(),
             out: out.address_mut(),
             partials: self.partials.address(),

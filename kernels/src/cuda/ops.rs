@@ -57,7 +57,7 @@ args! {
     }
     /// attention.cu
     AttentionArgs {
-        qkv: u64, kv: u64, tables: u64, positions: u64, sequences: u64, sinks: u64, out: u64, partials: u64,
+        qkv: u64, kv: u64, tables: u64, positions: u64, sequences: u64, tiles: u64, sinks: u64, out: u64, partials: u64,
         cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32,
     }
     /// dense.cu
@@ -101,9 +101,13 @@ pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 
 pub(super) const ROPE_F32: Op<RopeArgs> = Op::new("rope_f32", "rope.cu", 128);
 pub(super) const ROPE_BF16: Op<RopeArgs> = Op::new("rope_bf16", "rope.cu", 128);
 pub(super) const ATTENTION_F32: Op<AttentionArgs> = Op::new("attention_f32", "attention.cu", 128);
-pub(super) const ATTENTION_BF16: Op<AttentionArgs> = Op::new("attention_bf16", "attention.cu", 128);
+pub(super) const ATTENTION_BF16: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_bf16_64", "attention.cu", 128), Op::new("attention_bf16_128", "attention.cu", 128)];
 pub(super) const ATTENTION_SEGMENTS_F32: Op<AttentionArgs> = Op::new("attention_segments_f32", "attention.cu", 128);
-pub(super) const ATTENTION_SEGMENTS_BF16: Op<AttentionArgs> = Op::new("attention_segments_bf16", "attention.cu", 128);
+pub(super) const ATTENTION_SEGMENTS_BF16: [Op<AttentionArgs>; 2] = [
+    Op::new("attention_segments_bf16_64", "attention.cu", 128),
+    Op::new("attention_segments_bf16_128", "attention.cu", 128),
+];
 pub(super) const ATTENTION_MERGE: Op<AttentionArgs> = Op::new("attention_merge", "attention.cu", 128);
 pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256);
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
@@ -123,16 +127,18 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 26] = [
+pub const KERNELS: [Kernel; 28] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
     ROPE_F32.kernel,
     ROPE_BF16.kernel,
     ATTENTION_F32.kernel,
-    ATTENTION_BF16.kernel,
+    ATTENTION_BF16[0].kernel,
+    ATTENTION_BF16[1].kernel,
     ATTENTION_SEGMENTS_F32.kernel,
-    ATTENTION_SEGMENTS_BF16.kernel,
+    ATTENTION_SEGMENTS_BF16[0].kernel,
+    ATTENTION_SEGMENTS_BF16[1].kernel,
     ATTENTION_MERGE.kernel,
     DENSE_F32.kernel,
     DENSE_MMA_8.kernel,

@@ -1,6 +1,7 @@
 //! Weights as the kernels read them: pure functions from a checkpoint's bytes to a device's.
 //!
-//! A packed matrix or expert is one byte string, so that it can be cached in a file and copied to a device as it is.
+//! A packed matrix or expert is one byte string whose length follows from the shape, so that it can be kept in a file and
+//! copied to a device as it is.
 //! Layouts are stated at the heads of `csrc/dense.cu` and `csrc/experts.cu`.
 
 use std::ops::Range;
@@ -33,8 +34,8 @@ impl DenseLayout {
     }
 }
 
-/// Packs matrices `[rows, cols]` one under the other; returns the rows in all and the bytes.
-pub(super) fn pack_dense(cols: usize, stack: &[Stack<'_>]) -> Result<(usize, Vec<u8>), KernelError> {
+/// Rows of matrices of `cols` columns, one under the other.
+pub(super) fn stacked_rows(cols: usize, stack: &[Stack<'_>]) -> Result<usize, KernelError> {
     let mut rows = 0;
     for matrix in stack {
         let got = matrix.weight.bytes().len();
@@ -45,8 +46,19 @@ pub(super) fn pack_dense(cols: usize, stack: &[Stack<'_>]) -> Result<(usize, Vec
         }
         rows += here;
     }
-    let layout = DenseLayout::new(rows, cols);
-    let mut out = vec![0; layout.bias.end];
+    Ok(rows)
+}
+
+/// Bytes of a packed matrix `[rows, cols]`.
+pub(super) const fn dense_bytes(rows: usize, cols: usize) -> usize {
+    DenseLayout::new(rows, cols).bias.end
+}
+
+/// Packs matrices `[rows, cols]`, one under the other, into all of `out`.
+pub(super) fn pack_dense(cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
+    let layout = DenseLayout::new(stacked_rows(cols, stack)?, cols);
+    need("the room for a packed matrix", out.len(), layout.bias.end)?;
+    out.fill(0);
     let (weights, biases) = out.split_at_mut(layout.bias.start);
     let mut row = 0;
     for matrix in stack {
@@ -67,7 +79,7 @@ pub(super) fn pack_dense(cols: usize, stack: &[Stack<'_>]) -> Result<(usize, Vec
         matrix.weight.release();
         row += here;
     }
-    Ok((rows, out))
+    Ok(())
 }
 
 /// Place of a number among a packed matrix's: lane `4g + t` of a tile holds rows `g` and `g + 8`, columns `2t`,
@@ -118,13 +130,14 @@ impl ExpertLayout {
     }
 }
 
-/// Packs an expert.
-pub(super) fn pack_expert(shape: ExpertShape, source: &ExpertSource<'_>) -> Result<Vec<u8>, KernelError> {
+/// Packs an expert into all of `out`.
+pub(super) fn pack_expert(shape: ExpertShape, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
     let ExpertShape { hidden, intermediate, .. } = shape;
     need("the width of an expert's input", hidden % BLOCK, 0)?;
     need("the width of an expert", intermediate % BLOCK, 0)?;
     let layout = ExpertLayout::new(shape);
-    let mut out = vec![0; layout.bytes];
+    need("the room for a packed expert", out.len(), layout.bytes)?;
+    out.fill(0);
     // Tiles of eight activations: their gates and then their ups.
     let gate_up_row = |row: usize| row / 16 * 16 + row % 2 * 8 + row % 16 / 2;
     pack_matrix(
@@ -133,7 +146,7 @@ pub(super) fn pack_expert(shape: ExpertShape, source: &ExpertSource<'_>) -> Resu
         ["gate_up_proj_blocks of an expert", "gate_up_proj_scales of an expert", "gate_up_proj_bias of an expert"],
         gate_up_row,
         &layout.gate_up,
-        &mut out,
+        out,
     )?;
     pack_matrix(
         [hidden, intermediate],
@@ -141,9 +154,8 @@ pub(super) fn pack_expert(shape: ExpertShape, source: &ExpertSource<'_>) -> Resu
         ["down_proj_blocks of an expert", "down_proj_scales of an expert", "down_proj_bias of an expert"],
         |row| row,
         &layout.down,
-        &mut out,
-    )?;
-    Ok(out)
+        out,
+    )
 }
 
 fn pack_matrix(

@@ -73,8 +73,8 @@ impl Tested for Cuda {
 struct Make<B> {
     name: String,
     precision: Precision,
-    /// What dense matrices, and experts, multiply with.
-    dense: Operand,
+    /// What projections, and experts, multiply with.
+    projection: Operand,
     expert: Operand,
     make: Box<dyn Fn() -> B>,
 }
@@ -95,7 +95,7 @@ fn references() -> [Make<Reference>; 2] {
     let make = |precision| Make {
         name: format!("reference {precision:?}"),
         precision,
-        dense: Operand::Whole,
+        projection: Operand::Whole,
         expert: Operand::of_cpu_experts(precision),
         make: Box::new(move || Reference::new(precision)),
     };
@@ -106,7 +106,7 @@ fn make_cpu(isa: Isa, precision: Precision, threads: usize) -> Make<Cpu> {
     Make {
         name: format!("cpu {} {precision:?} with {threads} threads", isa.name()),
         precision,
-        dense: Operand::Whole,
+        projection: Operand::Whole,
         expert: Operand::of_cpu_experts(precision),
         make: Box::new(move || cpu(isa, precision, threads)),
     }
@@ -117,7 +117,7 @@ fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
     Make {
         name: format!("cuda {precision:?}, emulated"),
         precision,
-        dense: Operand::of_cuda(precision),
+        projection: Operand::of_cuda(precision),
         expert: Operand::of_cuda(precision),
         make: Box::new(move || Cuda::new(Arc::new(device), precision).unwrap()),
     }

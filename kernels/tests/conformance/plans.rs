@@ -1,6 +1,11 @@
 //! A step that names what does not exist is an error at its end, never a panic; the next step is as ever.
 
-use phalanx_kernels::{Draw, KernelError, KvLayer, KvShape, PoolShape, Stack, StepInputs, TokenSource};
+use std::sync::Arc;
+
+use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::{
+    Backend, Cuda, Draw, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack, StepInputs, TokenSource,
+};
 
 use crate::data::{Random, Tensor, rope_table};
 use crate::{Make, Tested};
@@ -24,8 +29,8 @@ fn inputs() -> StepInputs {
 /// Embeds, stores and attends; four heads and one kv head of 8.
 fn run<B: Tested>(b: &mut B, inputs: &StepInputs, window: Option<u32>) -> Result<(), KernelError> {
     let table = Random(71).tensor(10 * 48, 1.0);
-    let embedding = b.embedding(48, table.embedding()).unwrap();
-    let sinks = b.vector(Tensor::new(&[0.0; 4]).source()).unwrap();
+    let embedding = b.embedding(48, table.embedding())?;
+    let sinks = b.vector(Tensor::new(&[0.0; 4]).source())?;
     let mut kv = b.kv(&KvShape { pools: vec![PoolShape { layers: 1, blocks: 3 }], kv_heads: 1, head_dim: 8 });
     let (mut qkv, mut out) = (b.rows(2, 48), b.rows(2, 32));
     b.token_slots(2);
@@ -112,4 +117,23 @@ pub(crate) fn shapes_that_do_not_fit_are_refused<B: Tested>(make: &Make<B>) {
     refused(&mut |b| b.set_token(1, 0));
     refused(&mut |b| b.copy_block(&mut kv, 1, 0, 0));
     refused(&mut |b| b.copy_block(&mut kv, 0, 0, 3));
+}
+
+/// A device without memory is an error at the step's end at the latest, and stays one: its results are worthless.
+#[test]
+fn a_device_without_memory_says_so() {
+    let mut failed = 0;
+    for largest in [1, 16, 100, 200, 300, 400, 500, 700, 1000, 4000, 100_000] {
+        let device = Emulated { largest: Some(largest), ..Emulated::default() };
+        let Ok(mut b) = Cuda::new(Arc::new(device), Precision::Fast) else { continue };
+        let ended = run(&mut b, &inputs(), None);
+        if let Err(error) = ended {
+            assert!(matches!(error, KernelError::Device { what: "allocate", .. }), "{largest}: {error}");
+            failed += 1;
+        }
+        let mut rows = b.rows(100, 100);
+        b.write(&mut rows, &[1.0; 100 * 100]);
+        assert!(b.read(&rows).len() == 100 * 100 || matches!(b.finish(), Err(KernelError::Device { .. })), "{largest}");
+    }
+    assert!(failed > 3, "{failed} sizes were too small");
 }

@@ -94,7 +94,7 @@ pub(crate) fn projects<B: Tested>(make: &Make<B>) {
             b.project(&x, &dense, &mut out);
             let expected: Vec<f32> = values
                 .chunks(cols)
-                .flat_map(|row| linear(&make.dense.round_f32(row), &weight.values, &bias.values))
+                .flat_map(|row| linear(&make.projection.round_f32(row), &weight.values, &bias.values))
                 .collect();
             let what = format!("{}, {count} rows of {cols} to {rows}", make.name);
             close(&what, rows, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
@@ -128,7 +128,7 @@ pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
         .flat_map(|(i, bias)| if i == 1 { vec![0.0; bias.values.len()] } else { bias.values.clone() })
         .collect();
     let expected: Vec<f32> =
-        values.chunks(cols).flat_map(|row| linear(&make.dense.round_f32(row), &all, &bias)).collect();
+        values.chunks(cols).flat_map(|row| linear(&make.projection.round_f32(row), &all, &bias)).collect();
     close(&make.name, 70, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
     b.finish().unwrap();
 }

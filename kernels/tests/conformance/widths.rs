@@ -26,7 +26,7 @@ fn published_projections_on_cuda() {
             let (mut x, mut out) = (b.rows(count, HIDDEN), b.rows(count, rows));
             b.write(&mut x, &values);
             b.project(&x, &dense, &mut out);
-            let row = |row: &[f32]| linear(&make.dense.round_f32(row), &weight.values, &bias.values);
+            let row = |row: &[f32]| linear(&make.projection.round_f32(row), &weight.values, &bias.values);
             let expected: Vec<f32> = values.chunks(HIDDEN).flat_map(row).collect();
             close(&format!("{}, {count} rows", make.name), rows, &expected, &b.read(&out), tolerances::PROJECT)
                 .unwrap();
