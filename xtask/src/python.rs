@@ -1,5 +1,4 @@
-//! Private Python environments: for the clients, official libraries against a server that the script starts itself, and
-//! for what comes as a Python package though it is none.
+//! Python: private environments, and the clients: official client libraries against a server that the script starts.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,8 +9,10 @@ use crate::run::{answers, run};
 
 /// Where the scripts and their requirements are.
 const FOLDER: &str = "tests/clients";
-/// What compiles the CUDA kernels.
+/// What brings the compiler of the CUDA kernels.
 const NVRTC: &str = "kernels/csrc/requirements.txt";
+/// What an environment was made of, in it.
+const STAMP: &str = "installed.txt";
 
 /// Runs every script of [`FOLDER`] in a private environment, in the order of their names.
 pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
@@ -21,7 +22,7 @@ pub(crate) fn clients(house: &House) -> Vec<(String, Outcome)> {
         return vec![("python clients".into(), Outcome::NotRun(format!("no script in {FOLDER}")))];
     }
     let environment = if house.phalanx.is_file() {
-        environment(&house.root.join(".venv"), &folder.join("requirements.txt"))
+        environment(&house.root.join(".venv"), &folder.join("requirements.txt"), &["--quiet"], &[])
     } else {
         Err(format!("{} was not built", house.phalanx.display()))
     };
@@ -52,26 +53,39 @@ fn name(script: &Path) -> String {
 /// The folder of the library that compiles the CUDA kernels, brought once; `Err` says why there is none.
 pub(crate) fn nvrtc(house: &House) -> Result<PathBuf, String> {
     let home = house.root.join("target/nvrtc");
-    environment(&home, &house.root.join(NVRTC))?;
+    environment(&home, &house.root.join(NVRTC), &["--quiet"], &[])?;
     let versions = std::fs::read_dir(home.join("lib")).into_iter().flatten().flatten();
     let mut folders = versions.map(|version| version.path().join("site-packages/nvidia/cu13/lib"));
     folders.find(|folder| folder.join("libnvrtc.so.13").is_file()).ok_or_else(|| format!("{NVRTC} brought no NVRTC"))
 }
 
-/// Makes an environment with the pinned requirements, once; `Err` says why there is none.
-fn environment(home: &Path, requirements: &Path) -> Result<PathBuf, String> {
+/// Whether an environment holds what its requirements name.
+pub(crate) fn is_made(home: &Path, requirements: &Path) -> bool {
+    let wanted = std::fs::read(requirements);
+    wanted.is_ok_and(|wanted| std::fs::read(home.join(STAMP)).is_ok_and(|installed| installed == wanted))
+}
+
+/// Makes a private environment of pinned requirements, once, and returns its Python; `options` are pip's, `variables`
+/// what its builds see. `Err` says why there is none.
+pub(crate) fn environment(
+    home: &Path,
+    requirements: &Path,
+    options: &[&str],
+    variables: &[(&str, &str)],
+) -> Result<PathBuf, String> {
     let python = home.join("bin/python");
-    let wanted = std::fs::read(requirements).map_err(|error| format!("{}: {error}", requirements.display()))?;
-    let stamp = home.join("installed.txt");
-    if std::fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
+    if is_made(home, requirements) {
         return Ok(python);
     }
+    let wanted = std::fs::read(requirements).map_err(|error| format!("{}: {error}", requirements.display()))?;
     make(home)?;
     let mut install = Command::new(&python);
-    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"]).arg(requirements);
+    install.args(["-m", "pip", "install", "--disable-pip-version-check"]).args(options);
+    install.arg("--requirement").arg(requirements).envs(variables.iter().copied());
     if !matches!(run(&mut install), Outcome::Passed(_)) {
         return Err(format!("pip could not install {}: is there a network?", requirements.display()));
     }
+    let stamp = home.join(STAMP);
     std::fs::write(&stamp, wanted).map_err(|error| format!("{}: {error}", stamp.display()))?;
     Ok(python)
 }
