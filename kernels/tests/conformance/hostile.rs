@@ -68,11 +68,13 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         let mut work = b.work(8, 2, shape);
         let mut out = b.parts(3, 8 * 2 * b.combine_record(32));
         b.begin(&step(0), &rope_table(8));
-        b.receive(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] }, &experts, &mut work);
+        let received = b.upload(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] });
+        b.receive(&received, &experts, &mut work);
         b.gate_up(&experts, &mut work);
         b.down(&experts, &work, &mut out);
         assert_eq!(b.finish(), Err(KernelError::Received { rank: 1, what }), "{}", make.name);
         // The rows of the other ranks are as ever.
+        let out = b.download(&out);
         let wire = |bytes: &[u8]| exchange::from_wire(make.precision, bytes);
         assert_eq!(
             out.by_rank.iter().map(|part| wire(part)).collect::<Vec<_>>(),
