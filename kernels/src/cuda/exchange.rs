@@ -52,7 +52,7 @@ impl Parts {
         let places = self.places.download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         let places: Vec<_> = places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect();
-        let end = places.iter().map(|(start, bytes)| start + bytes).max().unwrap_or(0);
+        let end = places.iter().map(|(start, bytes)| start.saturating_add(*bytes)).max().unwrap_or(0);
         let bytes = self.bytes.download(end)?;
         Ok(HostParts { by_rank: places.iter().map(|&(start, len)| bytes[start..start + len].to_vec()).collect() })
     }
