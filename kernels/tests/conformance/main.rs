@@ -202,6 +202,7 @@ conformance!(
     sampling::reports_logprobs_of_the_row_as_it_was,
     sampling::survives_what_nobody_should_ask,
     hostile::refuses_damaged_tensors,
+    hostile::refuses_packed_bytes_of_another_size,
     hostile::refuses_damaged_records,
     plans::what_does_not_exist_is_named,
     plans::what_no_row_sees_may_not_exist,
