@@ -104,6 +104,14 @@ pub enum KernelError {
         /// The processor.
         processor: &'static str,
     },
+    /// A device failed or refused.
+    #[error("the device cannot {what}: {why}; free its memory or restart the worker, and see docs/gpu-validation.md")]
+    Device {
+        /// What was to be done.
+        what: &'static str,
+        /// What the device or its driver said.
+        why: String,
+    },
     /// The threads could not be started.
     #[error("cannot start {threads} threads: {why}; use fewer --threads")]
     Threads {

@@ -3,14 +3,14 @@
 //! - [`backend`]: the vocabulary, about fifteen fused ops with their shapes.
 //! - [`mod@reference`]: each op as the paper states it, in f64; the specification, never optimised.
 //! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
-//! - [`cuda`]: which CUDA libraries and devices this machine has.
+//! - [`cuda`]: each op for CUDA devices, by the kernels of `csrc/`.
 //! - [`memory`]: mapped files and buffers.
 //!
 //! Absent on purpose: the model (which op follows which), ranks and transports, plans.
 //! Two rules bind every backend: a row's result depends on the row alone, never on how many rows there are or
 //! how work is divided; and every sum has one order.
 
-#![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets, mapped files and CUDA")]
+#![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets, mapped files and devices")]
 
 pub mod backend;
 mod bf16;
@@ -23,6 +23,7 @@ pub mod reference;
 mod wire;
 
 pub use cpu::{Cpu, CpuOptions, Isa};
+pub use cuda::Cuda;
 pub use parts::HostParts;
 pub use reference::Reference;
 

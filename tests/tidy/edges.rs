@@ -33,7 +33,8 @@ pub(crate) const DRAWN: &[Drawn] = &[
     },
     Drawn { folder: "proto", ours: &[], others: Some(&[]), never: TRANSPORT },
     Drawn { folder: "proto/wire", ours: &["phalanx-proto"], others: None, never: &[] },
-    Drawn { folder: "kernels", ours: &[], others: None, never: TRANSPORT },
+    // Its tests name it once more, with the CUDA kernels compiled for the CPU.
+    Drawn { folder: "kernels", ours: &["phalanx-kernels"], others: None, never: TRANSPORT },
     Drawn { folder: "worker/model", ours: &["phalanx-proto", "phalanx-kernels"], others: None, never: TRANSPORT },
     Drawn {
         folder: "worker",

@@ -9,6 +9,8 @@ use crate::run::{answers, run};
 
 /// Where the scripts and their requirements are.
 const FOLDER: &str = "tests/clients";
+/// What brings the compiler of the CUDA kernels.
+const NVRTC: &str = "kernels/csrc/requirements.txt";
 /// What an environment was made of, in it.
 const STAMP: &str = "installed.txt";
 
@@ -46,6 +48,15 @@ fn scripts(folder: &Path) -> Vec<PathBuf> {
 fn name(script: &Path) -> String {
     let file = script.file_name().unwrap_or_default();
     format!("{FOLDER}/{}", file.to_string_lossy())
+}
+
+/// The folder of the library that compiles the CUDA kernels, brought once; `Err` says why there is none.
+pub(crate) fn nvrtc(house: &House) -> Result<PathBuf, String> {
+    let home = house.root.join("target/nvrtc");
+    environment(&home, &house.root.join(NVRTC), &["--quiet"], &[])?;
+    let versions = std::fs::read_dir(home.join("lib")).into_iter().flatten().flatten();
+    let mut folders = versions.map(|version| version.path().join("site-packages/nvidia/cu13/lib"));
+    folders.find(|folder| folder.join("libnvrtc.so.13").is_file()).ok_or_else(|| format!("{NVRTC} brought no NVRTC"))
 }
 
 /// Whether an environment holds what its requirements name.

@@ -4,6 +4,9 @@
 //! either tier. Python clients are scripts in `tests/clients/`: each drives the built `phalanx` binary from outside,
 //! finds it in `PHALANX_BIN`, bounds its own waits, and says by its exit status whether all was well.
 
+use std::path::Path;
+use std::process::Command;
+
 use crate::House;
 use crate::python;
 use crate::report::{Outcome, Report};
@@ -22,12 +25,19 @@ pub(crate) fn test(house: &House, tier: Tier) -> bool {
     let mut command = cargo(house, ["test", "--workspace", "--no-fail-fast"]);
     if tier == Tier::Full {
         command.args(["--", "--include-ignored"]);
+        with_nvrtc(house, &mut command, &mut report);
     }
     let (outcome, mut tally) = run_tests(&mut command);
     report.add("cargo test", remark(outcome, tally));
     if tier == Tier::Quick && tally.ignored > 0 {
         let left = format!("{} tests: cargo xtask test --full", tally.ignored);
         report.add("full tier", Outcome::NotRun(left));
+    }
+
+    if tier == Tier::Full {
+        let (outcome, sanitized) = sanitized_kernels(house);
+        report.add("CUDA kernels, sanitized", remark(outcome, sanitized));
+        tally.add(sanitized);
     }
 
     for (script, outcome) in python::clients(house) {
@@ -52,6 +62,42 @@ pub(crate) fn test(house: &House, tier: Tier) -> bool {
     }
     println!("{} passed, {} failed", tally.truly_passed(), tally.failed);
     !report.any_failed() && !incomplete
+}
+
+/// Names the compiler of the CUDA kernels to the tests, or leaves out those that need it.
+fn with_nvrtc(house: &House, command: &mut Command, report: &mut Report) {
+    match python::nvrtc(house) {
+        Ok(folder) => {
+            let found = std::env::var_os("LD_LIBRARY_PATH").filter(|found| !found.is_empty());
+            let mut folders = folder.clone().into_os_string();
+            if let Some(found) = found {
+                folders.push(":");
+                folders.push(found);
+            }
+            command.env("PHALANX_NVRTC", folder).env("LD_LIBRARY_PATH", folders);
+        }
+        Err(reason) => {
+            command.args(["--skip", "nvrtc_"]);
+            report.add("CUDA kernels by NVRTC", Outcome::NotRun(reason));
+        }
+    }
+}
+
+/// The conformance tests of the CUDA kernels on the CPU, with every access to memory checked.
+fn sanitized_kernels(house: &House) -> (Outcome, Tally) {
+    let found = Command::new("cc").arg("-print-file-name=libasan.so").output();
+    let library = found.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
+    if !Path::new(&library).is_absolute() {
+        let reason = "cc has no address sanitizer: install gcc with its libasan".to_owned();
+        return (Outcome::NotRun(reason), Tally::default());
+    }
+    // The library must be the first of the test's process, and of no other. Threads of a block change stacks, which
+    // leaves nothing to find for the detector of leaks.
+    let runner = format!("target.'cfg(unix)'.runner = ['env', 'LD_PRELOAD={library}', 'ASAN_OPTIONS=detect_leaks=0']");
+    let arguments = ["test", "-p", "phalanx-kernels", "--test", "conformance", "--target-dir", "target/sanitized"];
+    let mut command = cargo(house, arguments);
+    command.args(["--config", &runner, "--", "cuda"]).env("PHALANX_EMU_SANITIZE", "address");
+    run_tests(&mut command)
 }
 
 fn remark(outcome: Outcome, tally: Tally) -> Outcome {

@@ -116,7 +116,7 @@ impl Dense {
 }
 
 /// Refuses tensors of another size than their shape's.
-pub(super) const fn need(what: &'static str, got: usize, need: usize) -> Result<(), KernelError> {
+pub(crate) const fn need(what: &'static str, got: usize, need: usize) -> Result<(), KernelError> {
     if got == need { Ok(()) } else { Err(KernelError::Size { what, got, need }) }
 }
 

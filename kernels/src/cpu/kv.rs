@@ -176,7 +176,7 @@ fn pool_of(shape: &KvShape, pool: usize) -> Result<&crate::PoolShape, KernelErro
 }
 
 /// `index` if it is below `len`.
-pub(super) const fn check(what: &'static str, index: usize, len: usize) -> Result<usize, KernelError> {
+pub(crate) const fn check(what: &'static str, index: usize, len: usize) -> Result<usize, KernelError> {
     if index < len { Ok(index) } else { Err(KernelError::Plan { what, index, len }) }
 }
 

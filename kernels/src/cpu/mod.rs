@@ -34,9 +34,11 @@ pub use rows::Rows;
 pub use sample::sample;
 pub use threads::unbind;
 
-use self::dense::{Rounded, Store, need};
+pub(crate) use self::dense::need;
+pub(crate) use self::kv::check;
+
+use self::dense::{Rounded, Store};
 use self::isa::Simd;
-use self::kv::check;
 use self::rope::Angles;
 use self::threads::Threads;
 use crate::memory::{Packed, Source, resident};

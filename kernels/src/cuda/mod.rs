@@ -1,3 +1,332 @@
-//! NVIDIA's GPUs. Every library is opened at run time, if it is there: the same binary runs where there is none.
+//! Every op on CUDA devices, by the kernels of `csrc/`.
+//!
+//! The backend is the host's half: it checks shapes, chooses kernels (`choose`), keeps memory and enqueues. A
+//! [`Device`] is the other half: a GPU behind the driver ([`driver`]), or the same kernels on the CPU (`emulated`, for tests).
+//! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
+//! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
+mod backend;
+mod choose;
+pub mod compile;
+mod device;
+pub mod driver;
+#[cfg(feature = "cuda-emu")]
+mod emulated;
+mod exchange;
+mod inputs;
 pub mod libraries;
+mod ops;
+mod pack;
+mod rows;
+mod sample;
+mod status;
+
+use std::sync::Arc;
+
+pub use device::{Device, Launch};
+#[cfg(feature = "cuda-emu")]
+pub use emulated::{Emulated, Fault};
+pub use exchange::{Experts, Parts, Places, Work};
+pub use ops::{KERNELS, Kernel};
+pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
+
+use self::choose::DIM_MAX;
+use self::device::{Buffer, Memory};
+use self::inputs::{Inputs, Sight, upload};
+use self::ops::{
+    ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
+    RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
+};
+use self::pack::DenseLayout;
+use self::sample::{Drawn, Draws};
+use crate::cpu::{check, need};
+use crate::{KernelError, KvLayer, Precision};
+
+/// A CUDA device as a backend.
+#[derive(Debug)]
+pub struct Cuda {
+    precision: Precision,
+    memory: Arc<Memory>,
+    /// Choices of a row: told by [`Backend::routes`](crate::Backend::routes), needed to read records.
+    top_k: usize,
+    inputs: Inputs,
+    /// Last sampled token of each slot.
+    tokens: Buffer,
+    status: Buffer,
+    /// Router logits.
+    logits: Buffer,
+    /// Attention of single segments.
+    partials: Buffer,
+    /// Rows to gather.
+    gathered: Buffer,
+    draws: Draws,
+    /// What was sampled in this step.
+    drawn: Vec<Drawn>,
+    /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
+    error: Option<KernelError>,
+    /// The device failed: nothing is enqueued any more.
+    broken: bool,
+}
+
+impl Cuda {
+    /// A backend on a device.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn new(device: Arc<dyn Device>, precision: Precision) -> Result<Self, KernelError> {
+        let memory = Memory::new(device);
+        let nothing = || memory.nothing();
+        Ok(Self {
+            precision,
+            top_k: 0,
+            inputs: Inputs::new(&memory),
+            tokens: nothing(),
+            status: memory.zeroed(status::BYTES)?,
+            logits: nothing(),
+            partials: nothing(),
+            gathered: nothing(),
+            draws: Draws { draws: nothing(), edits: nothing(), allowed: nothing(), weights: nothing() },
+            drawn: Vec::new(),
+            error: None,
+            broken: false,
+            memory,
+        })
+    }
+
+    /// How much is rounded on the way.
+    #[must_use]
+    pub const fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).
+    fn note(&mut self, result: Result<(), KernelError>) {
+        if let Err(error) = result {
+            self.broken |= matches!(error, KernelError::Device { .. });
+            self.error.get_or_insert(error);
+        }
+    }
+
+    /// What was made, or something empty after an error.
+    fn made<T>(&mut self, made: Result<T, KernelError>, empty: impl FnOnce(&Arc<Memory>) -> T) -> T {
+        made.unwrap_or_else(|error| {
+            self.note(Err(error));
+            empty(&self.memory)
+        })
+    }
+
+    /// The kernel of the precision.
+    const fn by_precision<A: Copy>(&self, exact: Op<A>, fast: Op<A>) -> Op<A> {
+        match self.precision {
+            Precision::Exact => exact,
+            Precision::Fast => fast,
+        }
+    }
+
+    /// Enqueues a kernel, unless it has no blocks.
+    fn launch<A: Copy>(&self, op: &Op<A>, grid: [u32; 3], shared: u32, args: &A) -> Result<(), KernelError> {
+        if self.broken || grid.contains(&0) {
+            return Ok(());
+        }
+        // SAFETY: `A` is the kernel's argument struct by the table in `ops`. Every op passes buffers that it owns or
+        // borrows, after it has compared their capacity with the shapes it passes; buffers that are dropped later are
+        // freed in the order of the stream, behind this launch.
+        unsafe {
+            let launch = Launch { kernel: &op.kernel, grid, shared };
+            self.memory.device.launch(launch, ops::pointer(args), size_of::<A>())
+        }
+    }
+
+    fn embed_rows(&self, table: &Embedding, out: &mut Rows) -> Result<(), KernelError> {
+        need("a row of the embedding", table.cols, out.cols())?;
+        out.resize(self.inputs.step.tokens.len())?;
+        self.inputs.check_tokens(self.tokens.bytes() / 4, table.vocab)?;
+        let args = EmbedArgs {
+            table: table.buffer.address(),
+            tokens: self.inputs.at(self.inputs.tokens),
+            sampled: self.inputs.at(self.inputs.sampled),
+            slots: self.tokens.address(),
+            out: out.address_mut(),
+            status: self.status.address(),
+            cols: table.cols as u32,
+            vocab: table.vocab as u32,
+        };
+        self.launch(&EMBED, [out.len() as u32, 1, 1], 0, &args)
+    }
+
+    fn norm_rows(&self, x: &Rows, weight: &Vector, eps: f32, out: &mut Rows) -> Result<(), KernelError> {
+        need("a norm's weight", weight.len, x.cols())?;
+        need("a row of a norm's output", out.cols(), x.cols())?;
+        out.resize(x.len())?;
+        let args = RmsNormArgs {
+            x: x.address(),
+            weight: weight.buffer.address(),
+            out: out.address_mut(),
+            hidden: x.cols() as u32,
+            eps,
+        };
+        self.launch(&RMS_NORM, [x.len() as u32, 1, 1], 16, &args)
+    }
+
+    /// `out` is an address with room for `[n, rows]`.
+    fn project_to(&self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
+        need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
+        let layout = DenseLayout::new(weight.rows, weight.cols);
+        let args = DenseArgs {
+            x: x.address(),
+            weights: weight.buffer.address() + layout.weights.start as u64,
+            bias: weight.buffer.address() + layout.bias.start as u64,
+            out,
+            n: x.len() as u32,
+            rows: weight.rows as u32,
+            cols: weight.cols as u32,
+            add: u32::from(add),
+        };
+        let choice = choose::dense(widened, args.n, args.rows);
+        self.launch(&choice.op, choice.grid, choice.shared, &args)
+    }
+
+    fn project_rows(&self, x: &Rows, weight: &Dense, out: &mut Rows, add: bool) -> Result<(), KernelError> {
+        need("a row of a projection's output", out.cols() * 4, weight.rows * 4)?;
+        if add {
+            need("the rows added to", out.len(), x.len())?;
+        } else {
+            need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
+            out.resize(x.len())?;
+        }
+        self.project_to(self.precision == Precision::Exact, x, weight, out.address_mut(), add)
+    }
+
+    fn rotate_and_store_rows(&mut self, qkv: &mut Rows, kv: &Kv, layer: KvLayer) -> Result<(), KernelError> {
+        let (dim, kv_heads) = (kv.shape.head_dim, kv.shape.kv_heads);
+        need("the rows of the step", qkv.len(), self.inputs.rows())?;
+        need("the rope table for a head", self.inputs.half * 2, dim)?;
+        self.inputs.check_tables(&kv.shape, layer, Sight::Itself)?;
+        let cols = qkv.cols();
+        // Queries, keys and values.
+        let heads = (cols / dim.max(1)).checked_sub(2 * kv_heads).filter(|&heads| heads >= kv_heads);
+        let heads = heads.filter(|heads| (heads + 2 * kv_heads) * dim == cols).ok_or(KernelError::Size {
+            what: "a row of queries, keys and values",
+            got: cols,
+            need: 3 * kv_heads * dim,
+        })?;
+        if qkv.len() == 0 {
+            return Ok(());
+        }
+        let (tables, stride) = self.inputs.table(layer.pool);
+        let args = RopeArgs {
+            qkv: qkv.address_mut(),
+            cos: self.inputs.at(self.inputs.cos),
+            sin: self.inputs.at(self.inputs.sin),
+            kv: kv.layer(layer),
+            tables,
+            positions: self.inputs.at(self.inputs.positions),
+            sequences: self.inputs.at(self.inputs.sequences),
+            cols: cols as u32,
+            heads: heads as u32,
+            kv_heads: kv_heads as u32,
+            dim: dim as u32,
+            stride,
+            unused: 0,
+        };
+        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, 1, 1], 0, &args)
+    }
+
+    fn attend_rows(
+        &mut self,
+        qkv: &Rows,
+        kv: &Kv,
+        layer: KvLayer,
+        sinks: &Vector,
+        window: Option<u32>,
+        out: &mut Rows,
+    ) -> Result<(), KernelError> {
+        let (dim, kv_heads, heads) = (kv.shape.head_dim, kv.shape.kv_heads, sinks.len);
+        need("the rows of the step", qkv.len(), self.inputs.rows())?;
+        need("a row of attention's output", out.cols(), heads * dim)?;
+        need("a row of attention's input", qkv.cols(), (heads + 2 * kv_heads) * dim)?;
+        check("multiple of the kv heads in query heads", heads % kv_heads.max(1), 1)?;
+        check("dimension of a head", dim.saturating_sub(1), DIM_MAX)?;
+        let sight = Sight::Window(window);
+        self.inputs.check_tables(&kv.shape, layer, sight)?;
+        out.resize(qkv.len())?;
+        if qkv.len() == 0 || heads == 0 {
+            return Ok(());
+        }
+        let (tiles, count, segments) = self.inputs.tiles(choose::tiling(dim), sight);
+        let shape = [heads, kv_heads, dim].map(|n| n as u32);
+        let rows = qkv.len() as u32;
+        let blocks = if self.precision == Precision::Exact { rows } else { count as u32 };
+        let multiprocessors = self.memory.device.multiprocessors();
+        let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, segments as u32);
+        if split {
+            self.partials.reserve(qkv.len() * heads * segments * (2 + dim) * 4)?;
+        }
+        let (tables, stride) = self.inputs.table(layer.pool);
+        let args = AttentionArgs {
+            qkv: qkv.address(),
+            kv: kv.layer(layer),
+            tables,
+            positions: self.inputs.at(self.inputs.positions),
+            sequences: self.inputs.at(self.inputs.sequences),
+            tiles,
+            sinks: sinks.buffer.address(),
+            out: out.address_mut(),
+            partials: self.partials.address(),
+            cols: qkv.cols() as u32,
+            heads: shape[0],
+            kv_heads: shape[1],
+            dim: shape[2],
+            stride,
+            window: window.map_or(0, |window| window.max(1)),
+            segments: segments as u32,
+            scale: 1.0 / (dim as f32).sqrt(),
+        };
+        self.launch(&choice.op, choice.grid, choice.shared, &args)?;
+        if split { self.launch(&ATTENTION_MERGE, [rows, shape[0], 1], 0, &args) } else { Ok(()) }
+    }
+
+    fn route_rows(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) -> Result<(), KernelError> {
+        need("a row of the router's input", x.cols() * 4, router.cols * 4)?;
+        // Asks for an expert beyond the last if there are fewer than K.
+        check("expert", routes.top_k().saturating_sub(1), router.rows)?;
+        routes.resize(x.len(), router.rows)?;
+        self.logits.reserve(x.len() * router.rows * 4)?;
+        self.project_to(true, x, router, self.logits.address(), false)?;
+        let args = TopKArgs {
+            logits: self.logits.address(),
+            experts: routes.experts(),
+            weights: routes.weights(),
+            experts_count: router.rows as u32,
+            top_k: routes.top_k() as u32,
+        };
+        self.launch(&TOP_K, [x.len() as u32, 1, 1], 0, &args)
+    }
+
+    fn gather_rows(&mut self, x: &Rows, rows: &[u32], out: &mut Rows) -> Result<(), KernelError> {
+        need("a gathered row", out.cols(), x.cols())?;
+        for &row in rows {
+            check("row", row as usize, x.len())?;
+        }
+        out.resize(rows.len())?;
+        upload(&mut self.gathered, rows)?;
+        let args = GatherArgs {
+            x: x.address(),
+            rows: self.gathered.address(),
+            out: out.address_mut(),
+            cols: x.cols() as u32,
+            unused: 0,
+        };
+        self.launch(&GATHER, [rows.len() as u32, 1, 1], 0, &args)
+    }
+
+    /// Reads what kernels found wrong, and forgets it.
+    fn take_status(&mut self) -> Result<(), KernelError> {
+        let bytes = self.status.download(status::BYTES)?;
+        let words = [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte])));
+        if words[0] != 0 {
+            self.status.upload(0, &[0; status::BYTES])?;
+        }
+        status::read(words)
+    }
+}

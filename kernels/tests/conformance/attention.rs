@@ -5,6 +5,7 @@ use phalanx_kernels::{BLOCK_SIZE, KvLayer, KvShape, PoolShape, Precision, StepIn
 
 use crate::compare::{close, same};
 use crate::data::{Random, Tensor, rope_table};
+use crate::operand::Operand;
 use crate::{Make, Tested, tolerances};
 
 /// A sequence whose rows from `first` on are in the KV memory.
@@ -93,8 +94,8 @@ impl Sequence {
         attended
     }
 
-    /// What attention should make of the rotated rows; keys and values are kept in `precision`.
-    pub(crate) fn expected(&self, precision: Precision, qkv: &[f32]) -> Vec<f32> {
+    /// What attention should make of the rotated rows; keys and values are kept in `precision`, queries rounded.
+    pub(crate) fn expected(&self, precision: Precision, queries: Operand, qkv: &[f32]) -> Vec<f32> {
         let (dim, cols) = (self.dim, self.cols());
         let kept = exchange::from_wire(precision, &exchange::to_wire(precision, qkv));
         let part = |row: u32, head: usize| &kept[(row - self.first) as usize * cols..][head * dim..(head + 1) * dim];
@@ -109,16 +110,18 @@ impl Sequence {
                 let visible = attention::visible(position, self.window);
                 let keys: Vec<_> = visible.clone().map(|row| part(row, kv_head)).collect();
                 let values: Vec<_> = visible.map(|row| part(row, kv_head + self.kv_heads)).collect();
-                out.extend(attention::attend(&row[head * dim..(head + 1) * dim], &keys, &values, sink));
+                let query = queries.round_f32(&row[head * dim..(head + 1) * dim]);
+                out.extend(attention::attend(&query, &keys, &values, sink));
             }
         }
         out
     }
 
-    fn check<B: Tested>(&self, make: &Make<B>, chunk: usize) {
+    pub(crate) fn check<B: Tested>(&self, make: &Make<B>, chunk: usize) {
         let got = self.run(make, chunk);
-        let expected = self.expected(make.precision, &got.qkv);
-        close(&self.what(&make.name), self.heads * self.dim, &expected, &got.out, tolerances::ATTEND).unwrap();
+        let expected = self.expected(make.precision, make.attention, &got.qkv);
+        close(&self.what(&make.name), self.heads * self.dim, &expected, &got.out, tolerances::attend(make.attention))
+            .unwrap();
     }
 }
 
@@ -168,9 +171,9 @@ pub(crate) fn attends_to_the_sink_alone<B: Tested>(make: &Make<B>) {
     // The first head's sink takes nearly everything, the second's takes nothing.
     sequence.sinks = Tensor::new(&[80.0, -1e30]);
     let got = sequence.run(make, 20);
-    let expected = sequence.expected(make.precision, &got.qkv);
+    let expected = sequence.expected(make.precision, make.attention, &got.qkv);
     for (expected, got) in expected.chunks(16).zip(got.out.chunks(16)) {
-        close(&make.name, 16, expected, got, tolerances::ATTEND * 10.0).unwrap();
+        close(&make.name, 16, expected, got, tolerances::attend(make.attention) * 10.0).unwrap();
     }
     // The first position sees itself alone: without a sink's share the output is its value.
     let value = &exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &got.qkv[48..64]));

@@ -1,12 +1,15 @@
 //! The numeric contract, bit for bit: a row's result depends on the row, its prefix and the weights, never on how
 //! many rows there are, how a sequence is cut into steps, how many threads work or which instructions they use.
 
-use phalanx_kernels::{Isa, Precision};
+use phalanx_kernels::{DenseFormat, ExpertShape, HostParts, Isa, Precision};
 
+use crate::attention::Sequence;
 use crate::compare::{close, same};
+use crate::data::{Expert, Random};
+use crate::experts::{records, work};
 use crate::layer::{Layers, Row, VOCAB};
 use crate::rows::COUNTS;
-use crate::{KINDS, Make, Tested, cpu, references};
+use crate::{KINDS, Make, Tested, cudas, make_cpu, references};
 
 fn token(sequence: u32, position: u32) -> u32 {
     (position * 37 + sequence * 11 + 5) % VOCAB as u32
@@ -75,12 +78,9 @@ pub(crate) fn steps_without_rows<B: Tested>(make: &Make<B>) {
 #[test]
 fn instruction_sets_and_threads_agree() {
     let rows: Vec<Row> = (0..80).map(|position| row(2, position)).chain((0..20).map(|p| row(6, p))).collect();
-    for ((precision, dense), reference) in KINDS.into_iter().zip(references()) {
-        let run = |isa, threads| {
-            let make = Box::new(move || cpu(isa, (precision, dense), threads));
-            let make = Make { name: String::new(), precision, dense, make };
-            Layers::new(&make, 100).step(&rows)
-        };
+    for (kind, reference) in KINDS.into_iter().zip(references()) {
+        let (precision, dense) = kind;
+        let run = |isa, threads| Layers::new(&make_cpu(isa, kind, threads), 100).step(&rows);
         let expected = run(Isa::Portable, 1);
         for isa in Isa::available() {
             for threads in [1, 3] {
@@ -91,5 +91,58 @@ fn instruction_sets_and_threads_agree() {
         let tolerance = if precision == Precision::Exact { 1e-4 } else { 5e-2 };
         let reference = Layers::new(&reference, 100).step(&rows);
         close(&format!("{precision:?} against the reference"), VOCAB, &reference, &expected, tolerance).unwrap();
+    }
+}
+
+/// Root of the mean square of the differences, as a part of the numbers'.
+fn distance(expected: &[f32], got: &[f32]) -> f64 {
+    assert_eq!(expected.len(), got.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let differences: f64 = expected.iter().zip(got).map(|(e, g)| square(e - g)).sum();
+    (differences / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
+}
+
+/// Exact: number by number. Fast: CUDA rounds other numbers than the reference, to bf16 before every matrix instead of to
+/// int8 before the experts'. So it is held against the exact result, and must be no further from it than the reference's
+/// rounding is.
+#[test]
+fn cuda_is_close_to_the_reference() {
+    let rows: Vec<Row> = (0..80).map(|position| row(2, position)).chain((0..20).map(|p| row(6, p))).collect();
+    let [exact, fast, _] = references();
+    let [exact, fast] = [exact, fast].map(|reference| Layers::new(&reference, 100).step(&rows));
+    for make in cudas() {
+        let got = Layers::new(&make, 100).step(&rows);
+        match make.precision {
+            Precision::Exact => close(&make.name, VOCAB, &exact, &got, 1e-4).unwrap(),
+            Precision::Fast => {
+                let [allowed, distance] = [&fast, &got].map(|logits| distance(&exact, logits));
+                assert!(distance <= allowed, "{}: {distance} from exact, the reference {allowed}", make.name);
+            }
+        }
+    }
+}
+
+/// In exact precision, attention and the experts add in the same orders on CPUs and on CUDA devices, with the same `exp`:
+/// so they give the same bits.
+#[test]
+fn exact_attention_and_experts_are_the_same_on_cpus_and_on_cuda() {
+    let cpu = make_cpu(Isa::detect(), (Precision::Exact, DenseFormat::Bf16), 2);
+    for cuda in cudas().iter().filter(|make| make.precision == Precision::Exact) {
+        for window in [None, Some(20)] {
+            for chunk in [90, 1] {
+                let sequence = Sequence::new([18, 2, 24], window, 0, 90);
+                let [expected, got] = [sequence.run(&cpu, chunk), sequence.run(cuda, chunk)];
+                let what = format!("{}, window {window:?}, {chunk} rows at once", cuda.name);
+                same(&format!("{what}, rotated"), 22 * 24, &expected.qkv, &got.qkv).unwrap();
+                same(&what, 18 * 24, &expected.out, &got.out).unwrap();
+            }
+        }
+        let shape = ExpertShape { hidden: 96, intermediate: 160, limit: 7.0 };
+        let mut random = Random(81);
+        let expert = Expert::random(&mut random, 96, 160);
+        let mut received = HostParts::new(1);
+        received.by_rank[0] = records(Precision::Exact, &vec![vec![0]; 21], &random.numbers(21 * 96));
+        let expected = work(&cpu, shape, &[Some(&expert)], 1, &received);
+        assert_eq!(work(cuda, shape, &[Some(&expert)], 1, &received), expected, "{}", cuda.name);
     }
 }

@@ -5,14 +5,14 @@ use phalanx_kernels::{DenseUse, ExpertShape, HostParts, NO_SLOT, Precision, Stac
 
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
+use crate::operand::Operand;
 use crate::{Make, Tested, tolerances};
 
 /// What an expert should make of a row, before the wire.
-pub(crate) fn expected_expert(precision: Precision, expert: &Expert, limit: f32, x: &[f32]) -> Vec<f32> {
-    let multiply = |x: &[f32], blocks: &[u8], scales: &[u8], bias: &[f32]| {
+pub(crate) fn expected_expert(operand: Operand, expert: &Expert, limit: f32, x: &[f32]) -> Vec<f32> {
+    let multiply = |x: &[f32], blocks: &[u8], scales: &[u8], bias: &[f32]| -> Vec<f32> {
         let weight = mxfp4::decode(blocks, scales);
-        let Precision::Fast = precision else { return linear(x, &weight, bias) };
-        let x = mxfp4::round_to_int8(x);
+        let x = operand.round(x);
         let rows = weight.chunks(x.len()).zip(bias);
         rows.map(|(row, &b)| (row.iter().zip(&x).map(|(w, x)| w * x).sum::<f64>() + f64::from(b)) as f32).collect()
     };
@@ -54,8 +54,10 @@ fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usiz
     let record = b.dispatch_record(top_k, hidden);
     let mut parts = b.parts(1, n * top_k * record);
     b.dispatch(&x, &routes, &places, &mut parts);
-    let slots: Vec<Vec<u32>> =
-        parts.by_rank[0].chunks(record).map(|bytes| exchange::parse(make.precision, bytes, top_k).0).collect();
+    let slots: Vec<Vec<u32>> = b.download(&parts).by_rank[0]
+        .chunks(record)
+        .map(|bytes| exchange::parse(make.precision, bytes, top_k).0)
+        .collect();
     // Unit rows as results: column k of the residual becomes the k-th weight.
     let mut results = HostParts::new(1);
     for i in 0..n * top_k {
@@ -63,6 +65,7 @@ fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usiz
         results.by_rank[0].extend(exchange::to_wire(make.precision, &row));
     }
     b.write(&mut x, &vec![0.0; n * hidden]);
+    let results = b.upload(&results);
     b.combine(&results, &routes, &places, &mut x);
     let weights = b.read(&x);
     b.finish().unwrap();
@@ -125,6 +128,7 @@ pub(crate) fn dispatches<B: Tested>(make: &Make<B>) {
                 part.extend(exchange::record(make.precision, values, &chosen, rank).into_iter().flatten());
             }
         }
+        let parts = b.download(&parts);
         assert_eq!(parts, expected, "{}", make.name);
         assert_eq!(parts.by_rank[1], [], "nothing for a rank whose experts nobody chose");
         assert_eq!(parts.by_rank[0].len(), n * b.dispatch_record(top_k, hidden), "a row goes to a rank once");
@@ -163,11 +167,12 @@ pub(crate) fn work<B: Tested>(
     let mut work = b.work(rows, top_k, shape);
     let mut out = b.parts(ranks, rows * top_k * b.combine_record(shape.hidden));
     b.begin(&step(0), &rope_table(8));
-    b.receive(received, &loaded, &mut work);
+    let received = b.upload(received);
+    b.receive(&received, &loaded, &mut work);
     b.gate_up(&loaded, &mut work);
     b.down(&loaded, &work, &mut out);
     b.finish().unwrap();
-    out
+    b.download(&out)
 }
 
 pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
@@ -195,7 +200,7 @@ pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
             for (slots, row) in slots.iter().zip(rows.chunks(hidden)) {
                 let row = exchange::from_wire(make.precision, &exchange::to_wire(make.precision, row));
                 for expert in slots.iter().filter_map(|&slot| experts.get(slot as usize).copied().flatten()) {
-                    let result = expected_expert(make.precision, expert, 7.0, &row);
+                    let result = expected_expert(make.expert, expert, 7.0, &row);
                     expected.by_rank[rank].extend(exchange::to_wire(make.precision, &result));
                 }
             }
@@ -254,7 +259,7 @@ pub(crate) fn scales_at_both_ends<B: Tested>(make: &Make<B>) {
         let got = work(make, shape, &[Some(&expert)], 1, &received);
         let got = exchange::from_wire(make.precision, &got.by_rank[0]);
         let row = [1.0; 32];
-        let expected = expected_expert(make.precision, &expert, 7.0, &row);
+        let expected = expected_expert(make.expert, &expert, 7.0, &row);
         assert!(expected[9] != 0.0 && expected[9].is_finite());
         let tolerance = tolerances::expert(make.precision);
         close(&format!("{}, scale {scale}", make.name), 32, &expected, &got, tolerance).unwrap();
@@ -287,7 +292,8 @@ pub(crate) fn combines<B: Tested>(make: &Make<B>) {
         }
         expected.extend(sum.iter().map(|&sum| sum as f32));
     }
-    b.combine(&returned, &routes, &places, &mut x);
+    let whole = b.upload(&returned);
+    b.combine(&whole, &routes, &places, &mut x);
     close(&make.name, hidden, &expected, &b.read(&x), tolerances::COMBINE + tolerances::ROUTE).unwrap();
     b.finish().unwrap();
     // A result too few or too many is an error, and nothing is added.
@@ -295,6 +301,7 @@ pub(crate) fn combines<B: Tested>(make: &Make<B>) {
     for change in [|part: &mut Vec<u8>| part.truncate(part.len() - 1), |part: &mut Vec<u8>| part.push(0)] {
         let mut damaged = returned.clone();
         change(&mut damaged.by_rank[1]);
+        let damaged = b.upload(&damaged);
         b.combine(&damaged, &routes, &places, &mut x);
         let error = b.finish().unwrap_err();
         assert!(error.to_string().starts_with("rank 1 sent"), "{error}");

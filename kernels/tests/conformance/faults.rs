@@ -1,43 +1,44 @@
 //! The suite sees faults: a comparison with something slightly wrong must fail at the tolerances in use.
 
+use phalanx_kernels::cuda::{Emulated, Fault as Planted};
 use phalanx_kernels::{DenseFormat, ExpertShape, HostParts, Isa, Precision};
 
 use crate::attention::Sequence;
 use crate::compare::close;
 use crate::data::{Expert, Random};
 use crate::experts::{expected_expert, records, work};
-use crate::{Make, cpu, tolerances};
+use crate::{Make, Tested, make_cpu, make_cuda, tolerances};
 
 /// A name and what it does.
 type Fault<T> = (&'static str, fn(&mut T));
 
 fn make(precision: Precision) -> Make<phalanx_kernels::Cpu> {
-    let dense = DenseFormat::Bf16;
-    let make = Box::new(move || cpu(Isa::detect(), (precision, dense), 1));
-    Make { name: String::new(), precision, dense, make }
+    make_cpu(Isa::detect(), (precision, DenseFormat::Bf16), 1)
 }
 
 /// Compares the right expert's results with those of a wrong one.
-fn compare_experts(precision: Precision, wrong: fn(&mut Expert), limit: f32) -> Result<(), String> {
+fn compare_experts<B: Tested>(make: &Make<B>, wrong: fn(&mut Expert), limit: f32) -> Result<(), String> {
+    let precision = make.precision;
     let shape = ExpertShape { hidden: 96, intermediate: 64, limit: 7.0 };
     let mut random = Random(61);
     let right = Expert::random(&mut random, 96, 64);
     let row: Vec<f32> = random.numbers(96).iter().map(|x| x * 4.0).collect();
     let mut received = HostParts::new(1);
     received.by_rank[0] = records(precision, &[vec![0]], &row);
-    let got = work(&make(precision), shape, &[Some(&right)], 1, &received);
+    let got = work(make, shape, &[Some(&right)], 1, &received);
     let wire = |bytes: &[u8]| phalanx_kernels::reference::exchange::from_wire(precision, bytes);
     let row = wire(&phalanx_kernels::reference::exchange::to_wire(precision, &row));
     let mut other = right.clone();
     wrong(&mut other);
-    let expected = expected_expert(precision, &other, limit, &row);
+    let expected = expected_expert(make.expert, &other, limit, &row);
     close("experts", 96, &expected, &wire(&got.by_rank[0]), tolerances::expert(precision))
 }
 
 #[test]
 fn faults_in_experts_are_seen() {
-    for precision in [Precision::Exact, Precision::Fast] {
-        compare_experts(precision, |_| (), 7.0).unwrap();
+    for precision in crate::PRECISIONS {
+        let make = make(precision);
+        compare_experts(&make, |_| (), 7.0).unwrap();
         let faults: [Fault<Expert>; 6] = [
             ("nibbles swapped", |e| e.gate_up_blocks.iter_mut().for_each(|b| *b = b.rotate_left(4))),
             ("nibbles of down swapped", |e| e.down_blocks.iter_mut().for_each(|b| *b = b.rotate_left(4))),
@@ -47,9 +48,9 @@ fn faults_in_experts_are_seen() {
             ("no bias of down", |e| e.down_bias.values.fill(0.0)),
         ];
         for (name, fault) in faults {
-            assert!(compare_experts(precision, fault, 7.0).is_err(), "{precision:?}: {name} is not seen");
+            assert!(compare_experts(&make, fault, 7.0).is_err(), "{precision:?}: {name} is not seen");
         }
-        assert!(compare_experts(precision, |_| (), 6.5).is_err(), "{precision:?}: another clamp is not seen");
+        assert!(compare_experts(&make, |_| (), 6.5).is_err(), "{precision:?}: another clamp is not seen");
     }
 }
 
@@ -59,8 +60,9 @@ fn faults_in_attention_are_seen() {
         let make = make(precision);
         let sequence = || Sequence::new([4, 2, 16], Some(20), 0, 70);
         let got = sequence().run(&make, 70);
+        let attend = tolerances::attend(make.attention);
         let compare =
-            |wrong: &Sequence| close("", 64, &wrong.expected(precision, &got.qkv), &got.out, tolerances::ATTEND);
+            |wrong: &Sequence| close("", 64, &wrong.expected(precision, make.attention, &got.qkv), &got.out, attend);
         compare(&sequence()).unwrap();
         let faults: [Fault<Sequence>; 4] = [
             ("a window longer by one", |s| s.window = Some(21)),
@@ -74,10 +76,38 @@ fn faults_in_attention_are_seen() {
             assert!(compare(&wrong).is_err(), "{precision:?}: {name} is not seen");
         }
         let other = if precision == Precision::Exact { Precision::Fast } else { Precision::Exact };
-        let other = sequence().expected(other, &got.qkv);
-        assert!(
-            close("", 64, &other, &got.out, tolerances::ATTEND).is_err(),
-            "{precision:?}: KV of the other precision"
-        );
+        let other = sequence().expected(other, make.attention, &got.qkv);
+        assert!(close("", 64, &other, &got.out, attend).is_err(), "{precision:?}: KV of the other precision");
+    }
+}
+
+/// Attention of a device against the reference.
+fn compare_attention(device: Emulated, precision: Precision, window: Option<u32>) -> Result<(), String> {
+    let make = make_cuda(device, precision);
+    let attend = tolerances::attend(make.attention);
+    // All rows at once, which takes one walk over the segments, and one by one, which takes the other.
+    for chunk in [70, 1] {
+        let sequence = Sequence::new([4, 2, 64], window, 0, 70);
+        let got = sequence.run(&make, chunk);
+        close("attention", 256, &sequence.expected(precision, make.attention, &got.qkv), &got.out, attend)?;
+    }
+    Ok(())
+}
+
+/// Kernels with a fault in them fail the checks that the right ones pass.
+#[test]
+fn faults_in_kernels_are_seen() {
+    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault), largest: None });
+    for precision in crate::PRECISIONS {
+        let experts = |device| compare_experts(&make_cuda(device, precision), |_| (), 7.0);
+        experts(right).unwrap();
+        assert!(experts(planted(Planted::Nibbles)).is_err(), "{precision:?}: swapped nibbles are not seen");
+        for window in [None, Some(20)] {
+            compare_attention(right, precision, window).unwrap();
+            let barrier = compare_attention(planted(Planted::Barrier), precision, window);
+            assert!(barrier.is_err(), "{precision:?}, window {window:?}: a missing barrier is not seen");
+        }
+        let window = compare_attention(planted(Planted::Window), precision, Some(20));
+        assert!(window.is_err(), "{precision:?}: a window longer by one is not seen");
     }
 }

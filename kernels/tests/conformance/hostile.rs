@@ -1,11 +1,12 @@
 //! Damaged bytes are errors, never panics.
 
-use phalanx_kernels::memory::Source;
+use phalanx_kernels::memory::{Packed, Source};
 use phalanx_kernels::reference::exchange;
 use phalanx_kernels::{DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Stack};
 
 use crate::data::{Expert, Random, rope_table};
 use crate::experts::{records, step, work};
+use crate::plans::trusts;
 use crate::{Make, Tested};
 
 pub(crate) fn refuses_damaged_tensors<B: Tested>(make: &Make<B>) {
@@ -43,6 +44,35 @@ pub(crate) fn refuses_damaged_tensors<B: Tested>(make: &Make<B>) {
     b.load_expert(&mut experts, 0, &good.source()).unwrap();
 }
 
+/// Packed bytes and the room for them have the size that the backend names.
+pub(crate) fn refuses_packed_bytes_of_another_size<B: Tested>(make: &Make<B>) {
+    let mut b = make.backend();
+    let is_size = |error: KernelError| matches!(error, KernelError::Size { .. });
+    let packed = |bytes: usize| Packed::filled(bytes, |_| Ok::<(), KernelError>(())).unwrap();
+    let tensor = Random(33).tensor(40 * 48, 1.0);
+    let stack = [Stack { weight: tensor.source(), bias: None }];
+    let shape = ExpertShape { hidden: 64, intermediate: 32, limit: 7.0 };
+    let expert = Expert::random(&mut Random(34), 64, 32);
+    let mut experts = b.experts(1, shape);
+    for change in [-1, 1] {
+        for used in [DenseUse::Projection, DenseUse::Router] {
+            let bytes = b.dense_bytes(used, 40, 48).saturating_add_signed(change);
+            assert!(is_size(b.pack_dense(used, 48, &stack, &mut vec![0; bytes]).unwrap_err()), "{}", make.name);
+            assert!(is_size(b.hold_dense(used, 40, 48, packed(bytes)).err().unwrap()), "{}", make.name);
+        }
+        let bytes = b.expert_bytes(&experts).saturating_add_signed(change);
+        assert!(is_size(b.pack_expert(&experts, &expert.source(), &mut vec![0; bytes]).unwrap_err()), "{}", make.name);
+        assert!(is_size(b.hold_expert(&mut experts, 0, packed(bytes)).unwrap_err()), "{}", make.name);
+    }
+    if !trusts(make) {
+        let bytes = packed(b.expert_bytes(&experts));
+        let error = b.hold_expert(&mut experts, 1, bytes).unwrap_err();
+        assert_eq!(error, KernelError::Plan { what: "expert slot", index: 1, len: 1 }, "{}", make.name);
+        assert!(matches!(b.load_expert(&mut experts, 1, &expert.source()), Err(KernelError::Plan { .. })));
+    }
+    b.finish().unwrap();
+}
+
 pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
     let shape = ExpertShape { hidden: 32, intermediate: 32, limit: 7.0 };
     let mut random = Random(32);
@@ -68,11 +98,13 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         let mut work = b.work(8, 2, shape);
         let mut out = b.parts(3, 8 * 2 * b.combine_record(32));
         b.begin(&step(0), &rope_table(8));
-        b.receive(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] }, &experts, &mut work);
+        let received = b.upload(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] });
+        b.receive(&received, &experts, &mut work);
         b.gate_up(&experts, &mut work);
         b.down(&experts, &work, &mut out);
         assert_eq!(b.finish(), Err(KernelError::Received { rank: 1, what }), "{}", make.name);
         // The rows of the other ranks are as ever.
+        let out = b.download(&out);
         let wire = |bytes: &[u8]| exchange::from_wire(make.precision, bytes);
         assert_eq!(
             out.by_rank.iter().map(|part| wire(part)).collect::<Vec<_>>(),

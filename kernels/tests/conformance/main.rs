@@ -15,23 +15,69 @@ mod faults;
 mod hostile;
 mod layer;
 mod memory;
+mod operand;
 mod plans;
 mod rows;
 mod sampling;
 mod tolerances;
+mod widths;
 
-use phalanx_kernels::{Backend, Cpu, CpuOptions, DenseFormat, HostParts, Isa, Precision, Reference};
+use std::sync::Arc;
 
-/// A backend whose exchange buffers the host can read.
-trait Tested: Backend<Parts = HostParts> {}
+use operand::Operand;
+use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::{Backend, Cpu, CpuOptions, Cuda, DenseFormat, HostParts, Isa, Precision, Reference};
 
-impl<B: Backend<Parts = HostParts>> Tested for B {}
+/// A backend whose exchange buffers the host can read and write.
+trait Tested: Backend {
+    /// What the buffers hold.
+    fn download(&mut self, parts: &Self::Parts) -> HostParts;
+
+    /// Buffers that hold these bytes.
+    fn upload(&mut self, parts: &HostParts) -> Self::Parts;
+}
+
+impl Tested for Reference {
+    fn download(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+}
+
+impl Tested for Cpu {
+    fn download(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> HostParts {
+        parts.clone()
+    }
+}
+
+impl Tested for Cuda {
+    fn download(&mut self, parts: &Self::Parts) -> HostParts {
+        parts.download().unwrap()
+    }
+
+    fn upload(&mut self, parts: &HostParts) -> Self::Parts {
+        let mut uploaded = self.parts(parts.by_rank.len(), parts.by_rank.iter().map(Vec::len).sum());
+        uploaded.upload(parts).unwrap();
+        uploaded
+    }
+}
 
 /// Makes backends of one kind and precision.
 struct Make<B> {
     name: String,
     precision: Precision,
     dense: DenseFormat,
+    /// What rows are where they meet projections, attention's keys and values, and experts.
+    projection: Operand,
+    attention: Operand,
+    expert: Operand,
     make: Box<dyn Fn() -> B>,
 }
 
@@ -41,7 +87,9 @@ impl<B> Make<B> {
     }
 }
 
-/// What is rounded: everything as users can have it.
+const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Fast];
+
+/// What is rounded: everything as users can have it. CUDA devices hold dense weights in bf16 alone.
 const KINDS: [(Precision, DenseFormat); 3] =
     [(Precision::Exact, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Bf16), (Precision::Fast, DenseFormat::Q8)];
 
@@ -49,25 +97,65 @@ fn cpu(isa: Isa, (precision, dense): (Precision, DenseFormat), threads: usize) -
     Cpu::new(CpuOptions { precision, dense, threads, pin: None, isa: Some(isa) }).unwrap()
 }
 
-fn references() -> Vec<Make<Reference>> {
-    let make = |(precision, dense)| Make {
-        name: format!("reference {precision:?} {dense:?}"),
-        precision,
-        dense,
-        make: Box::new(move || Reference::new(precision, dense)),
+fn references() -> [Make<Reference>; 3] {
+    let make = |kind: (Precision, DenseFormat)| Make {
+        name: format!("reference {kind:?}"),
+        precision: kind.0,
+        dense: kind.1,
+        projection: Operand::of_cpu_projections(kind.1),
+        attention: Operand::Whole,
+        expert: Operand::of_cpu_experts(kind.0),
+        make: Box::new(move || Reference::new(kind.0, kind.1)),
     };
-    KINDS.map(make).into()
+    KINDS.map(make)
+}
+
+fn make_cpu(isa: Isa, kind: (Precision, DenseFormat), threads: usize) -> Make<Cpu> {
+    Make {
+        name: format!("cpu {} {kind:?} with {threads} threads", isa.name()),
+        precision: kind.0,
+        dense: kind.1,
+        projection: Operand::of_cpu_projections(kind.1),
+        attention: Operand::Whole,
+        expert: Operand::of_cpu_experts(kind.0),
+        make: Box::new(move || cpu(isa, kind, threads)),
+    }
+}
+
+/// The CUDA kernels on the CPU.
+fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
+    let operand = Operand::of_cuda(precision);
+    Make {
+        name: format!("cuda {precision:?}, emulated"),
+        precision,
+        dense: DenseFormat::Bf16,
+        projection: operand,
+        attention: operand,
+        expert: operand,
+        make: Box::new(move || Cuda::new(Arc::new(device), precision).unwrap()),
+    }
+}
+
+/// The CUDA kernels on the GPU that `PHALANX_GPU` numbers, if it does; it must then be there.
+fn gpus() -> Option<[Make<Cuda>; 2]> {
+    let ordinal: usize = std::env::var("PHALANX_GPU").ok()?.parse().unwrap();
+    let cubins = std::env::var("PHALANX_KERNEL_CACHE").map_or_else(|_| std::env::temp_dir(), Into::into);
+    Some(PRECISIONS.map(|precision| {
+        let cubins = cubins.clone();
+        let make = move || phalanx_kernels::cuda::driver::open(ordinal, &cubins, precision).unwrap();
+        let name = format!("cuda {precision:?} on GPU {ordinal}");
+        Make { name, make: Box::new(make), ..make_cuda(Emulated::default(), precision) }
+    }))
+}
+
+fn cudas() -> Vec<Make<Cuda>> {
+    let emulated = PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision));
+    emulated.into_iter().chain(gpus().into_iter().flatten()).collect()
 }
 
 fn cpus() -> Vec<Make<Cpu>> {
     let kinds = Isa::available().into_iter().flat_map(|isa| KINDS.map(|kind| (isa, kind)));
-    let make = |(isa, kind): (Isa, (Precision, DenseFormat))| Make {
-        name: format!("cpu {} {kind:?}", isa.name()),
-        precision: kind.0,
-        dense: kind.1,
-        make: Box::new(move || cpu(isa, kind, 2)),
-    };
-    kinds.map(make).collect()
+    kinds.map(|(isa, kind)| make_cpu(isa, kind, 2)).collect()
 }
 
 /// A test for each check on each kind of backend.
@@ -79,6 +167,9 @@ macro_rules! conformance {
             }
             mod cpu {
                 $(#[test] fn $check() { crate::cpus().iter().for_each(crate::$module::$check); })*
+            }
+            mod cuda {
+                $(#[test] fn $check() { crate::cudas().iter().for_each(crate::$module::$check); })*
             }
         }
     };
@@ -111,7 +202,11 @@ conformance!(
     sampling::reports_logprobs_of_the_row_as_it_was,
     sampling::survives_what_nobody_should_ask,
     hostile::refuses_damaged_tensors,
+    hostile::refuses_packed_bytes_of_another_size,
     hostile::refuses_damaged_records,
+    plans::what_does_not_exist_is_named,
+    plans::what_no_row_sees_may_not_exist,
+    plans::shapes_that_do_not_fit_are_refused,
     contract::rows_alone_or_together,
     contract::chunks_of_any_size,
     contract::steps_without_rows,

@@ -1,12 +1,14 @@
 //! A step that names what does not exist is an error at its end, never a panic; the next step is as ever.
 
+use std::sync::Arc;
+
+use phalanx_kernels::cuda::Emulated;
 use phalanx_kernels::{
-    Backend, Cpu, DenseFormat, DenseUse, Draw, Isa, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack,
-    StepInputs, TokenSource,
+    Backend, Cuda, DenseUse, Draw, KernelError, KvLayer, KvShape, PoolShape, Precision, Stack, StepInputs, TokenSource,
 };
 
-use crate::cpu;
 use crate::data::{Random, Tensor, rope_table};
+use crate::{Make, Tested};
 
 const LAYER: KvLayer = KvLayer { pool: 0, layer: 0 };
 const DRAW: Draw = Draw::greedy(0, 0);
@@ -25,10 +27,10 @@ fn inputs() -> StepInputs {
 }
 
 /// Embeds, stores and attends; four heads and one kv head of 8.
-fn run(b: &mut Cpu, inputs: &StepInputs, window: Option<u32>) -> Result<(), KernelError> {
+fn run<B: Tested>(b: &mut B, inputs: &StepInputs, window: Option<u32>) -> Result<(), KernelError> {
     let table = Random(71).tensor(10 * 48, 1.0);
-    let embedding = b.embedding(48, table.embedding()).unwrap();
-    let sinks = b.vector(Tensor::new(&[0.0; 4]).source()).unwrap();
+    let embedding = b.embedding(48, table.embedding())?;
+    let sinks = b.vector(Tensor::new(&[0.0; 4]).source())?;
     let mut kv = b.kv(&KvShape { pools: vec![PoolShape { layers: 1, blocks: 3 }], kv_heads: 1, head_dim: 8 });
     let (mut qkv, mut out) = (b.rows(2, 48), b.rows(2, 32));
     b.token_slots(2);
@@ -39,8 +41,15 @@ fn run(b: &mut Cpu, inputs: &StepInputs, window: Option<u32>) -> Result<(), Kern
     b.finish()
 }
 
-#[test]
-fn what_does_not_exist_is_named() {
+/// The reference trusts its plan.
+pub(crate) fn trusts<B>(make: &Make<B>) -> bool {
+    make.name.starts_with("reference")
+}
+
+pub(crate) fn what_does_not_exist_is_named<B: Tested>(make: &Make<B>) {
+    if trusts(make) {
+        return;
+    }
     let faults: [Fault; 8] = [
         ("token 10", |i| i.tokens[0] = TokenSource::Given(10)),
         ("token slot 2", |i| i.tokens[1] = TokenSource::Sampled(2)),
@@ -51,7 +60,7 @@ fn what_does_not_exist_is_named() {
         ("KV block 4294967295", |i| i.tables[0][0][0] = u32::MAX),
         ("table of pool 0", |i| i.tables.clear()),
     ];
-    let mut b = cpu(Isa::detect(), (Precision::Fast, DenseFormat::Q8), 1);
+    let mut b = make.backend();
     for (what, fault) in faults {
         let mut inputs = inputs();
         fault(&mut inputs);
@@ -66,16 +75,20 @@ fn what_does_not_exist_is_named() {
     run(&mut b, &inputs(), None).unwrap();
 }
 
-#[test]
-fn what_no_row_sees_may_not_exist() {
+pub(crate) fn what_no_row_sees_may_not_exist<B: Tested>(make: &Make<B>) {
+    if trusts(make) {
+        return;
+    }
     let mut inputs = inputs();
     inputs.tables[0][0][0] = u32::MAX;
-    run(&mut cpu(Isa::detect(), (Precision::Fast, DenseFormat::Q8), 1), &inputs, Some(15)).unwrap();
+    run(&mut make.backend(), &inputs, Some(15)).unwrap();
 }
 
-#[test]
-fn shapes_that_do_not_fit_are_refused() {
-    let mut b = cpu(Isa::detect(), (Precision::Exact, DenseFormat::Bf16), 1);
+pub(crate) fn shapes_that_do_not_fit_are_refused<B: Tested>(make: &Make<B>) {
+    if trusts(make) {
+        return;
+    }
+    let mut b = make.backend();
     let weight = Random(72).tensor(16 * 8, 1.0);
     let dense = b.dense(DenseUse::Projection, 8, &[Stack { weight: weight.source(), bias: None }]).unwrap();
     let norm = b.vector(Tensor::new(&[1.0; 8]).source()).unwrap();
@@ -86,7 +99,7 @@ fn shapes_that_do_not_fit_are_refused() {
     b.begin(&StepInputs::default(), &rope_table(8));
     b.write(&mut x, &[1.0; 24]);
     b.finish().unwrap();
-    let mut refused = |act: &mut dyn FnMut(&mut Cpu)| {
+    let mut refused = |act: &mut dyn FnMut(&mut B)| {
         act(&mut b);
         assert!(matches!(b.finish(), Err(KernelError::Size { .. } | KernelError::Plan { .. })));
         b.finish().unwrap();
@@ -104,4 +117,23 @@ fn shapes_that_do_not_fit_are_refused() {
     refused(&mut |b| b.set_token(1, 0));
     refused(&mut |b| b.copy_block(&mut kv, 1, 0, 0));
     refused(&mut |b| b.copy_block(&mut kv, 0, 0, 3));
+}
+
+/// A device without memory is an error at the step's end at the latest, and stays one: its results are worthless.
+#[test]
+fn a_device_without_memory_says_so() {
+    let mut failed = 0;
+    for largest in [1, 16, 100, 200, 300, 400, 500, 700, 1000, 4000, 100_000] {
+        let device = Emulated { largest: Some(largest), ..Emulated::default() };
+        let Ok(mut b) = Cuda::new(Arc::new(device), Precision::Fast) else { continue };
+        let ended = run(&mut b, &inputs(), None);
+        if let Err(error) = ended {
+            assert!(matches!(error, KernelError::Device { what: "allocate", .. }), "{largest}: {error}");
+            failed += 1;
+        }
+        let mut rows = b.rows(100, 100);
+        b.write(&mut rows, &[1.0; 100 * 100]);
+        assert!(b.read(&rows).len() == 100 * 100 || matches!(b.finish(), Err(KernelError::Device { .. })), "{largest}");
+    }
+    assert!(failed > 3, "{failed} sizes were too small");
 }

@@ -1,6 +1,6 @@
 //! Ops on rows: embedding, gathering, norm, projections.
 
-use phalanx_kernels::reference::{linear::linear, mxfp4, q8, rms_norm::rms_norm};
+use phalanx_kernels::reference::{linear::linear, q8, rms_norm::rms_norm};
 use phalanx_kernels::{DenseFormat, DenseUse, Draw, Stack, StepInputs, TokenSource};
 
 use crate::compare::{close, same};
@@ -76,15 +76,13 @@ pub(crate) fn norms<B: Tested>(make: &Make<B>) {
 const SHAPES: [(usize, usize); 8] =
     [(1, 2), (16, 32), (17, 34), (80, 64), (1000, 48), (512, 32), (33, 2880), (130, 90)];
 
-/// Rows times a matrix, both rounded as `dense` says.
-fn projected(dense: DenseFormat, x: &[f32], cols: usize, weight: &[f32], bias: &[f32]) -> Vec<f32> {
-    match dense {
-        DenseFormat::Bf16 => x.chunks(cols).flat_map(|row| linear(row, weight, bias)).collect(),
-        DenseFormat::Q8 => {
-            let weight: Vec<f64> = weight.chunks(cols).flat_map(q8::round).collect();
-            x.chunks(cols).flat_map(|row| linear(&mxfp4::round_to_int8(row), &weight, bias)).collect()
-        }
-    }
+/// Rows times a matrix, both rounded as the backend does.
+fn projected<B>(make: &Make<B>, x: &[f32], cols: usize, weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let weight: Vec<f64> = match make.dense {
+        DenseFormat::Bf16 => weight.iter().copied().map(f64::from).collect(),
+        DenseFormat::Q8 => weight.chunks(cols).flat_map(q8::round).collect(),
+    };
+    x.chunks(cols).flat_map(|row| linear(&make.projection.round(row), &weight, bias)).collect()
 }
 
 pub(crate) fn projects<B: Tested>(make: &Make<B>) {
@@ -103,7 +101,7 @@ pub(crate) fn projects<B: Tested>(make: &Make<B>) {
             let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
             b.write(&mut x, &values);
             b.project(&x, &dense, &mut out);
-            let expected = projected(make.dense, &values, cols, &weight.values, &bias.values);
+            let expected = projected(make, &values, cols, &weight.values, &bias.values);
             let what = format!("{}, {count} rows of {cols} to {rows}", make.name);
             close(&what, rows, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
             b.finish().unwrap();
@@ -135,7 +133,7 @@ pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
         .enumerate()
         .flat_map(|(i, bias)| if i == 1 { vec![0.0; bias.values.len()] } else { bias.values.clone() })
         .collect();
-    let expected = projected(make.dense, &values, cols, &all, &bias);
+    let expected = projected(make, &values, cols, &all, &bias);
     close(&make.name, 70, &expected, &b.read(&out), tolerances::PROJECT).unwrap();
     b.finish().unwrap();
 }

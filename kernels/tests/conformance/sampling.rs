@@ -22,7 +22,7 @@ fn draw<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw]) -> Vec<u32> {
 }
 
 /// What each row gives.
-fn sampled<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw]) -> Vec<Sampled> {
+pub(crate) fn sampled<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw]) -> Vec<Sampled> {
     let vocab = logits.len() / draws.len();
     let mut b = make.backend();
     b.token_slots(1);
@@ -58,7 +58,7 @@ pub(crate) fn takes_the_largest<B: Tested>(make: &Make<B>) {
 }
 
 /// Whether `token` is where the running probability passes the draw's random number.
-fn check(name: &str, logits: &[f32], draw: &Draw, token: u32) {
+pub(crate) fn check(name: &str, logits: &[f32], draw: &Draw, token: u32) {
     let probabilities = probabilities(logits, draw);
     let below: f64 = probabilities[..token as usize].iter().sum();
     let above = below + probabilities[token as usize];

@@ -2,6 +2,8 @@
 
 use phalanx_kernels::Precision;
 
+use crate::operand::Operand;
+
 /// f32 arithmetic on a row: the scale and two products are rounded, the sum of squares by a few units.
 pub(crate) const NORM: f32 = 1e-6;
 
@@ -12,8 +14,14 @@ pub(crate) const PROJECT: f32 = 4e-6;
 pub(crate) const ROTATE: f32 = 3e-7;
 
 /// Scores of up to 128 dimensions (an error in a score is a relative error of its weight), `exp` and sums.
-/// Keys and values are compared as the backend stored them, so their rounding is not part of it.
-pub(crate) const ATTEND: f32 = 4e-6;
+/// Keys, values and queries are compared as the backend rounded them, so their rounding is not part of it. Where weights
+/// are rounded to bf16 too, each is off by up to `2^-9` of itself; and values that cancel leave less than they were.
+pub(crate) const fn attend(weights: Operand) -> f32 {
+    match weights {
+        Operand::Whole | Operand::Int8 => 4e-6,
+        Operand::Bf16 => 8e-3,
+    }
+}
 
 /// A softmax of a few numbers, of logits computed like a projection.
 pub(crate) const ROUTE: f32 = 4e-6;

@@ -1,0 +1,252 @@
+// The experts: grouped MXFP4 matrices that stay packed and are decoded in registers.
+//
+// gate_up: for each item (a received row in an expert's hands) [H] -> [I], with SwiGLU. down: [I] -> [H], one row of the
+// wire type for each item. Items are grouped by slot; a block has a slot and some row tiles, and loops over the slot's
+// items, so the host need not know how many there are. An empty slot's blocks end at once.
+//
+// Weights: [row tile of 16][block of 32 columns][lane] of 8 bytes: for each half of 16 columns, a word of 8 codes for
+// lane 4g + t. Nibble 2i + h has the magnitude of element h of mma's register i: rows g (even i) and g + 8 (odd i),
+// columns 2t + h (i < 2) and 2t + 8 + h. Bit 3 of nibble i is the sign of register i's element 0, that of nibble 4 + i
+// the sign of its element 1: so one shift moves both signs of a register into place.
+// In gate-up, rows 0..8 of a tile are gates and rows 8..16 the ups of the same activations: a lane has both.
+// Scales: [row tile][block][16] bytes, E8M0.
+//
+// Order: a block of 32 columns is summed from zero, then sum = fma(scale, block, sum), blocks ascending; bias last. So
+// codes are exact in bf16 whatever the scale.
+// - exact: f32 rows; within a block columns ascending, fused: the orders of src/cpu/mxfp4.rs.
+// - fast: bf16 rows; a block is two mma. 8 items at once read straight into registers, 32 staged in shared memory.
+// Not measured yet: no GPU.
+#include "ptx.cuh"
+
+#define EXPERT_WARPS 4
+#define EXPERT_FEW 1     // token tiles of 8 at once, read into registers
+#define EXPERT_MANY 4    // token tiles of 8 at once, staged
+#define EXPERT_COLUMNS 128  // staged at once
+#define EXPERT_STRIDE (EXPERT_COLUMNS + 8)
+#define SWIGLU_ALPHA 1.702f
+
+// A loaded expert; all null where a slot is empty.
+struct Slot {
+  const uint2* gate_up;
+  const u8* gate_up_scales;
+  const float* gate_up_bias;  // in the order of the tiles' rows
+  const uint2* down;
+  const u8* down_scales;
+  const float* down_bias;
+};
+
+static_assert(sizeof(Slot) == 48, "as src/cuda/exchange.rs writes it");
+
+struct ExpertArgs {
+  const Slot* slots;
+  const u32* starts;    // [slots + 1]: first item of each slot
+  const u32* order;     // [items]: an item's place in the order of arrival
+  const u32* item_row;  // by order of arrival
+  const void* rows;     // [rows, H] of the wire type
+  void* activations;    // [items, I] grouped by slot: f32 or bf16
+  u8* results;          // [items, H] of the wire type, in order of arrival
+  u32 hidden, intermediate;
+  float limit;
+  u32 unused;
+};
+
+// Decoding ----------------------------------------------------------------------------------------------------------
+
+DEVICE float scale_of(u8 scale) { return float_of(scale == 0 ? 0x00400000u : (u32)scale << 23); }
+
+// The code of element h of register i.
+DEVICE float code_value(u32 word, u32 i, u32 h) {
+#ifdef PLANT_NIBBLES
+  h = 1 - h;
+#endif
+  u32 magnitude = word >> 4 * (2 * i + h) & 7;
+  // 0, 0.5, 1, 1.5, 2, 3, 4, 6
+  float value = magnitude < 2 ? 0.5f * (float)magnitude
+                              : (1.0f + 0.5f * (float)(magnitude & 1)) * (float)(1u << ((magnitude >> 1) - 1));
+  return word >> (4 * i + 3 + 16 * h) & 1 ? -value : value;
+}
+
+// Eight codes to mma's registers: both bytes of a bf16 are looked up by permutes of bytes.
+DEVICE void decode(u32 word, u32 (&a)[4]) {
+  u32 low = word & 0x7777u, high = word >> 16 & 0x7777u;
+  // 0, 0.5, 1, 1.5 | 2, 3, 4, 6 in bf16: 0000 3f00 3f80 3fc0 | 4000 4040 4080 40c0
+  u32 upper0 = __byte_perm(0x3f3f3f00u, 0x40404040u, low), lower0 = __byte_perm(0xc0800000u, 0xc0804000u, low);
+  u32 upper1 = __byte_perm(0x3f3f3f00u, 0x40404040u, high), lower1 = __byte_perm(0xc0800000u, 0xc0804000u, high);
+#ifdef PLANT_NIBBLES
+  const u32 first = 0x4051u, second = 0x6273u;
+#else
+  const u32 first = 0x5140u, second = 0x7362u;
+#endif
+  a[0] = __byte_perm(lower0, upper0, first) | (word << 12 & 0x80008000u);
+  a[1] = __byte_perm(lower0, upper0, second) | (word << 8 & 0x80008000u);
+  a[2] = __byte_perm(lower1, upper1, first) | (word << 4 & 0x80008000u);
+  a[3] = __byte_perm(lower1, upper1, second) | (word & 0x80008000u);
+}
+
+// min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1); NaN stays NaN.
+DEVICE float swiglu(float gate, float up, float limit) {
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up;
+  up = up < -limit ? -limit : up;
+  return gate / (1.0f + exp_own(-SWIGLU_ALPHA * gate)) * (up + 1.0f);
+}
+
+// Exact -------------------------------------------------------------------------------------------------------------
+
+// The product of a tile's row and x: [blocks * 32].
+DEVICE float dot(const uint2* tile, const u8* scales, u32 row, u32 blocks, const float* x) {
+  float sum = 0.0f;
+  for (u32 b = 0; b < blocks; b++) {
+    float product = 0.0f;
+    for (u32 c = 0; c < 32; c++) {
+      u32 k = c % 16;
+      uint2 words = tile[b * WARP + row % 8 * 4 + k % 8 / 2];
+      product = fmaf(code_value(c < 16 ? words.x : words.y, row / 8 + 2 * (k / 8), k % 2), x[b * 32 + c], product);
+    }
+    sum = fmaf(scale_of(scales[b * 16 + row]), product, sum);
+  }
+  return sum;
+}
+
+// A block a tile of 8 activations and a slot; a thread an activation and every sixteenth item.
+KERNEL(gate_up_f32, EXPERT_WARPS * WARP, ExpertArgs) {
+  u32 tile = blockIdx.x, blocks = a.hidden / 32, i = threadIdx.x % 8;
+  const Slot& slot = a.slots[blockIdx.y];
+  u64 at = (u64)tile * blocks;
+  for (u32 item = a.starts[blockIdx.y] + threadIdx.x / 8; item < a.starts[blockIdx.y + 1]; item += 16) {
+    const float* x = (const float*)a.rows + (u64)a.item_row[a.order[item]] * a.hidden;
+    const float* bias = slot.gate_up_bias + tile * 16;
+    float gate = dot(slot.gate_up + at * WARP, slot.gate_up_scales + at * 16, i, blocks, x) + bias[i];
+    float up = dot(slot.gate_up + at * WARP, slot.gate_up_scales + at * 16, i + 8, blocks, x) + bias[i + 8];
+    ((float*)a.activations)[(u64)item * a.intermediate + tile * 8 + i] = swiglu(gate, up, a.limit);
+  }
+}
+
+// A block a row tile and a slot; a thread a row and every eighth item.
+KERNEL(down_f32, EXPERT_WARPS * WARP, ExpertArgs) {
+  u32 tile = blockIdx.x, blocks = a.intermediate / 32, row = threadIdx.x % 16;
+  const Slot& slot = a.slots[blockIdx.y];
+  u64 at = (u64)tile * blocks;
+  for (u32 item = a.starts[blockIdx.y] + threadIdx.x / 16; item < a.starts[blockIdx.y + 1]; item += 8) {
+    const float* x = (const float*)a.activations + (u64)item * a.intermediate;
+    float sum = dot(slot.down + at * WARP, slot.down_scales + at * 16, row, blocks, x);
+    ((float*)a.results)[(u64)a.order[item] * a.hidden + tile * 16 + row] = sum + slot.down_bias[tile * 16 + row];
+  }
+}
+
+// Fast --------------------------------------------------------------------------------------------------------------
+
+// Where an item's row of bf16 begins.
+template <bool GATE_UP>
+DEVICE const u16* operand(const ExpertArgs& a, u32 item) {
+  if (GATE_UP) return (const u16*)a.rows + (u64)a.item_row[a.order[item]] * a.hidden;
+  return (const u16*)a.activations + (u64)item * a.intermediate;
+}
+
+// A warp's row tile times TILES * 8 items from first on; items beyond end repeat the last one.
+template <bool GATE_UP, u32 TILES, bool STAGED>
+DEVICE void multiply(const ExpertArgs& a, const uint2* weights, const u8* scales, bool inside, u32 blocks, u32 first,
+                     u32 end, u16* staged, float (&sums)[TILES][4]) {
+  u32 t = lane_id() % 4, g = lane_id() / 4;
+  const u16* x[TILES];
+  if (!STAGED)
+    for (u32 n = 0; n < TILES; n++) x[n] = operand<GATE_UP>(a, least(first + n * 8 + g, end - 1));
+  for (u32 chunk = 0; chunk < blocks; chunk += EXPERT_COLUMNS / 32) {
+    u32 count = least(blocks - chunk, EXPERT_COLUMNS / 32);
+    if (STAGED) {
+      __syncthreads();
+      // Pairs of columns.
+      for (u32 i = threadIdx.x; i < TILES * 8 * count * 16; i += EXPERT_WARPS * WARP) {
+        u32 token = i / (count * 16), pair = i % (count * 16);
+        const u32* from = (const u32*)operand<GATE_UP>(a, least(first + token, end - 1));
+        *(u32*)(staged + token * EXPERT_STRIDE + 2 * pair) = from[chunk * 16 + pair];
+      }
+      __syncthreads();
+    }
+    if (!inside) continue;
+    for (u32 b = chunk; b < chunk + count; b++) {
+      uint2 words = weights[(u64)b * WARP + lane_id()];
+      float low = scale_of(scales[b * 16 + g]), high = scale_of(scales[b * 16 + g + 8]);
+      u32 left[2][4];
+      decode(words.x, left[0]);
+      decode(words.y, left[1]);
+#pragma unroll
+      for (u32 n = 0; n < TILES; n++) {
+        float c[4] = {};
+        u32 right[4];
+        if (STAGED) {
+          // Matrices: the four groups of 8 columns of the block.
+          ldmatrix_x4(right, staged + (n * 8 + lane_id() % 8) * EXPERT_STRIDE + (b - chunk) * 32 + lane_id() / 8 * 8);
+        } else {
+#pragma unroll
+          for (u32 i = 0; i < 4; i++) right[i] = *(const u32*)(x[n] + b * 32 + i * 8 + 2 * t);
+        }
+        mma_bf16(c, left[0], right[0], right[1]);
+        mma_bf16(c, left[1], right[2], right[3]);
+        sums[n][0] = fmaf(low, c[0], sums[n][0]);
+        sums[n][1] = fmaf(low, c[1], sums[n][1]);
+        sums[n][2] = fmaf(high, c[2], sums[n][2]);
+        sums[n][3] = fmaf(high, c[3], sums[n][3]);
+      }
+    }
+  }
+}
+
+// Bias and SwiGLU, or bias, and to memory: sums of rows g (0, 1) and g + 8 (2, 3) for items 2t and 2t + 1 of each tile.
+template <bool GATE_UP, u32 TILES>
+DEVICE void put_items(const ExpertArgs& a, const Slot& slot, u32 tile, u32 first, u32 end, float (&sums)[TILES][4]) {
+  u32 t = lane_id() % 4, g = lane_id() / 4;
+  const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16;
+#pragma unroll
+  for (u32 n = 0; n < TILES; n++) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+      u32 item = first + n * 8 + 2 * t + i;
+      if (item >= end) continue;
+      float low = sums[n][i] + bias[g], high = sums[n][2 + i] + bias[g + 8];
+      if (GATE_UP) {
+        ((u16*)a.activations)[(u64)item * a.intermediate + tile * 8 + g] = narrow(swiglu(low, high, a.limit));
+      } else {
+        u16* out = (u16*)a.results + (u64)a.order[item] * a.hidden + tile * 16;
+        out[g] = narrow(low);
+        out[g + 8] = narrow(high);
+      }
+    }
+  }
+}
+
+template <bool GATE_UP>
+DEVICE void expert_mma(const ExpertArgs& a) {
+  SHARED(smem);
+  u32 columns = GATE_UP ? a.hidden : a.intermediate, rows = GATE_UP ? 2 * a.intermediate : a.hidden;
+  u32 tile = blockIdx.x * EXPERT_WARPS + warp_id(), blocks = columns / 32;
+  // Warps beyond the matrix keep the others company at the barriers.
+  bool inside = tile < rows / 16;
+  const Slot& slot = a.slots[blockIdx.y];
+  const uint2* weights = (GATE_UP ? slot.gate_up : slot.down) + (u64)tile * blocks * WARP;
+  const u8* scales = (GATE_UP ? slot.gate_up_scales : slot.down_scales) + (u64)tile * blocks * 16;
+  u32 first = a.starts[blockIdx.y], end = a.starts[blockIdx.y + 1];
+  while (first < end) {
+    if (end - first > EXPERT_FEW * 8) {
+      float sums[EXPERT_MANY][4] = {};
+      multiply<GATE_UP, EXPERT_MANY, true>(a, weights, scales, inside, blocks, first, end, (u16*)smem, sums);
+      if (inside) put_items<GATE_UP, EXPERT_MANY>(a, slot, tile, first, end, sums);
+      first += EXPERT_MANY * 8;
+    } else {
+      float sums[EXPERT_FEW][4] = {};
+      multiply<GATE_UP, EXPERT_FEW, false>(a, weights, scales, inside, blocks, first, end, (u16*)smem, sums);
+      if (inside) put_items<GATE_UP, EXPERT_FEW>(a, slot, tile, first, end, sums);
+      first += EXPERT_FEW * 8;
+    }
+  }
+}
+
+KERNEL(gate_up_bf16, EXPERT_WARPS * WARP, ExpertArgs) { expert_mma<true>(a); }
+KERNEL(down_bf16, EXPERT_WARPS * WARP, ExpertArgs) { expert_mma<false>(a); }
+
+#undef EXPERT_WARPS
+#undef EXPERT_FEW
+#undef EXPERT_MANY
+#undef EXPERT_COLUMNS
+#undef EXPERT_STRIDE
+#undef SWIGLU_ALPHA

@@ -1,0 +1,31 @@
+// The only place of inline PTX. Each wrapper has a twin for the emulation, in emu/emu.h.
+#pragma once
+#include "common.cuh"
+
+#ifndef CUDA_EMU
+
+// c += a b for a: [16, 16] (rows g and g + 8 of lane 4g + t), b: [16, 8], c: [16, 8] in f32.
+DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices of bf16 from shared memory; lane 8m + r gives the address of row r of matrix m.
+DEVICE void ldmatrix_x4(u32 (&out)[4], const u16* row) {
+  u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address));
+}
+
+// The same, each matrix transposed.
+DEVICE void ldmatrix_x4_transposed(u32 (&out)[4], const u16* row) {
+  u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address));
+}
+
+#endif

@@ -1,0 +1,255 @@
+//! What the backend asks of a device: memory, copies, launches, all in the order of one stream.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::ops::Kernel;
+use crate::KernelError;
+
+/// A launch of a kernel; its blocks have the kernel's number of threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// What runs.
+    pub kernel: &'a Kernel,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+/// A device with one stream: calls take effect in their order, and only [`Device::download`] and
+/// [`Device::synchronize`] wait. Addresses are the device's own.
+pub trait Device: fmt::Debug + Send + Sync + 'static {
+    /// Multiprocessors: blocks that run side by side, at least.
+    fn multiprocessors(&self) -> u32;
+
+    /// Memory of undefined content; `bytes` is not 0.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn allocate(&self, bytes: usize) -> Result<u64, KernelError>;
+
+    /// Gives memory back once all that was enqueued before is done.
+    ///
+    /// # Safety
+    /// `address` and `bytes` are those of one [`Device::allocate`], and it is not used afterwards.
+    unsafe fn free(&self, address: u64, bytes: usize);
+
+    /// Copies to the device; `from` may change as soon as this returns.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// The bytes at `to` are allocated.
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError>;
+
+    /// Copies from the device, and waits.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; also for what failed before on the stream.
+    ///
+    /// # Safety
+    /// The bytes at `from` are allocated.
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError>;
+
+    /// Copies on the device.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// The bytes at `from` and at `to` are allocated and do not overlap.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError>;
+
+    /// Sets bytes to zero.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// The bytes at `to` are allocated.
+    unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError>;
+
+    /// Enqueues a kernel.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// `args` points to the kernel's argument struct, `args_bytes` long, and all that it points to is allocated and
+    /// as large as the kernel's shapes say.
+    unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError>;
+
+    /// Waits for all that was enqueued.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn synchronize(&self) -> Result<(), KernelError>;
+}
+
+/// A device and the bytes held of it.
+#[derive(Debug)]
+pub(super) struct Memory {
+    pub(super) device: Arc<dyn Device>,
+    held: AtomicU64,
+}
+
+impl Memory {
+    pub(super) fn new(device: Arc<dyn Device>) -> Arc<Self> {
+        Arc::new(Self { device, held: AtomicU64::new(0) })
+    }
+
+    pub(super) fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// `bytes` zeros.
+    pub(super) fn zeroed(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
+        if bytes == 0 {
+            return Ok(self.nothing());
+        }
+        let address = self.device.allocate(bytes)?;
+        self.held.fetch_add(bytes as u64, Ordering::Relaxed);
+        let buffer = Buffer { memory: Arc::clone(self), address, bytes };
+        // SAFETY: just allocated.
+        unsafe { self.device.zero(address, bytes)? };
+        Ok(buffer)
+    }
+
+    /// A buffer of no bytes.
+    pub(super) fn nothing(self: &Arc<Self>) -> Buffer {
+        Buffer { memory: Arc::clone(self), address: 0, bytes: 0 }
+    }
+
+    /// A buffer that holds `bytes`.
+    pub(super) fn filled(self: &Arc<Self>, bytes: &[u8]) -> Result<Buffer, KernelError> {
+        let mut buffer = self.zeroed(bytes.len())?;
+        buffer.upload(0, bytes)?;
+        Ok(buffer)
+    }
+}
+
+/// Memory of a device; given back when dropped, in the order of the stream.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    memory: Arc<Memory>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Where it is on the device.
+    pub(super) const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Where it is, to be written there.
+    #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
+    pub(super) const fn address_mut(&mut self) -> u64 {
+        self.address
+    }
+
+    /// Its size.
+    pub(super) const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Makes it at least `bytes` long, in powers of two; what it held is lost if it grows.
+    pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
+        if bytes > self.bytes {
+            *self = self.memory.zeroed(bytes.checked_next_power_of_two().unwrap_or(bytes))?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, at: usize, bytes: usize) -> Result<(), KernelError> {
+        match at.checked_add(bytes).filter(|&end| end <= self.bytes) {
+            Some(_) => Ok(()),
+            None => Err(KernelError::Size { what: "a device buffer", got: self.bytes, need: at.saturating_add(bytes) }),
+        }
+    }
+
+    /// Copies to it, `at` bytes from its beginning.
+    pub(super) fn upload(&mut self, at: usize, from: &[u8]) -> Result<(), KernelError> {
+        self.check(at, from.len())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range was checked to lie within this allocation.
+        unsafe { self.memory.device.upload(from, self.address + at as u64) }
+    }
+
+    /// Its first bytes; waits.
+    pub(super) fn download(&self, bytes: usize) -> Result<Vec<u8>, KernelError> {
+        self.check(0, bytes)?;
+        let mut out = vec![0; bytes];
+        if bytes > 0 {
+            // SAFETY: the range was checked to lie within this allocation.
+            unsafe { self.memory.device.download(self.address, &mut out)? };
+        }
+        Ok(out)
+    }
+
+    /// Copies `bytes` within it, to a place that does not overlap.
+    pub(super) fn copy_within(&mut self, from: usize, to: usize, bytes: usize) -> Result<(), KernelError> {
+        self.check(from, bytes)?;
+        self.check(to, bytes)?;
+        if bytes == 0 || from == to {
+            return Ok(());
+        }
+        if from.abs_diff(to) < bytes {
+            return Err(KernelError::Size { what: "a copy that overlaps itself", got: from.abs_diff(to), need: bytes });
+        }
+        // SAFETY: both ranges were checked to lie within this allocation, and not to overlap.
+        unsafe { self.memory.device.copy(self.address + from as u64, self.address + to as u64, bytes) }
+    }
+
+    /// Copies the first `bytes` of another buffer to the beginning of this one.
+    pub(super) fn copy_from(&mut self, other: &Self, bytes: usize) -> Result<(), KernelError> {
+        self.check(0, bytes)?;
+        other.check(0, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges were checked to lie within their allocations, which are different ones.
+        unsafe { self.memory.device.copy(other.address, self.address, bytes) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.memory.held.fetch_sub(self.bytes as u64, Ordering::Relaxed);
+            // SAFETY: this buffer owns the allocation and is gone.
+            unsafe { self.memory.device.free(self.address, self.bytes) };
+        }
+    }
+}
+
+/// Numbers as the device reads them: little endian, without padding.
+pub(super) trait Plain: Copy {
+    /// Appends the bytes.
+    fn append(self, out: &mut Vec<u8>);
+}
+
+macro_rules! plain {
+    ($($number:ty),*) => {
+        $(impl Plain for $number {
+            fn append(self, out: &mut Vec<u8>) {
+                out.extend_from_slice(&self.to_le_bytes());
+            }
+        })*
+    };
+}
+
+plain!(u8, u32, u64, f32, f64);
+
+/// The bytes of numbers.
+pub(super) fn bytes_of<T: Plain>(values: &[T]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(size_of_val(values));
+    values.iter().for_each(|value| value.append(&mut out));
+    out
+}

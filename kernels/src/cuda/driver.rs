@@ -1,0 +1,274 @@
+//! A GPU behind the CUDA driver, which is loaded when first needed.
+//!
+//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use super::compile::Cache;
+use super::device::{Device, Launch};
+use super::ops::KERNELS;
+use crate::KernelError;
+
+/// A loaded file of kernels.
+struct Module(sys::CUmodule);
+
+/// A GPU and one stream on it.
+pub struct Driver {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    arch: String,
+    multiprocessors: u32,
+    functions: HashMap<&'static str, sys::CUfunction>,
+    modules: Vec<Module>,
+}
+
+// SAFETY: modules and functions belong to the context, not to a thread; the driver allows their use from any thread on
+// which the context is current, and every method makes it current first.
+unsafe impl Send for Driver {}
+// SAFETY: as above; the driver's calls may be made from several threads at once.
+unsafe impl Sync for Driver {}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver")
+            .field("device", &self.context.ordinal())
+            .field("arch", &self.arch)
+            .finish_non_exhaustive()
+    }
+}
+
+fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError {
+    move |error| KernelError::Device { what, why: error.to_string() }
+}
+
+/// The architecture to compile for: with its own instructions where the kernels may use them.
+fn arch_of((major, minor): (i32, i32)) -> String {
+    let own = if matches!((major, minor), (9, 0) | (10, 0 | 3) | (12, 0)) { "a" } else { "" };
+    format!("{major}{minor}{own}")
+}
+
+/// GPUs of this machine; `None` where there is no CUDA driver.
+#[must_use]
+pub fn devices() -> Option<usize> {
+    // SAFETY: looks for the library by its names and loads it; its initialisers are trusted like any system library's.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    CudaContext::device_count().ok().and_then(|count| usize::try_from(count).ok())
+}
+
+/// Memory that is given back stays with this process: buffers of a step come and go.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut threshold = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's; the attribute is an u64, which outlives the call.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())
+    }
+}
+
+impl Driver {
+    /// The GPU of this number, with kernels from `cache` or compiled.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]: no driver, no such GPU, or no kernels for it.
+    pub fn open(ordinal: usize, cache: &Cache) -> Result<Self, KernelError> {
+        let refused = |why: String| KernelError::Device { what: "be used", why };
+        let count = devices().ok_or_else(|| refused("there is no CUDA driver (libcuda.so.1)".to_owned()))?;
+        if ordinal >= count {
+            return Err(refused(format!("GPU {ordinal} was asked for and there are {count}")));
+        }
+        let open = failed("be opened");
+        let context = CudaContext::new(ordinal).map_err(&open)?;
+        let stream = context.new_stream().map_err(&open)?;
+        let arch = arch_of(context.compute_capability().map_err(&open)?);
+        let multiprocessors =
+            context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
+        keep_freed_memory(&context).map_err(&open)?;
+        let mut driver = Self {
+            context,
+            stream,
+            arch,
+            multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
+            functions: HashMap::new(),
+            modules: Vec::new(),
+        };
+        driver.load(cache)?;
+        Ok(driver)
+    }
+
+    /// The architecture its kernels are compiled for.
+    #[must_use]
+    pub fn arch(&self) -> &str {
+        &self.arch
+    }
+
+    fn load(&mut self, cache: &Cache) -> Result<(), KernelError> {
+        let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
+        files.sort_unstable();
+        files.dedup();
+        for file in files {
+            let cubin = cache
+                .cubin(file, &self.arch)
+                .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+            let load = failed("load its kernels");
+            // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
+            // own size, and is copied by the driver.
+            let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(&load)?;
+            self.modules.push(Module(module));
+            for kernel in KERNELS.iter().filter(|kernel| kernel.file == file) {
+                let name = CString::new(kernel.name).expect("names of kernels have no zero");
+                // SAFETY: the module was just loaded.
+                let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
+                self.functions.insert(kernel.name, function);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the context current on this thread.
+    fn bind(&self) -> Result<(), KernelError> {
+        self.context.bind_to_thread().map_err(failed("be reached"))
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // Nothing can be done about an error here; the context's end frees all.
+            let _ = self.stream.synchronize();
+            for module in self.modules.drain(..) {
+                // SAFETY: the module was loaded by `load`, and all launches of its functions are done.
+                let _ = unsafe { result::module::unload(module.0) };
+            }
+        }
+    }
+}
+
+impl Device for Driver {
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
+        self.bind()?;
+        // SAFETY: the stream belongs to the context, which is current; memory is written before it is read, by `zero`.
+        let allocated = unsafe {
+            if self.context.has_async_alloc() {
+                result::malloc_async(self.stream.cu_stream(), bytes)
+            } else {
+                result::malloc_sync(bytes)
+            }
+        };
+        allocated.map_err(|error| KernelError::Device { what: "allocate", why: format!("{bytes} bytes: {error}") })
+    }
+
+    unsafe fn free(&self, address: u64, _bytes: usize) {
+        if self.bind().is_err() {
+            return;
+        }
+        // SAFETY: the caller promises that this is an allocation and not used again. Without a stream's order the
+        // driver waits for the device before it frees. Nothing can be done about an error.
+        let _ = unsafe {
+            if self.context.has_async_alloc() {
+                result::free_async(address, self.stream.cu_stream())
+            } else {
+                result::free_sync(address)
+            }
+        };
+    }
+
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+        self.bind()?;
+        // SAFETY: the caller promises that the destination is allocated. The source is ordinary memory, which the
+        // driver has read, or staged, when this returns.
+        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed("take bytes"))
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
+        self.bind()?;
+        // SAFETY: the caller promises that the source is allocated; the destination lives until the copy is done, for
+        // which this waits.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(failed("give bytes"))?;
+        self.synchronize()
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
+        self.bind()?;
+        // SAFETY: the caller promises that both are allocated and apart.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(failed("copy"))
+    }
+
+    unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
+        self.bind()?;
+        // SAFETY: the caller promises that the destination is allocated.
+        unsafe { result::memset_d8_async(to, 0, bytes, self.stream.cu_stream()) }.map_err(failed("set bytes"))
+    }
+
+    unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
+        self.bind()?;
+        let kernel = launch.kernel;
+        let function = self.functions.get(kernel.name).filter(|_| kernel.args_bytes == args_bytes);
+        let function = *function.ok_or_else(|| KernelError::Device {
+            what: "run a kernel",
+            why: format!("{} with {args_bytes} bytes of arguments is none of its kernels", kernel.name),
+        })?;
+        let [x, y, z] = launch.grid;
+        // SAFETY: the caller promises that the one argument is the kernel's struct, which the driver copies, and that
+        // all it points to is allocated.
+        let launched = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (kernel.threads, 1, 1),
+                launch.shared,
+                self.stream.cu_stream(),
+                &mut [args.cast_mut()],
+            )
+        };
+        launched.map_err(|error| KernelError::Device { what: "run a kernel", why: format!("{}: {error}", kernel.name) })
+    }
+
+    fn synchronize(&self) -> Result<(), KernelError> {
+        self.bind()?;
+        self.stream.synchronize().map_err(failed("finish"))
+    }
+}
+
+/// A backend on the GPU of this number, with kernels from `folder` or compiled into it.
+///
+/// # Errors
+/// [`KernelError::Device`].
+pub fn open(ordinal: usize, folder: &Path, precision: crate::Precision) -> Result<super::Cuda, KernelError> {
+    let driver = Driver::open(ordinal, &Cache::new(folder))?;
+    super::Cuda::new(Arc::new(driver), precision)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn architectures_have_their_own_instructions_where_kernels_may_use_them() {
+        let archs = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)].map(arch_of);
+        assert_eq!(archs, ["80", "86", "89", "90a", "100a", "103a", "120a", "121"]);
+    }
+
+    #[test]
+    fn a_machine_without_a_driver_says_so() {
+        if devices().is_none() {
+            let error = Driver::open(0, &Cache::new(Path::new("unused"))).unwrap_err().to_string();
+            assert!(error.contains("no CUDA driver"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! A device that runs the kernels on the CPU, compiled by the C++ compiler from the same sources; for tests.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::ffi::{CString, c_char, c_int, c_void};
+
+use super::device::{Device, Launch};
+use super::ops::Kernel;
+use crate::KernelError;
+
+unsafe extern "C" {
+    fn phalanx_emu_find(name: *const c_char, args_bytes: *mut usize, threads: *mut u32) -> bool;
+    fn phalanx_emu_launch(
+        name: *const c_char,
+        args: *const c_void,
+        args_bytes: usize,
+        grid: *const u32,
+        shared: usize,
+    ) -> c_int;
+}
+
+/// Alignment of allocations, as a driver's.
+const ALIGNMENT: usize = 256;
+
+/// A fault that is planted in a kernel, to see whether a test sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Attention does not wait for its keys.
+    Barrier,
+    /// Attention's window is longer by one.
+    Window,
+    /// The experts' two codes of a byte are exchanged.
+    Nibbles,
+}
+
+/// Kernels on the CPU: every call is done when it returns.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Emulated {
+    /// Kernels with this fault where there are such.
+    pub fault: Option<Fault>,
+    /// The largest allocation that succeeds.
+    pub largest: Option<usize>,
+}
+
+impl Emulated {
+    /// The name of the kernel to run.
+    fn name(&self, kernel: &Kernel) -> CString {
+        let plain = CString::new(kernel.name).expect("names of kernels have no zero");
+        let Some(fault) = self.fault else { return plain };
+        let suffix = match fault {
+            Fault::Barrier => "barrier",
+            Fault::Window => "window",
+            Fault::Nibbles => "nibbles",
+        };
+        let planted = CString::new(format!("{}!{suffix}", kernel.name)).expect("no zero either");
+        if find(&planted).is_some() { planted } else { plain }
+    }
+}
+
+/// Bytes of arguments and threads of a compiled kernel.
+fn find(name: &CString) -> Option<(usize, u32)> {
+    let (mut args_bytes, mut threads) = (0, 0);
+    // SAFETY: the name ends with a zero, and both numbers outlive the call.
+    let found = unsafe { phalanx_emu_find(name.as_ptr(), &raw mut args_bytes, &raw mut threads) };
+    found.then_some((args_bytes, threads))
+}
+
+fn failed(what: &'static str, why: String) -> KernelError {
+    KernelError::Device { what, why }
+}
+
+impl Device for Emulated {
+    // Few, so that small tests take either way to walk attention's segments.
+    fn multiprocessors(&self) -> u32 {
+        16
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
+        if self.largest.is_some_and(|largest| bytes > largest) {
+            return Err(failed("allocate", format!("no {bytes} bytes")));
+        }
+        let layout =
+            Layout::from_size_align(bytes, ALIGNMENT).map_err(|error| failed("allocate", error.to_string()))?;
+        // SAFETY: callers never ask for 0 bytes.
+        let memory = unsafe { alloc(layout) };
+        if memory.is_null() { Err(failed("allocate", format!("no {bytes} bytes"))) } else { Ok(memory.addr() as u64) }
+    }
+
+    unsafe fn free(&self, address: u64, bytes: usize) {
+        if let Ok(layout) = Layout::from_size_align(bytes, ALIGNMENT) {
+            // SAFETY: the caller promises that this is an allocation of this layout.
+            unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout) };
+        }
+    }
+
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that the destination is allocated; it is not the host's slice.
+        unsafe { host(to).copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+        Ok(())
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that the source is allocated; it is not the host's slice.
+        unsafe { host(from).copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that both are allocated and apart.
+        unsafe { host(from).copy_to_nonoverlapping(host(to), bytes) };
+        Ok(())
+    }
+
+    unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that the destination is allocated.
+        unsafe { host(to).write_bytes(0, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
+        let name = self.name(launch.kernel);
+        // SAFETY: the caller promises that the arguments are the kernel's; the emulation checks their size.
+        let done = unsafe {
+            phalanx_emu_launch(name.as_ptr(), args, args_bytes, launch.grid.as_ptr(), launch.shared as usize)
+        };
+        let why = match done {
+            0 => return Ok(()),
+            1 => "there is no such kernel",
+            2 => "its arguments have another size",
+            3 => "its blocks are too large",
+            4 => "its threads wait for each other for ever",
+            _ => "it failed",
+        };
+        Err(failed("run a kernel", format!("{}: {why}", launch.kernel.name)))
+    }
+
+    fn synchronize(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
+}
+
+/// An address as a pointer.
+fn host(address: u64) -> *mut u8 {
+    std::ptr::with_exposed_provenance_mut(address as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::KERNELS;
+
+    #[test]
+    fn arguments_and_threads_are_the_compilers() {
+        for kernel in KERNELS {
+            let name = CString::new(kernel.name).unwrap();
+            assert_eq!(find(&name), Some((kernel.args_bytes, kernel.threads)), "{}", kernel.name);
+        }
+    }
+
+    #[test]
+    fn faults_are_planted() {
+        for (fault, name) in [
+            (Fault::Barrier, "attention_f32!barrier"),
+            (Fault::Window, "attention_segments_bf16_64!window"),
+            (Fault::Nibbles, "down_bf16!nibbles"),
+        ] {
+            let device = Emulated { fault: Some(fault), largest: None };
+            let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();
+            assert_eq!(device.name(kernel).to_str(), Ok(name));
+            assert_eq!(device.name(&KERNELS[0]).to_str(), Ok(KERNELS[0].name));
+        }
+    }
+}

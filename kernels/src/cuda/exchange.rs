@@ -1,0 +1,379 @@
+//! Rows to the ranks of their experts, the experts' work, and results back home.
+
+use std::sync::Arc;
+
+use super::Cuda;
+use super::choose;
+use super::device::{Buffer, Memory, bytes_of};
+use super::ops::{
+    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DOWN_BF16, DOWN_F32,
+    DispatchArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, ReceiveArgs,
+};
+use super::pack::ExpertLayout;
+use super::rows::{Routes, Rows};
+use crate::cpu::{check, need};
+use crate::{ExpertShape, HostParts, KernelError, Precision, wire};
+
+/// Rows of a block of dispatch and combine.
+const BLOCK_ROWS: usize = 32;
+/// Bytes of a part's place: where it begins and how long it is, u64 each.
+const PART: usize = 16;
+/// Parts begin at multiples of this.
+const PART_ALIGNMENT: usize = 4;
+/// Bytes of an expert's entry in the slot table: six addresses.
+const SLOT: usize = 48;
+
+/// Bytes to or from each rank, on the device: one buffer in rank order, and where each part lies.
+#[derive(Debug)]
+pub struct Parts {
+    ranks: usize,
+    bytes_max: usize,
+    bytes: Buffer,
+    /// `[ranks]` of (start, bytes)
+    places: Buffer,
+}
+
+impl Parts {
+    pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
+        // Parts of any length may come from other ranks, each on a border.
+        let bytes = memory.zeroed(bytes_max + ranks * PART_ALIGNMENT)?;
+        Ok(Self { ranks, bytes_max, bytes, places: memory.zeroed(ranks * PART)? })
+    }
+
+    pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
+        Self { ranks, bytes_max: 0, bytes: memory.nothing(), places: memory.nothing() }
+    }
+
+    /// The bytes, on the host; waits.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn download(&self) -> Result<HostParts, KernelError> {
+        let places = self.places.download(self.ranks * PART)?;
+        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
+        let places: Vec<_> = places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect();
+        let end = places.iter().map(|(start, bytes)| start.saturating_add(*bytes)).max().unwrap_or(0);
+        let bytes = self.bytes.download(end)?;
+        Ok(HostParts { by_rank: places.iter().map(|&(start, len)| bytes[start..start + len].to_vec()).collect() })
+    }
+
+    /// Takes bytes from the host.
+    ///
+    /// # Errors
+    /// [`KernelError::Plan`] for another number of ranks, [`KernelError::Size`] for more bytes than there is room for,
+    /// [`KernelError::Device`].
+    pub fn upload(&mut self, parts: &HostParts) -> Result<(), KernelError> {
+        if parts.by_rank.len() != self.ranks {
+            return Err(KernelError::Plan { what: "rank", index: parts.by_rank.len(), len: self.ranks });
+        }
+        let (mut bytes, mut places) = (Vec::new(), Vec::new());
+        for part in &parts.by_rank {
+            bytes.resize(usize::next_multiple_of(bytes.len(), PART_ALIGNMENT), 0);
+            places.extend([bytes.len() as u64, part.len() as u64]);
+            bytes.extend_from_slice(part);
+        }
+        self.bytes.upload(0, &bytes)?;
+        self.places.upload(0, &bytes_of(&places))
+    }
+}
+
+/// Where each expert of a layer lives, `[E]` of (rank, slot).
+#[derive(Debug)]
+pub struct Places {
+    places: Vec<(u32, u32)>,
+    buffer: Buffer,
+}
+
+impl Places {
+    pub(super) fn new(memory: &Arc<Memory>, places: &[(u32, u32)]) -> Result<Self, KernelError> {
+        let flat: Vec<u32> = places.iter().flat_map(|&(rank, slot)| [rank, slot]).collect();
+        Ok(Self { places: places.to_vec(), buffer: memory.filled(&bytes_of(&flat))? })
+    }
+
+    pub(super) fn nothing(memory: &Arc<Memory>) -> Self {
+        Self { places: Vec::new(), buffer: memory.nothing() }
+    }
+
+    /// Refuses routes to experts that have no place, and places on ranks that do not exist.
+    fn check(&self, routes: &Routes, ranks: usize) -> Result<(), KernelError> {
+        if routes.len() > 0 {
+            check("expert", routes.experts_count().saturating_sub(1), self.places.len())?;
+            let last = self.places.iter().map(|place| place.0).max().unwrap_or(0);
+            check("rank", last as usize, ranks)?;
+        }
+        Ok(())
+    }
+}
+
+/// The expert slots of one layer.
+#[derive(Debug)]
+pub struct Experts {
+    shape: ExpertShape,
+    slots: Vec<Option<Buffer>>,
+    /// `[slots]` of six addresses
+    table: Buffer,
+    /// `[slots]`: 1 where an expert is loaded
+    filled: Buffer,
+}
+
+impl Experts {
+    pub(super) fn new(memory: &Arc<Memory>, slots: usize, shape: ExpertShape) -> Result<Self, KernelError> {
+        let empty = std::iter::repeat_with(|| None).take(slots).collect();
+        Ok(Self { shape, slots: empty, table: memory.zeroed(slots * SLOT)?, filled: memory.zeroed(slots * 4)? })
+    }
+
+    pub(super) fn nothing(memory: &Arc<Memory>, shape: ExpertShape) -> Self {
+        Self { shape, slots: Vec::new(), table: memory.nothing(), filled: memory.nothing() }
+    }
+
+    pub(super) const fn shape(&self) -> ExpertShape {
+        self.shape
+    }
+
+    /// Gives back what is in a slot; nothing is in a slot that does not exist.
+    pub(super) fn clear(&mut self, slot: usize) -> Result<(), KernelError> {
+        if slot < self.slots.len() { self.set(slot, None) } else { Ok(()) }
+    }
+
+    /// Puts a packed expert into a slot.
+    pub(super) fn hold(&mut self, memory: &Arc<Memory>, slot: usize, packed: &[u8]) -> Result<(), KernelError> {
+        check("expert slot", slot, self.slots.len())?;
+        self.clear(slot)?;
+        need("a packed expert", packed.len(), ExpertLayout::new(self.shape).bytes)?;
+        self.set(slot, Some(memory.filled(packed)?))
+    }
+
+    fn set(&mut self, slot: usize, expert: Option<Buffer>) -> Result<(), KernelError> {
+        let layout = ExpertLayout::new(self.shape);
+        let starts = [&layout.gate_up, &layout.down].map(|m| [m.codes.start, m.scales.start, m.bias.start]);
+        let address = |start: &usize| expert.as_ref().map_or(0, |expert| expert.address() + *start as u64);
+        let entry: Vec<u64> = starts.as_flattened().iter().map(address).collect();
+        self.table.upload(slot * SLOT, &bytes_of(&entry))?;
+        self.filled.upload(slot * 4, &u32::from(expert.is_some()).to_le_bytes())?;
+        self.slots[slot] = expert;
+        Ok(())
+    }
+}
+
+/// Received rows in the experts' hands. Items, a (row, choice) each, are grouped by slot; the host never learns how many
+/// there are.
+#[derive(Debug)]
+pub struct Work {
+    shape: ExpertShape,
+    rows_max: usize,
+    items_max: usize,
+    /// Ranks of the last receive.
+    ranks: usize,
+    /// `[rows, H]` of the wire type
+    rows: Buffer,
+    /// `[items, I]`, f32 or bf16
+    activations: Buffer,
+    row_source: Buffer,
+    item_row: Buffer,
+    item_slot: Buffer,
+    order: Buffer,
+    /// Rows and items.
+    counts: Buffer,
+    /// `[slots + 1]`
+    starts: Buffer,
+    /// `[ranks]`: the parts that go back.
+    results: Buffer,
+}
+
+impl Work {
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        precision: Precision,
+        rows: usize,
+        choices: usize,
+        shape: ExpertShape,
+    ) -> Result<Self, KernelError> {
+        let (items, size) = (rows * choices, wire::bytes(precision));
+        Ok(Self {
+            shape,
+            rows_max: rows,
+            items_max: items,
+            ranks: 0,
+            rows: memory.zeroed(rows * shape.hidden * size)?,
+            activations: memory.zeroed(items * shape.intermediate * size)?,
+            row_source: memory.zeroed(rows * 8)?,
+            item_row: memory.zeroed(items * 4)?,
+            item_slot: memory.zeroed(items * 4)?,
+            order: memory.zeroed(items * 4)?,
+            counts: memory.zeroed(8)?,
+            starts: memory.nothing(),
+            results: memory.nothing(),
+        })
+    }
+
+    pub(super) fn nothing(memory: &Arc<Memory>, shape: ExpertShape) -> Self {
+        let nothing = || memory.nothing();
+        Self {
+            shape,
+            rows_max: 0,
+            items_max: 0,
+            ranks: 0,
+            rows: nothing(),
+            activations: nothing(),
+            row_source: nothing(),
+            item_row: nothing(),
+            item_slot: nothing(),
+            order: nothing(),
+            counts: nothing(),
+            starts: nothing(),
+            results: nothing(),
+        }
+    }
+}
+
+impl Cuda {
+    pub(super) fn dispatch_rows(
+        &self,
+        x: &Rows,
+        routes: &Routes,
+        places: &Places,
+        out: &mut Parts,
+    ) -> Result<(), KernelError> {
+        need("the rows dispatched", x.len(), routes.len())?;
+        places.check(routes, out.ranks)?;
+        let record = wire::dispatch_record(self.precision, routes.top_k(), x.cols());
+        need("the bytes of a record, of which 4", record % PART_ALIGNMENT, 0)?;
+        let most = x.len() * routes.top_k().min(out.ranks) * record;
+        if most > out.bytes_max {
+            return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
+        }
+        let args = DispatchArgs {
+            x: x.address(),
+            experts: routes.experts(),
+            places: places.buffer.address(),
+            out: out.bytes.address_mut(),
+            parts: out.places.address_mut(),
+            rows: x.len() as u32,
+            hidden: x.cols() as u32,
+            top_k: routes.top_k() as u32,
+            ranks: out.ranks as u32,
+        };
+        // A step without rows has parts too: they are empty.
+        let blocks = x.len().div_ceil(BLOCK_ROWS).max(1) as u32;
+        let op = self.by_precision(DISPATCH_F32, DISPATCH_BF16);
+        self.launch(&op, [blocks, out.ranks as u32, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
+    }
+
+    pub(super) fn receive_parts(
+        &self,
+        received: &Parts,
+        experts: &Experts,
+        work: &mut Work,
+    ) -> Result<(), KernelError> {
+        need("the width of the rows received", work.shape.hidden, experts.shape.hidden)?;
+        need("the width of the experts at work", work.shape.intermediate, experts.shape.intermediate)?;
+        let (size, hidden) = (wire::bytes(self.precision), work.shape.hidden);
+        work.ranks = received.ranks;
+        work.results.reserve(received.ranks * PART)?;
+        work.starts.reserve((experts.slots.len() + 1) * 4)?;
+        let args = ReceiveArgs {
+            received: received.bytes.address(),
+            parts: received.places.address(),
+            filled: experts.filled.address(),
+            row_source: work.row_source.address(),
+            item_row: work.item_row.address(),
+            item_slot: work.item_slot.address(),
+            counts: work.counts.address(),
+            results: work.results.address(),
+            status: self.status.address(),
+            record_bytes: wire::dispatch_record(self.precision, self.top_k, hidden).max(1) as u64,
+            result_bytes: (hidden * size) as u64,
+            ranks: received.ranks as u32,
+            top_k: self.top_k as u32,
+            slots: experts.slots.len() as u32,
+            rows_max: work.rows_max as u32,
+            items_max: work.items_max as u32,
+            unused: 0,
+        };
+        self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
+        let copy = CopyRowsArgs {
+            received: received.bytes.address(),
+            row_source: work.row_source.address(),
+            counts: work.counts.address(),
+            rows: work.rows.address(),
+            words: (hidden * size / 2) as u32,
+            unused: 0,
+        };
+        self.launch(&RECEIVE_ROWS, [work.rows_max as u32, 1, 1], 0, &copy)?;
+        let group = GroupArgs {
+            item_slot: work.item_slot.address(),
+            counts: work.counts.address(),
+            order: work.order.address(),
+            starts: work.starts.address(),
+            slots: experts.slots.len() as u32,
+            unused: 0,
+        };
+        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)
+    }
+
+    /// The experts' arguments, after a receive.
+    fn expert_args(&self, experts: &Experts, work: &Work, results: u64) -> Result<ExpertArgs, KernelError> {
+        check("expert slot", experts.slots.len(), work.starts.bytes() / 4)?;
+        Ok(ExpertArgs {
+            slots: experts.table.address(),
+            starts: work.starts.address(),
+            order: work.order.address(),
+            item_row: work.item_row.address(),
+            rows: work.rows.address(),
+            activations: work.activations.address(),
+            results,
+            hidden: work.shape.hidden as u32,
+            intermediate: work.shape.intermediate as u32,
+            limit: work.shape.limit,
+            unused: 0,
+        })
+    }
+
+    pub(super) fn gate_up_items(&self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
+        let args = self.expert_args(experts, work, 0)?;
+        let slots = experts.slots.len() as u32;
+        let (grid, shared) = choose::experts(self.precision, 2 * work.shape.intermediate as u32, slots);
+        self.launch(&self.by_precision(GATE_UP_F32, GATE_UP_BF16), grid, shared, &args)
+    }
+
+    pub(super) fn down_items(&self, experts: &Experts, work: &Work, out: &mut Parts) -> Result<(), KernelError> {
+        let most = work.items_max * work.shape.hidden * wire::bytes(self.precision);
+        if most > out.bytes_max {
+            return Err(KernelError::Size { what: "the buffer of results", got: out.bytes_max, need: most });
+        }
+        need("the ranks of results", out.ranks, work.ranks)?;
+        out.places.copy_from(&work.results, work.ranks * PART)?;
+        let args = self.expert_args(experts, work, out.bytes.address_mut())?;
+        let slots = experts.slots.len() as u32;
+        let (grid, shared) = choose::experts(self.precision, work.shape.hidden as u32, slots);
+        self.launch(&self.by_precision(DOWN_F32, DOWN_BF16), grid, shared, &args)
+    }
+
+    pub(super) fn combine_rows(
+        &self,
+        returned: &Parts,
+        routes: &Routes,
+        places: &Places,
+        residual: &mut Rows,
+    ) -> Result<(), KernelError> {
+        need("the rows combined", residual.len(), routes.len())?;
+        places.check(routes, returned.ranks)?;
+        let args = CombineArgs {
+            results: returned.bytes.address(),
+            parts: returned.places.address(),
+            experts: routes.experts(),
+            weights: routes.weights(),
+            places: places.buffer.address(),
+            residual: residual.address_mut(),
+            status: self.status.address(),
+            rows: residual.len() as u32,
+            hidden: residual.cols() as u32,
+            top_k: routes.top_k() as u32,
+            ranks: returned.ranks as u32,
+        };
+        // A step without rows still sees that nothing came.
+        let blocks = residual.len().div_ceil(BLOCK_ROWS).max(1) as u32;
+        let shared = (2 * returned.ranks + BLOCK_ROWS * routes.top_k() + 1) * 4;
+        self.launch(&self.by_precision(COMBINE_F32, COMBINE_BF16), [blocks, 1, 1], shared as u32, &args)
+    }
+}

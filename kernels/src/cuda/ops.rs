@@ -1,0 +1,159 @@
+//! The kernels, and their argument structs as `csrc/` declares them.
+//!
+//! Pointers are `u64` and come first wherever padding would otherwise arise; the test at the end and the emulation
+//! compare every size with the compiler's.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+
+/// A kernel of `csrc/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its entry point.
+    pub name: &'static str,
+    /// The file that has it.
+    pub file: &'static str,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of its argument struct.
+    pub args_bytes: usize,
+}
+
+/// A kernel that takes `A`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Op<A> {
+    pub(super) kernel: Kernel,
+    args: PhantomData<fn(A)>,
+}
+
+impl<A: Copy> Op<A> {
+    const fn new(name: &'static str, file: &'static str, threads: u32) -> Self {
+        Self { kernel: Kernel { name, file, threads, args_bytes: size_of::<A>() }, args: PhantomData }
+    }
+}
+
+/// A struct as a kernel takes it.
+pub(super) const fn pointer<A>(args: &A) -> *const c_void {
+    std::ptr::from_ref(args).cast()
+}
+
+macro_rules! args {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {
+        $($(#[$doc])* #[derive(Clone, Copy, Debug)] #[repr(C)] pub(super) struct $name { $(pub(super) $field: $type),* })*
+    };
+}
+
+args! {
+    /// embed.cu
+    EmbedArgs { table: u64, tokens: u64, sampled: u64, slots: u64, out: u64, status: u64, cols: u32, vocab: u32 }
+    /// embed.cu
+    GatherArgs { x: u64, rows: u64, out: u64, cols: u32, unused: u32 }
+    /// rms_norm.cu
+    RmsNormArgs { x: u64, weight: u64, out: u64, hidden: u32, eps: f32 }
+    /// rope.cu
+    RopeArgs {
+        qkv: u64, cos: u64, sin: u64, kv: u64, tables: u64, positions: u64, sequences: u64,
+        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, unused: u32,
+    }
+    /// attention.cu
+    AttentionArgs {
+        qkv: u64, kv: u64, tables: u64, positions: u64, sequences: u64, tiles: u64, sinks: u64, out: u64, partials: u64,
+        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32,
+    }
+    /// dense.cu
+    DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
+    /// router.cu
+    TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
+    /// exchange.cu
+    DispatchArgs {
+        x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
+    }
+    /// exchange.cu
+    ReceiveArgs {
+        received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, counts: u64,
+        results: u64, status: u64, record_bytes: u64, result_bytes: u64,
+        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, unused: u32,
+    }
+    /// exchange.cu
+    CopyRowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, words: u32, unused: u32 }
+    /// exchange.cu
+    GroupArgs { item_slot: u64, counts: u64, order: u64, starts: u64, slots: u32, unused: u32 }
+    /// exchange.cu
+    CombineArgs {
+        results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
+        rows: u32, hidden: u32, top_k: u32, ranks: u32,
+    }
+    /// experts.cu
+    ExpertArgs {
+        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64,
+        hidden: u32, intermediate: u32, limit: f32, unused: u32,
+    }
+    /// sample.cu
+    SampleArgs {
+        logits: u64, weights: u64, draws: u64, edits: u64, allowed: u64, drawn: u64, top: u64, slots: u64,
+        vocab: u32, unused: u32,
+    }
+}
+
+pub(super) const EMBED: Op<EmbedArgs> = Op::new("embed", "embed.cu", 128);
+pub(super) const GATHER: Op<GatherArgs> = Op::new("gather", "embed.cu", 128);
+pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 128);
+pub(super) const ROPE_F32: Op<RopeArgs> = Op::new("rope_f32", "rope.cu", 128);
+pub(super) const ROPE_BF16: Op<RopeArgs> = Op::new("rope_bf16", "rope.cu", 128);
+pub(super) const ATTENTION_F32: Op<AttentionArgs> = Op::new("attention_f32", "attention.cu", 128);
+pub(super) const ATTENTION_BF16: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_bf16_64", "attention.cu", 128), Op::new("attention_bf16_128", "attention.cu", 128)];
+pub(super) const ATTENTION_SEGMENTS_F32: Op<AttentionArgs> = Op::new("attention_segments_f32", "attention.cu", 128);
+pub(super) const ATTENTION_SEGMENTS_BF16: [Op<AttentionArgs>; 2] = [
+    Op::new("attention_segments_bf16_64", "attention.cu", 128),
+    Op::new("attention_segments_bf16_128", "attention.cu", 128),
+];
+pub(super) const ATTENTION_MERGE: Op<AttentionArgs> = Op::new("attention_merge", "attention.cu", 128);
+pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256);
+pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
+pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
+pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
+pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
+pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
+pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "exchange.cu", 256);
+pub(super) const RECEIVE_ROWS: Op<CopyRowsArgs> = Op::new("receive_rows", "exchange.cu", 256);
+pub(super) const RECEIVE_GROUP: Op<GroupArgs> = Op::new("receive_group", "exchange.cu", 32);
+pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange.cu", 256);
+pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256);
+pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.cu", 128);
+pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts.cu", 128);
+pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
+pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 128);
+pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
+
+/// Every kernel.
+pub const KERNELS: [Kernel; 28] = [
+    EMBED.kernel,
+    GATHER.kernel,
+    RMS_NORM.kernel,
+    ROPE_F32.kernel,
+    ROPE_BF16.kernel,
+    ATTENTION_F32.kernel,
+    ATTENTION_BF16[0].kernel,
+    ATTENTION_BF16[1].kernel,
+    ATTENTION_SEGMENTS_F32.kernel,
+    ATTENTION_SEGMENTS_BF16[0].kernel,
+    ATTENTION_SEGMENTS_BF16[1].kernel,
+    ATTENTION_MERGE.kernel,
+    DENSE_F32.kernel,
+    DENSE_MMA_8.kernel,
+    DENSE_MMA_64.kernel,
+    TOP_K.kernel,
+    DISPATCH_F32.kernel,
+    DISPATCH_BF16.kernel,
+    RECEIVE.kernel,
+    RECEIVE_ROWS.kernel,
+    RECEIVE_GROUP.kernel,
+    COMBINE_F32.kernel,
+    COMBINE_BF16.kernel,
+    GATE_UP_F32.kernel,
+    GATE_UP_BF16.kernel,
+    DOWN_F32.kernel,
+    DOWN_BF16.kernel,
+    SAMPLE.kernel,
+];

@@ -1,0 +1,183 @@
+//! Draws to the device and what was drawn back.
+
+use super::Cuda;
+use super::device::{Buffer, Plain};
+use super::inputs::upload;
+use super::ops::{SAMPLE, SampleArgs};
+use super::rows::Rows;
+use crate::cpu::{check, need};
+use crate::random::uniform;
+use crate::{Draw, KernelError, NO_SLOT, Sampled};
+
+/// Rows drawn by one launch: each needs a copy of its logits.
+const ROWS: usize = 32;
+/// Nothing is asked for, or nothing is given.
+const NONE: u32 = u32::MAX;
+/// Bytes of a draw, of an edit, of what was drawn, and of a likely token, as `csrc/sample.cu` has them.
+const DRAW: usize = 56;
+const EDIT: usize = 12;
+const DRAWN: usize = 24;
+const TOP: usize = 8;
+/// Shared memory: a number in f64 of each of 256 threads.
+const SHARED: u32 = 256 * 8;
+
+/// What one [`crate::Backend::sample`] drew, on the device.
+#[derive(Debug)]
+pub(super) struct Drawn {
+    drawn: Buffer,
+    top: Buffer,
+    /// Of each draw, whether something is reported, and where its likely tokens begin.
+    reports: Vec<(bool, u32)>,
+    tops: usize,
+}
+
+/// Buffers that draws are copied to.
+#[derive(Debug)]
+pub(super) struct Draws {
+    pub(super) draws: Buffer,
+    pub(super) edits: Buffer,
+    pub(super) allowed: Buffer,
+    pub(super) weights: Buffer,
+}
+
+/// Draws as the kernel takes them.
+#[derive(Default)]
+struct Packed {
+    draws: Vec<u8>,
+    edits: Vec<u8>,
+    allowed: Vec<u64>,
+    reports: Vec<(bool, u32)>,
+    tops: usize,
+}
+
+fn append<T: Plain>(out: &mut Vec<u8>, values: impl IntoIterator<Item = T>) {
+    values.into_iter().for_each(|value| value.append(out));
+}
+
+impl Packed {
+    fn new(draws: &[Draw], vocab: usize) -> Self {
+        let mut packed = Self::default();
+        for (row, draw) in draws.iter().enumerate() {
+            // Blocks run in any order: of several draws into a slot, the last one counts.
+            let last = !draws[row + 1..].iter().any(|later| later.slot == draw.slot);
+            packed.push(draw, if last { draw.slot } else { NO_SLOT }, vocab);
+        }
+        packed
+    }
+
+    fn push(&mut self, draw: &Draw, slot: u32, vocab: usize) {
+        let top = self.tops as u32;
+        let edits = (self.edits.len() / EDIT) as u32;
+        let allowed = self.allowed.len() as u32;
+        let words = draw.allowed.as_ref().map_or(NONE, |words| words.len().min(vocab.div_ceil(64)) as u32);
+        let logprobs = draw.logprobs.map_or(NONE, |count| (count as usize).min(vocab) as u32);
+        append(&mut self.draws, [uniform(draw.seed, draw.choice, draw.position)]);
+        append(&mut self.draws, [slot]);
+        append(&mut self.draws, [draw.temperature, draw.top_p, draw.min_p]);
+        append(&mut self.draws, [draw.top_k, edits, draw.edits.len() as u32, allowed, words, logprobs, top]);
+        self.draws.resize(self.draws.len().next_multiple_of(8), 0);
+        for edit in &draw.edits {
+            append(&mut self.edits, [edit.token]);
+            append(&mut self.edits, [edit.repetition, edit.add]);
+        }
+        if let Some(given) = &draw.allowed {
+            self.allowed.extend_from_slice(&given[..words as usize]);
+        }
+        self.reports.push((draw.logprobs.is_some(), top));
+        if logprobs != NONE {
+            self.tops += logprobs as usize;
+        }
+    }
+}
+
+impl Cuda {
+    pub(super) fn sample_rows(&mut self, logits: &Rows, draws: &[Draw]) -> Result<(), KernelError> {
+        need("the draws of the logits", draws.len(), logits.len())?;
+        for draw in draws {
+            check("token slot", draw.slot as usize, self.tokens.bytes() / 4)?;
+        }
+        if draws.is_empty() {
+            return Ok(());
+        }
+        let vocab = logits.cols();
+        let packed = Packed::new(draws, vocab);
+        upload(&mut self.draws.draws, &packed.draws)?;
+        upload(&mut self.draws.edits, &packed.edits)?;
+        upload(&mut self.draws.allowed, &packed.allowed)?;
+        self.draws.weights.reserve(draws.len().min(ROWS) * vocab * 4)?;
+        let (drawn, top) = (self.memory.zeroed(draws.len() * DRAWN)?, self.memory.zeroed(packed.tops * TOP)?);
+        for first in (0..draws.len()).step_by(ROWS) {
+            let args = SampleArgs {
+                logits: logits.address() + (first * vocab * 4) as u64,
+                weights: self.draws.weights.address(),
+                draws: self.draws.draws.address() + (first * DRAW) as u64,
+                edits: self.draws.edits.address(),
+                allowed: self.draws.allowed.address(),
+                drawn: drawn.address() + (first * DRAWN) as u64,
+                top: top.address(),
+                slots: self.tokens.address(),
+                vocab: vocab as u32,
+                unused: 0,
+            };
+            self.launch(&SAMPLE, [ROWS.min(draws.len() - first) as u32, 1, 1], SHARED, &args)?;
+        }
+        self.drawn.push(Drawn { drawn, top, reports: packed.reports, tops: packed.tops });
+        Ok(())
+    }
+}
+
+impl Drawn {
+    /// What was drawn; waits.
+    pub(super) fn read(&self) -> Result<Vec<Sampled>, KernelError> {
+        let drawn = self.drawn.download(self.reports.len() * DRAWN)?;
+        let top = self.top.download(self.tops * TOP)?;
+        let one = |(drawn, &(reported, first)): (&[u8; DRAWN], &(bool, u32))| {
+            let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| drawn[i * 4 + byte]));
+            let token = word(0);
+            if !reported {
+                return Sampled { token, ..Sampled::default() };
+            }
+            let sum = f64::from_bits(u64::from(word(4)) | u64::from(word(5)) << 32);
+            let (largest, log_sum) = (f64::from(f32::from_bits(word(3))), sum.ln());
+            let logprob = |logit: f32| (f64::from(logit) - largest - log_sum) as f32;
+            let likely = top.as_chunks::<TOP>().0.iter().skip(first as usize).take(word(1) as usize);
+            let mut likely: Vec<(u32, f32)> = likely
+                .map(|bytes| {
+                    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte]));
+                    (word(0), f32::from_bits(word(4)))
+                })
+                .collect();
+            // By ascending id until now, and the sort is stable; no logit of them is NaN.
+            likely.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal));
+            likely.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
+            Sampled { token, logprob: logprob(f32::from_bits(word(2))), top: likely }
+        };
+        Ok(drawn.as_chunks::<DRAWN>().0.iter().zip(&self.reports).map(one).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Edit;
+
+    #[test]
+    fn draws_are_packed_as_the_kernel_reads_them() {
+        let edits = vec![Edit { token: 3, repetition: 2.0, add: 1.0 }; 2];
+        let first = Draw { edits, logprobs: Some(7), ..Draw::greedy(5, 9) };
+        let second = Draw { allowed: Some(vec![1, 2, 3].into()), logprobs: Some(0), ..Draw::greedy(5, 9) };
+        let packed = Packed::new(&[first, second.clone(), Draw { slot: 4, ..second }], 100);
+        assert_eq!(packed.draws.len(), 3 * DRAW);
+        let word = |draw: usize, i: usize| {
+            u32::from_le_bytes([0, 1, 2, 3].map(|byte| packed.draws[draw * DRAW + 8 + i * 4 + byte]))
+        };
+        // Slots: only the last draw into a slot writes it.
+        assert_eq!([word(0, 0), word(1, 0), word(2, 0)], [NO_SLOT, 5, 4]);
+        // Edits: where and how many; words of the allowed, no more than the vocabulary has; likely tokens.
+        assert_eq!([word(0, 5), word(0, 6), word(1, 5), word(1, 6)], [0, 2, 2, 0]);
+        assert_eq!([word(0, 8), word(1, 7), word(1, 8), word(2, 7)], [NONE, 0, 2, 2]);
+        assert_eq!([word(0, 9), word(1, 9), word(0, 10), word(1, 10)], [7, 0, 0, 7]);
+        assert_eq!(packed.edits.len(), 2 * EDIT);
+        assert_eq!(packed.allowed, [1, 2, 1, 2]);
+    }
+}

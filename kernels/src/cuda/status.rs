@@ -1,0 +1,43 @@
+//! What kernels found to be wrong: four words on the device, written by the first kernel that found something.
+
+use crate::KernelError;
+
+/// Bytes of the status.
+pub(super) const BYTES: usize = 16;
+
+/// Reads the words (code, what, index, length); as in `csrc/common.cuh`.
+pub(super) fn read(words: [u32; 4]) -> Result<(), KernelError> {
+    const RECEIVED: [&str; 5] = [
+        "a part that is not made of whole records",
+        "a row for an expert slot that is empty",
+        "more rows than a step may have",
+        "fewer results than rows",
+        "more results than rows",
+    ];
+    let [code, what, index, len] = words;
+    let (index, len) = (index as usize, len as usize);
+    match code {
+        0 => Ok(()),
+        1 => Err(KernelError::Received {
+            rank: index,
+            what: RECEIVED.get(what as usize).copied().unwrap_or("what no kernel names"),
+        }),
+        2 => Err(KernelError::Plan { what: "token", index, len }),
+        _ => Err(KernelError::Device { what: "tell what went wrong", why: format!("its status is {words:?}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_become_errors() {
+        assert_eq!(read([0, 7, 7, 7]), Ok(()));
+        let received = KernelError::Received { rank: 2, what: "fewer results than rows" };
+        assert_eq!(read([1, 3, 2, 0]), Err(received));
+        assert_eq!(read([2, 0, 90, 50]), Err(KernelError::Plan { what: "token", index: 90, len: 50 }));
+        assert!(matches!(read([9, 0, 0, 0]), Err(KernelError::Device { .. })));
+        assert!(read([1, 99, 0, 0]).is_err());
+    }
+}
