@@ -46,8 +46,8 @@ fn weights_and_kv_have_their_planned_size(mut b: impl Tested, sizes: &Sizes) {
     assert_eq!(grown(b.allocated()), 7 * 96 * 4);
 }
 
-/// Columns come by 32; 32 weights are 17 bytes in MXFP4, 34 in q8, and a tile's are padded to 64 bytes. Values are padded
-/// to whole lanes.
+/// Columns come by 32; 32 weights are 17 bytes in MXFP4, 34 in q8, and a tile's are padded to 64 bytes. Values are
+/// padded to whole lanes.
 #[test]
 fn on_cpus() {
     for (kind, kv_bytes) in KINDS.into_iter().zip([4, 2, 2]) {
