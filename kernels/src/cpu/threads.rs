@@ -2,8 +2,8 @@
 //!
 //! A decode step is a few hundred ops of some ten to some hundred microseconds, one after the other, so what counts is how
 //! soon the other threads begin. They look for the next op for a short while before they sleep, and no longer: an idle
-//! worker costs nothing, and a core that another process needs is given up. Tasks are claimed in short runs, so a thread
-//! that is held up delays an op by one run at most, and one that never came by not at all: whoever called does the work.
+//! worker costs nothing, and a core that another process needs is given up. Tasks are claimed in short runs, the last of
+//! them one task, so a thread that is held up delays an op by one run at most, and one that never came by not at all.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -21,8 +21,9 @@ use crate::KernelError;
 const WORTH_SHARING: usize = 1 << 16;
 /// How long a thread without work looks for the next op before it sleeps.
 const LOOK: Duration = Duration::from_micros(100);
-/// Runs of an op that each thread finds: more even out what threads do, fewer keep neighbouring memory together.
-const RUNS: usize = 8;
+/// A run is this part of a thread's share of what is left: long at first, which keeps neighbouring memory together, and
+/// short at last, so that threads end together.
+const SHARE: usize = 2;
 /// Looks between two glances at the clock.
 const GLANCE: u32 = 64;
 
@@ -47,10 +48,12 @@ struct Helper {
 
 /// What the threads of a pool share.
 struct Shared {
-    /// Runs of the present op that are not yet claimed. Whoever makes it one less has claimed a run, of whatever op is
+    /// Threads, the caller's included.
+    threads: usize,
+    /// Tasks of the present op that are not yet claimed. Whoever makes it less has claimed as many, of whatever op is
     /// present then.
     left: AtomicUsize,
-    /// Runs done.
+    /// Tasks done.
     done: AtomicUsize,
     /// The caller sleeps until the last task is done.
     waiting: AtomicBool,
@@ -79,9 +82,6 @@ impl std::fmt::Debug for Shared {
 #[derive(Clone, Copy)]
 struct Op {
     tasks: usize,
-    /// Tasks of a run; the last may be shorter.
-    run: usize,
-    runs: usize,
     /// The closure, borrowed by the caller until all tasks are done.
     task: *const (dyn Fn(usize) + Sync),
 }
@@ -95,7 +95,8 @@ impl Shared {
             if left == 0 {
                 return any;
             }
-            if self.left.compare_exchange_weak(left, left - 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            let run = (left / (SHARE * self.threads)).max(1);
+            if self.left.compare_exchange_weak(left, left - run, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 continue;
             }
             any = true;
@@ -103,16 +104,15 @@ impl Shared {
             let op = unsafe { *self.op.get() };
             // SAFETY: for the same reason the closure is still borrowed.
             let task = unsafe { &*op.task };
-            let first = (op.runs - left) * op.run;
-            let tasks = first..op.tasks.min(first + op.run);
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| tasks.for_each(task))) {
+            let first = op.tasks - left;
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (first..first + run).for_each(task))) {
                 match &mut *lock(&self.panic) {
                     first @ None => *first = Some(panic),
                     // Dropping it could panic again, before the run counts as done.
                     Some(_) => std::mem::forget(panic),
                 }
             }
-            if self.done.fetch_add(1, Ordering::SeqCst) + 1 == op.runs
+            if self.done.fetch_add(run, Ordering::SeqCst) + run == op.tasks
                 && self.waiting.load(Ordering::SeqCst)
                 && let Some(caller) = &*lock(&self.caller)
             {
@@ -199,10 +199,11 @@ impl Threads {
         let core_of = |thread: usize| Some(cores[first?.wrapping_add(thread).checked_rem(cores.len())?]);
         let nothing: &'static (dyn Fn(usize) + Sync) = &|_| ();
         let shared = Arc::new(Shared {
+            threads: threads.max(1),
             left: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
             waiting: AtomicBool::new(false),
-            op: UnsafeCell::new(Op { tasks: 0, run: 1, runs: 0, task: std::ptr::from_ref(nothing) }),
+            op: UnsafeCell::new(Op { tasks: 0, task: std::ptr::from_ref(nothing) }),
             panic: Mutex::new(None),
             caller: Mutex::new(None),
             stop: AtomicBool::new(false),
@@ -252,8 +253,6 @@ impl Threads {
     fn divide(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         self.meet_caller();
         let shared = &self.shared;
-        let run = (tasks / (self.count() * RUNS)).max(1);
-        let runs = tasks.div_ceil(run);
         // SAFETY: only the lifetime changes; this function does not return before all tasks are done, and afterwards
         // nobody follows the pointer, since no task of this op can be claimed any more.
         let task = unsafe {
@@ -262,23 +261,23 @@ impl Threads {
             )
         };
         // SAFETY: all tasks of the last op are done and none of the next can be claimed yet: nobody reads.
-        unsafe { *shared.op.get() = Op { tasks, run, runs, task } };
+        unsafe { *shared.op.get() = Op { tasks, task } };
         shared.done.store(0, Ordering::Relaxed);
-        shared.left.store(runs, Ordering::SeqCst);
-        for helper in self.helpers.iter().take(runs - 1) {
+        shared.left.store(tasks, Ordering::SeqCst);
+        for helper in self.helpers.iter().take(tasks - 1) {
             if helper.asleep.load(Ordering::SeqCst) {
                 helper.thread.unpark();
             }
         }
         shared.work();
         let begun = Instant::now();
-        while shared.done.load(Ordering::Acquire) < runs {
+        while shared.done.load(Ordering::Acquire) < tasks {
             if begun.elapsed() < LOOK {
                 std::hint::spin_loop();
             } else {
                 // A thread was taken off its core within a task: there is room for it on this one.
                 shared.waiting.store(true, Ordering::SeqCst);
-                if shared.done.load(Ordering::SeqCst) < runs {
+                if shared.done.load(Ordering::SeqCst) < tasks {
                     std::thread::park();
                 }
                 shared.waiting.store(false, Ordering::SeqCst);
@@ -427,7 +426,7 @@ mod tests {
             });
         }));
         assert!(result.unwrap_err().downcast_ref::<&str>().unwrap().contains("the seventh"));
-        assert!(ran.load(Ordering::SeqCst) > 40, "what was claimed ran, but for the rest of the run that panicked");
+        assert!(ran.load(Ordering::SeqCst) > 30, "what was claimed ran, but for the rest of the run that panicked");
         meet(&pool, 3);
     }
 
