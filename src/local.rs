@@ -135,7 +135,19 @@ impl LocalCell {
     /// # Errors
     /// A step failed on some rank.
     pub fn run(&mut self, mut on_event: impl FnMut(Event)) -> Result<()> {
-        while let Some(plans) = self.engine.plan() {
+        self.run_while(|event| {
+            on_event(event);
+            true
+        })
+    }
+
+    /// Runs until there is nothing left to do, or behind the step in which `on_event` first returned false.
+    ///
+    /// # Errors
+    /// A step failed; the cell is then of no more use.
+    pub fn run_while(&mut self, mut on_event: impl FnMut(Event) -> bool) -> Result<()> {
+        let mut wanted = true;
+        while wanted && let Some(plans) = self.engine.plan() {
             let count = plans.len();
             for (rank, plan) in self.plans.iter().zip(plans) {
                 rank.send(plan).map_err(|_| anyhow!("a rank's thread has ended"))?;
@@ -147,7 +159,9 @@ impl LocalCell {
                 for phase in phalanx_proto::Phase::ALL {
                     self.totals.phases.add(phase, result.phases.get(phase));
                 }
-                self.engine.apply(result)?.into_iter().for_each(&mut on_event);
+                for event in self.engine.apply(result)? {
+                    wanted &= on_event(event);
+                }
             }
             self.totals.steps += 1;
         }

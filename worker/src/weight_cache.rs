@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 pub const DIRECTORY_VARIABLE: &str = "PHALANX_CACHE_DIR";
 /// Smaller models load in a moment anyway.
 const MODEL_BYTES_MIN: u64 = 256 << 20;
-/// Bytes of the disk that stay free.
+/// Bytes of the disk that stay free, or as much again where that is less.
 const SPARE_BYTES: u64 = 1 << 30;
 
 /// The packed weights of a checkpoint: mapped if a file of them is there, else packed into one first. `None` where there
@@ -25,7 +25,7 @@ pub fn packed<B: Backend>(
     checkpoint: &Checkpoint,
     on_progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Option<PackedFile>, LoadError> {
-    let asked = std::env::var_os(DIRECTORY_VARIABLE).is_some();
+    let asked = variable(DIRECTORY_VARIABLE).is_some();
     if checkpoint.directory().is_none() || !asked && checkpoint.total_bytes() < MODEL_BYTES_MIN {
         return Ok(None);
     }
@@ -38,15 +38,18 @@ pub fn packed<B: Backend>(
     }
     let need = PackedFile::bytes_of(backend, checkpoint)?;
     for path in &places {
-        if let Some(free) = free_bytes(path).filter(|free| *free < need.saturating_add(SPARE_BYTES)) {
+        let wanted = need.saturating_add(SPARE_BYTES.min(need));
+        if let Some(free) = free_bytes(path).filter(|free| *free < wanted) {
             tracing::warn!(path = %path.display(), need, free, "too little space to keep packed weights");
             continue;
         }
         let begun = Instant::now();
         match PackedFile::build(backend, checkpoint, path, on_progress) {
-            Ok(file) => {
+            Ok((file, packed)) => {
                 let seconds = begun.elapsed().as_secs_f64();
-                tracing::info!(path = %path.display(), seconds, "weights are packed, the next start maps them");
+                let what =
+                    if packed { "weights are packed, the next start maps them" } else { "another packed the weights" };
+                tracing::info!(path = %path.display(), seconds, "{what}");
                 return Ok(Some(file));
             }
             Err(PackError::Load(error)) => return Err(error),
@@ -65,18 +68,24 @@ fn places(checkpoint: &Checkpoint, packing: &str) -> Vec<PathBuf> {
     let digest = Sha256::digest(path.as_os_str().as_encoded_bytes());
     let id: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     let elsewhere = |dir: PathBuf| dir.join(format!("{}-{id}-{packing}.weights", checkpoint.name()));
-    if let Some(dir) = std::env::var_os(DIRECTORY_VARIABLE) {
-        return vec![elsewhere(dir.into())];
+    if let Some(dir) = variable(DIRECTORY_VARIABLE) {
+        return vec![elsewhere(dir)];
     }
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let user = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    let home = || variable("HOME").map(|home| home.join(".cache"));
+    let user = variable("XDG_CACHE_HOME").or_else(home);
     let beside = own.join(".phalanx").join(format!("{packing}.weights"));
     [Some(beside), user.map(|dir| elsewhere(dir.join("phalanx")))].into_iter().flatten().collect()
+}
+
+/// A path in the environment; an empty one is none.
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// Free bytes of the disk that `path` will be on, where the system says.
 fn free_bytes(path: &std::path::Path) -> Option<u64> {
     let existing = path.ancestors().find(|ancestor| ancestor.exists())?;
     let status = rustix::fs::statvfs(existing).ok()?;
-    Some(status.f_bavail.saturating_mul(status.f_frsize))
+    let free = status.f_bavail.saturating_mul(status.f_frsize);
+    Some(free.saturating_add(PackedFile::unfinished_bytes(path)))
 }

@@ -534,3 +534,45 @@ impl Backend for Cpu {
         self.allocated
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    /// Bytes that are always the same.
+    fn bytes(len: usize, mask: u8) -> Vec<u8> {
+        let next = |state: u32| state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let states = std::iter::successors(Some(7u32), |state| Some(next(*state)));
+        states.take(len).map(|state| (state >> 24) as u8 & mask).collect()
+    }
+
+    #[test]
+    fn packed_bytes_are_those_that_files_of_this_layout_hold() {
+        let cpu = |dense| Cpu::new(CpuOptions { dense, ..CpuOptions::default() }).unwrap();
+        let hash =
+            |packed: Packed| Sha256::digest(&packed[..])[..4].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let (weight, bias) = (bytes(40 * 70 * 2, 0x3f), bytes(40 * 2, 0x3f));
+        let stack = [Stack { weight: Source::memory(&weight), bias: Some(Source::memory(&bias)) }];
+        let dense = |format| {
+            let cpu = cpu(format);
+            let len = cpu.dense_bytes(DenseUse::Projection, 40, 70);
+            let packed = Packed::filled(len, |out| cpu.pack_dense(DenseUse::Projection, 70, &stack, out));
+            hash(packed.unwrap())
+        };
+        let mut cpu = cpu(DenseFormat::Q8);
+        let experts = cpu.experts(0, ExpertShape { hidden: 64, intermediate: 32, limit: 7.0 });
+        let parts = [64 * 32, 64 * 2, 64 * 2, 64 * 16, 64, 64 * 2].map(|len| bytes(len, 0x7f));
+        let [gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias] =
+            parts.each_ref().map(|part| Source::memory(part));
+        let source = ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
+        let packed = Packed::filled(cpu.expert_bytes(&experts), |out| cpu.pack_expert(&experts, &source, out));
+        let hashes = [dense(DenseFormat::Bf16), dense(DenseFormat::Q8), hash(packed.unwrap())];
+        assert_eq!(
+            (LAYOUT, hashes.join(" ").as_str()),
+            (1, "34e8b441 1977affe 30483442"),
+            "bytes have changed: LAYOUT must be one more"
+        );
+    }
+}

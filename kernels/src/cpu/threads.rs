@@ -2,8 +2,8 @@
 //!
 //! A decode step is a few hundred ops of some ten to some hundred microseconds, one after the other, so what counts is how
 //! soon the other threads begin. They look for the next op for a short while before they sleep, and no longer: an idle
-//! worker costs nothing, and a core that another process needs is given up. Tasks are claimed in short runs, the last of
-//! them one task, so a thread that is held up delays an op by one run at most, and one that never came by not at all.
+//! worker costs nothing, and a core that another process needs is given up. Tasks are claimed in runs that
+//! shorten, the last of them one task: a thread that never came by delays an op not at all.
 
 use std::any::Any;
 use std::cell::UnsafeCell;

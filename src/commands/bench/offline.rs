@@ -1,5 +1,6 @@
 //! `phalanx bench offline`: the engine without HTTP.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -74,22 +75,17 @@ pub fn run(args: &OfflineArgs) -> Result<ExitCode> {
     for seq in 0..args.batch {
         cell.submit(request(u64::from(args.batch + seq), &prompt(seq), args.gen_len, Want::Tokens))?;
     }
-    let mut begun_with = vec![false; args.batch as usize];
-    let mut all_begun: Option<Instant> = None;
-    let mut decoded = 0u32;
-    let before = cell.totals();
-    cell.run(|event| {
-        let Event::Token { seq, .. } = event else { return };
-        if all_begun.is_some() {
-            decoded += 1;
-        } else {
-            begun_with[seq.0 as usize - args.batch as usize] = true;
-            if begun_with.iter().all(|&b| b) {
-                all_begun = Some(Instant::now());
-            }
+    let mut missing: BTreeSet<u64> = (0..u64::from(args.batch)).map(|seq| u64::from(args.batch) + seq).collect();
+    cell.run_while(|event| {
+        if let Event::Token { seq, .. } = event {
+            missing.remove(&seq.0);
         }
+        !missing.is_empty()
     })?;
-    let decode_s = all_begun.map_or(f64::INFINITY, |begun| begun.elapsed().as_secs_f64());
+    // What is counted from here on is decoding alone.
+    let (before, begun, mut decoded) = (cell.totals(), Instant::now(), 0u32);
+    cell.run(|event| decoded += u32::from(matches!(event, Event::Token { .. })))?;
+    let decode_s = begun.elapsed().as_secs_f64();
     let tg_tok_s = f64::from(decoded) / decode_s;
     let rss_gb = memory_peak().0 as f64 / 1e9;
     let totals = cell.totals();
@@ -106,7 +102,7 @@ pub fn run(args: &OfflineArgs) -> Result<ExitCode> {
                 "dispatch_rows": totals.exchange.dispatch_rows, "combine_rows": totals.exchange.combine_rows,
                 "bytes_sent": totals.exchange.bytes_sent,
             },
-            "decode_phase_us": phases,
+            "decode_steps": totals.steps - before.steps, "decode_phase_us": phases,
         }))?;
     } else {
         say(format_args!("load     {load_s:>10.2} s"))?;

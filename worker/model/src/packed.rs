@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use phalanx_kernels::Backend;
 use phalanx_kernels::memory::{Aligned, MappedFile, Packed};
@@ -28,6 +28,9 @@ const PAGE: usize = 4096;
 const LARGE_PAGE: usize = 2 << 20;
 /// How long to sleep while another process packs the same weights.
 const LOCK_POLL: Duration = Duration::from_millis(200);
+
+/// How long another process may write nothing before it is no longer waited for; the last sync is one such time.
+const STALLED: Duration = Duration::from_secs(600);
 
 /// What a section holds.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -145,16 +148,29 @@ impl Plan {
     }
 }
 
-/// Opens and locks the unfinished file at `path`. The lock ends with the process, however that ends.
-fn lock(path: &Path, mut waiting: impl FnMut()) -> io::Result<File> {
+/// The name under which the file at `path` is written.
+fn unfinished(path: &Path) -> PathBuf {
+    path.with_extension("part")
+}
+
+/// Opens and locks the unfinished file at `path`. The lock ends with the process, however that ends. `waiting` hears the
+/// bytes that its holder has written; one that stops writing is not waited for.
+fn lock(path: &Path, mut waiting: impl FnMut(u64)) -> io::Result<File> {
     let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    let (mut seen, mut since) = (0, Instant::now());
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_POLL),
             Err(fs::TryLockError::Error(error)) => return Err(error),
         }
-        waiting();
+        let written = file.metadata()?.len();
+        if written != seen {
+            (seen, since) = (written, Instant::now());
+        } else if since.elapsed() > STALLED {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "another process has the file and does not get on"));
+        }
+        waiting(written);
     }
 }
 
@@ -222,6 +238,15 @@ impl PackedFile {
         Ok(Plan::new(backend, checkpoint)?.len as u64)
     }
 
+    /// Bytes of the disk that an unfinished file for `path` takes: they are there for the finished one.
+    #[must_use]
+    pub fn unfinished_bytes(path: &Path) -> u64 {
+        #[cfg(unix)]
+        return fs::metadata(unfinished(path)).map_or(0, |file| std::os::unix::fs::MetadataExt::blocks(&file) * 512);
+        #[cfg(not(unix))]
+        return fs::metadata(unfinished(path)).map_or(0, |file| file.len());
+    }
+
     /// Maps the file at `path` if it holds this checkpoint as this backend packs it.
     ///
     /// # Errors
@@ -231,7 +256,8 @@ impl PackedFile {
     }
 
     /// Packs a checkpoint into the file at `path` and maps it. Of several processes that do so one packs, the others
-    /// wait for it. `on_progress` hears the bytes written so far, and in all.
+    /// wait for it, as long as it gets on. `on_progress` hears the bytes written so far, and in all. Also returns whether
+    /// it was this process that packed.
     ///
     /// # Errors
     /// The file cannot be written, or the checkpoint is at fault.
@@ -240,8 +266,8 @@ impl PackedFile {
         checkpoint: &Checkpoint,
         path: &Path,
         on_progress: OnProgress<'_>,
-    ) -> Result<Self, PackError> {
-        let part = path.with_extension("part");
+    ) -> Result<(Self, bool), PackError> {
+        let part = unfinished(path);
         let broken = |error| PackError::Write { path: part.clone(), error };
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(broken)?;
@@ -250,10 +276,10 @@ impl PackedFile {
         loop {
             // Another process may have been faster, before the lock was had or while it was waited for.
             plan = match Plan::new(backend, checkpoint)?.open(path) {
-                Ok(done) => return Ok(done),
+                Ok(done) => return Ok((done, false)),
                 Err(plan) => plan,
             };
-            file = lock(&part, || on_progress(0, plan.len as u64)).map_err(broken)?;
+            file = lock(&part, |written| on_progress(written, plan.len as u64)).map_err(broken)?;
             // What was waited for may have been finished and renamed, or removed: then it is no longer the one to write.
             if is_at(&file, &part) {
                 break;
@@ -262,7 +288,7 @@ impl PackedFile {
         let plan = match plan.open(path) {
             Ok(done) => {
                 drop(fs::remove_file(&part));
-                return Ok(done);
+                return Ok((done, false));
             }
             Err(plan) => plan,
         };
@@ -279,7 +305,8 @@ impl PackedFile {
             return Err(error);
         }
         let changed = || io::Error::other("the file changed while it was written");
-        plan.open(path).map_err(|_| PackError::Write { path: path.to_owned(), error: changed() })
+        let packed = plan.open(path).map(|packed| (packed, true));
+        packed.map_err(|_| PackError::Write { path: path.to_owned(), error: changed() })
     }
 
     /// A dense matrix, by the stem of its first tensor.

@@ -191,8 +191,9 @@ fn kernels(engine: Engine, setup: &Setup, turn: &mut Turn) -> Result<(), String>
             let mut command = Command::new(&setup.phalanx);
             command.args(["bench", "kernels", "--json", "--only", "experts", "--rows", "1,512", "--rounds", "1"]);
             let report = run(command.args(["--threads", &threads]), "phalanx.log")?;
-            turn.figures.extend(phalanx_kernels(&report)?);
-            turn.int8_gop_s = Some(report.get("ceilings").ok_or("no `ceilings`")?.number("int8_ops_s")? / 1e9);
+            let (figures, peak) = phalanx_kernels(&report)?;
+            turn.figures.extend(figures);
+            turn.int8_gop_s = Some(peak);
         }
         Engine::Llama => {
             let mut command = Command::new(&setup.llama);
@@ -209,14 +210,17 @@ fn kernels(engine: Engine, setup: &Setup, turn: &mut Turn) -> Result<(), String>
 }
 
 /// From the report of `phalanx bench kernels`: with 512 rows, each of 32 experts has 64 if each row visits 4.
-fn phalanx_kernels(report: &Json) -> Result<[(Metric, f64); 2], String> {
+/// Also the peak of the experts' instruction, in GOP/s.
+fn phalanx_kernels(report: &Json) -> Result<([(Metric, f64); 2], f64), String> {
     let Some(Json::List(ops)) = report.get("ops") else { return Err("`bench kernels` lists no `ops`".into()) };
     let per_second = |rows: f64, what: &str| {
         let found = ops.iter().find(|op| op.text("op") == Ok("experts") && op.number("rows") == Ok(rows));
         let op = found.ok_or_else(|| format!("`bench kernels` has no experts with {rows} rows"))?;
         Ok::<f64, String>(op.number(what)? / op.number("seconds")? / 1e9)
     };
-    Ok([(Metric::Vector, per_second(1.0, "bytes")?), (Metric::Matrix, per_second(512.0, "operations")?)])
+    let figures = [(Metric::Vector, per_second(1.0, "bytes")?), (Metric::Matrix, per_second(512.0, "operations")?)];
+    let peak = report.get("ceilings").ok_or("`bench kernels` names no `ceilings`")?.number("mxfp4_ops_s")?;
+    Ok((figures, peak / 1e9))
 }
 
 /// Whether this phalanx measures its kernels.
@@ -317,12 +321,12 @@ mod tests {
 
     #[test]
     fn speeds_are_read_from_the_report_of_the_kernels() {
-        let report = r#"{"ceilings":{"int8_ops_s":9e11},"ops":[
+        let report = r#"{"ceilings":{"read_bytes_s":3e10,"mxfp4_ops_s":9e11,"q8_ops_s":8e11,"f32_ops_s":2e11},"ops":[
             {"op":"norm","rows":1,"seconds":1,"bytes":1,"operations":1},
             {"op":"experts","rows":1,"seconds":0.001,"bytes":50000000,"operations":1},
             {"op":"experts","rows":512,"seconds":0.25,"bytes":1,"operations":100000000000}]}"#;
-        let figures = phalanx_kernels(&Json::parse(report).unwrap()).unwrap();
-        assert_eq!(figures, [(Metric::Vector, 50.0), (Metric::Matrix, 400.0)]);
+        let (figures, peak) = phalanx_kernels(&Json::parse(report).unwrap()).unwrap();
+        assert_eq!((figures, peak), ([(Metric::Vector, 50.0), (Metric::Matrix, 400.0)], 900.0));
         let lacks = Json::parse(&report.replace("512", "511")).unwrap();
         assert!(phalanx_kernels(&lacks).unwrap_err().contains("512 rows"));
         assert!(phalanx_kernels(&Json::Null).is_err());
