@@ -7,11 +7,17 @@
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export GPU_REQUIRED=${GPU_REQUIRED:-1} RUST_BACKTRACE=${RUST_BACKTRACE:-1}
+# Kernels that were compiled with the pack; what is missing there is compiled by NVRTC and kept.
+export PHALANX_KERNEL_CACHE=${PHALANX_KERNEL_CACHE:-$here/cubin}
 export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
 # One test at a time: they share one GPU. A test that hangs ends here.
 limit=${LIMIT_SECONDS:-120}
 logs=${OUT:-$here}/logs
 mkdir -p "$logs"
+
+for packed in "$here"/bin/*.gz "$here"/tests/*.gz; do
+    [ -e "$packed" ] && gzip --decompress --force "$packed"
+done
 
 packages=$(python3 -c 'import glob, sys
 print(":".join(f for p in sys.path if p for f in sorted(glob.glob(p + "/nvidia/*/lib"))))' 2>/dev/null)
