@@ -332,6 +332,29 @@ mod tests {
     }
 
     #[test]
+    fn the_script_measures_where_there_is_a_gpu() {
+        let pack = Pack::new("benches", &[("good", GOOD)]);
+        let phalanx = |gpu: &str| {
+            let path = pack.0.join("bin/phalanx");
+            let body = format!(
+                "#!/bin/sh\n[ $1 = doctor ] && exit {gpu}\ncase $* in *120b*64*) exit 3;; esac\necho \"said $*\"\n"
+            );
+            fs::write(&path, body).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        phalanx("1");
+        let (status, output) = pack.run(None, &[]);
+        assert_eq!(status, Some(0), "{output}");
+        assert!(output.ends_with("NOT RUN: no GPU\n"), "{output}");
+        phalanx("0");
+        let (status, output) = pack.run(None, &["benches"]);
+        assert_eq!(status, Some(1), "what fails is a failure: {output}");
+        assert!(output.contains("said bench offline --device cuda:0 --model synth:20b"), "{output}");
+        assert!(output.ends_with("FAILED: exit status 3\n"), "{output}");
+        assert!(!output.contains("== good"), "{output}");
+    }
+
+    #[test]
     fn a_test_that_fails_dies_or_hangs_fails_the_run_and_the_others_still_run() {
         let fails = "echo 'test a ... FAILED'\necho 'test result: FAILED. 1 passed; 2 failed'\nexit 101";
         let pack = Pack::new(

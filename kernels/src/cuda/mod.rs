@@ -6,6 +6,7 @@
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
 mod backend;
+pub mod ceiling;
 mod choose;
 pub mod compile;
 mod device;
