@@ -215,9 +215,8 @@ impl Backend for Cuda {
     }
 
     fn finish(&mut self) -> Result<(), KernelError> {
-        let waited = self.memory.device.synchronize();
-        self.note(waited);
         if !self.broken {
+            // Reading the status waits for all.
             let status = self.take_status();
             self.note(status);
         }

@@ -1,7 +1,8 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
+use super::arena::ALIGNMENT;
 use super::choose::PARTIALS_BYTES_MAX;
-use super::device::{ALIGNMENT, grown};
+use super::device::grown;
 use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP};
 use super::status;
 use crate::{BLOCK_SIZE, SEGMENT};
