@@ -114,7 +114,11 @@ impl Backend for Cuda {
 
     fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {
         self.drawn.clear();
-        let result = self.inputs.begin(inputs, rope);
+        // Nothing that is recorded reads inputs of the last step any more.
+        let result = self.submit().and_then(|()| {
+            self.late.begin();
+            self.inputs.begin(inputs, rope)
+        });
         self.note(result);
     }
 

@@ -278,6 +278,16 @@ impl Buffer {
         unsafe { self.memory.queue.upload(from, self.address + at as u64) }
     }
 
+    /// Copies to it, ahead of what is recorded, which must not touch these bytes: they would be others for it.
+    pub(super) fn upload_ahead(&mut self, at: usize, from: &[u8]) -> Result<(), KernelError> {
+        self.check(at, from.len())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range was checked to lie within this allocation.
+        unsafe { self.memory.queue.upload_ahead(from, self.address + at as u64) }
+    }
+
     /// Its first bytes; waits.
     pub(super) fn download(&self, bytes: usize) -> Result<Vec<u8>, KernelError> {
         self.check(0, bytes)?;

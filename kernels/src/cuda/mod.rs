@@ -39,14 +39,14 @@ pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
 
 use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
-use self::device::{Buffer, Memory};
-use self::inputs::{Inputs, Sight, upload};
+use self::device::{Buffer, Memory, bytes_of};
+use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
     ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
     RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
-use self::sample::{Drawn, Draws};
+use self::sample::Drawn;
 use crate::cpu::{check, need};
 use crate::{KernelError, KvLayer, Precision};
 
@@ -65,9 +65,10 @@ pub struct Cuda {
     logits: Buffer,
     /// Attention of single segments.
     partials: Buffer,
-    /// Rows to gather.
-    gathered: Buffer,
-    draws: Draws,
+    /// Rows to gather, and draws.
+    late: Late,
+    /// Logits that are drawn from.
+    weights: Buffer,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
@@ -92,13 +93,25 @@ impl Cuda {
             status: memory.zeroed(status::BYTES)?,
             logits: nothing(),
             partials: nothing(),
-            gathered: nothing(),
-            draws: Draws { draws: nothing(), edits: nothing(), allowed: nothing(), weights: nothing() },
+            late: Late::new(&memory),
+            weights: nothing(),
             drawn: Vec::new(),
             error: None,
             broken: false,
             memory,
         })
+    }
+
+    /// Makes all that the backend makes for itself, for steps within these bounds, so that nothing grows afterwards.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn reserve(&mut self, shape: &ScratchShape) -> Result<(), KernelError> {
+        self.inputs.reserve(shape.inputs())?;
+        self.late.reserve(shape.draws())?;
+        self.logits.reserve(shape.router_logits())?;
+        self.partials.reserve(shape.partials())?;
+        self.weights.reserve(shape.weights())
     }
 
     /// Takes `bytes` of the device at once, from which all further memory comes: weights, KV, buffers and what the
@@ -347,10 +360,9 @@ impl Cuda {
             check("row", row as usize, x.len())?;
         }
         out.resize(rows.len())?;
-        upload(&mut self.gathered, rows)?;
         let args = GatherArgs {
             x: x.address(),
-            rows: self.gathered.address(),
+            rows: self.late.push(&bytes_of(rows))?,
             out: out.address_mut(),
             cols: x.cols() as u32,
             unused: 0,

@@ -155,7 +155,7 @@ impl Queue {
     /// Copies to the device, ahead of what is recorded and not yet submitted.
     ///
     /// # Safety
-    /// As [`Device::upload`]; nothing recorded since the last submission reads or writes there.
+    /// As [`Device::upload`].
     pub(super) unsafe fn upload_ahead(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         self.state().counts.uploads += 1;
         // SAFETY: as the caller promises.
@@ -298,3 +298,6 @@ impl Kept {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
