@@ -83,6 +83,11 @@ template <class T>
 inline T __shfl_xor_sync(unsigned, T value, unsigned step) {
   return emu::shuffle(value, (threadIdx.x & 31) ^ step);
 }
+template <class T>
+inline T __shfl_up_sync(unsigned, T value, unsigned step) {
+  unsigned lane = threadIdx.x & 31;
+  return emu::shuffle(value, lane < step ? lane : lane - step);
+}
 inline u32 __ballot_sync(unsigned, bool predicate) { return emu::ballot(predicate); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline u32 __float_as_uint(float x) {

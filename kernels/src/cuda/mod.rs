@@ -23,7 +23,7 @@ mod status;
 
 use std::sync::Arc;
 
-pub use device::{Device, Launch};
+pub use device::{Device, Family, Launch};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault};
 pub use exchange::{Experts, Parts, Places, Work};
@@ -97,6 +97,15 @@ impl Cuda {
     #[must_use]
     pub const fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// By what it multiplies, where that is not the same on every device: devices that answer alike give the same bits.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        match self.precision {
+            Precision::Exact => Family::Mma,
+            Precision::Fast => self.memory.device.family(),
+        }
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).

@@ -1,7 +1,7 @@
 //! Routing, exchange and the experts.
 
 use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
-use phalanx_kernels::{DenseUse, ExpertShape, HostParts, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
+use phalanx_kernels::{DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
 
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
@@ -154,6 +154,17 @@ pub(crate) fn work<B: Tested>(
     top_k: usize,
     received: &HostParts,
 ) -> HostParts {
+    try_work(make, shape, experts, top_k, received).unwrap()
+}
+
+/// The same where it may fail.
+pub(crate) fn try_work<B: Tested>(
+    make: &Make<B>,
+    shape: ExpertShape,
+    experts: &[Option<&Expert>],
+    top_k: usize,
+    received: &HostParts,
+) -> Result<HostParts, KernelError> {
     let mut b = make.backend();
     let rows = received.by_rank.iter().map(|part| part.len() / b.dispatch_record(top_k, shape.hidden)).sum();
     let ranks = received.by_rank.len();
@@ -171,8 +182,8 @@ pub(crate) fn work<B: Tested>(
     b.receive(&received, &loaded, &mut work);
     b.gate_up(&loaded, &mut work);
     b.down(&loaded, &work, &mut out);
-    b.finish().unwrap();
-    b.download(&out)
+    b.finish()?;
+    Ok(b.download(&out))
 }
 
 pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
