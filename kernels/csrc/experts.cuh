@@ -1,9 +1,11 @@
 // What all kernels of the experts share: how weights lie, how they are decoded, and SwiGLU.
 //
 // Weights: [row tile of 16][block of 32 columns][lane] of 8 bytes: for each half of 16 columns, a word of 8 codes for
-// lane 4g + t. Nibble 2i + h has the magnitude of element h of mma's register i: rows g (even i) and g + 8 (odd i),
-// columns 2t + h (i < 2) and 2t + 8 + h. Bit 3 of nibble i is the sign of register i's element 0, that of nibble 4 + i
-// the sign of its element 1: so one shift moves both signs of a register into place.
+// lane 4g + t. Its halves are elements 0 and 1 of mma's registers 0..3: rows g (even registers) and g + 8 (odd ones),
+// columns 2t + h (0 and 1) and 2t + 8 + h. In a half, register 0 has sign and magnitude in bits 15 and 8..6, where a
+// bf16 has its sign and its lowest exponent and highest fraction bits; register 1 three bits further down, 12 and 5..3;
+// register 2 six, 9 and 2..0; register 3 has what is left: its sign in 14, its magnitude's upper bits in 11..10 and the
+// lowest in 13. So a shift and a mask decode two codes, and the one multiplication by 2^126 is exact.
 // In gate-up, rows 0..8 of a tile are gates and rows 8..16 the ups of the same activations: a lane has both.
 // Scales: [row tile][block][16] bytes, E8M0.
 
@@ -43,28 +45,27 @@ DEVICE float code_value(u32 word, u32 i, u32 h) {
 #ifdef PLANT_NIBBLES
   h = 1 - h;
 #endif
-  u32 magnitude = word >> 4 * (2 * i + h) & 7;
+  u32 half = word >> 16 * h & 0xffff;
+  u32 sign = i < 3 ? half >> (15 - 3 * i) & 1 : half >> 14 & 1;
+  u32 magnitude = i < 3 ? half >> (6 - 3 * i) & 7 : (half >> 9 & 6) | (half >> 13 & 1);
   // 0, 0.5, 1, 1.5, 2, 3, 4, 6
   float value = magnitude < 2 ? 0.5f * (float)magnitude
                               : (1.0f + 0.5f * (float)(magnitude & 1)) * (float)(1u << ((magnitude >> 1) - 1));
-  return word >> (4 * i + 3 + 16 * h) & 1 ? -value : value;
+  return sign ? -value : value;
 }
 
-// Eight codes to mma's registers: both bytes of a bf16 are looked up by permutes of bytes.
+// Eight codes to mma's registers: what their bits are as bf16, also the denormal one of 0.5, is 2^-126 of their value.
 DEVICE void decode(u32 word, u32 (&a)[4]) {
-  u32 low = word & 0x7777u, high = word >> 16 & 0x7777u;
-  // 0, 0.5, 1, 1.5 | 2, 3, 4, 6 in bf16: 0000 3f00 3f80 3fc0 | 4000 4040 4080 40c0
-  u32 upper0 = __byte_perm(0x3f3f3f00u, 0x40404040u, low), lower0 = __byte_perm(0xc0800000u, 0xc0804000u, low);
-  u32 upper1 = __byte_perm(0x3f3f3f00u, 0x40404040u, high), lower1 = __byte_perm(0xc0800000u, 0xc0804000u, high);
+  const u32 code = 0x81c081c0u;
 #ifdef PLANT_NIBBLES
-  const u32 first = 0x4051u, second = 0x6273u;
-#else
-  const u32 first = 0x5140u, second = 0x7362u;
+  word = word >> 16 | word << 16;
 #endif
-  a[0] = __byte_perm(lower0, upper0, first) | (word << 12 & 0x80008000u);
-  a[1] = __byte_perm(lower0, upper0, second) | (word << 8 & 0x80008000u);
-  a[2] = __byte_perm(lower1, upper1, first) | (word << 4 & 0x80008000u);
-  a[3] = __byte_perm(lower1, upper1, second) | (word & 0x80008000u);
+  a[0] = word & code;
+  a[1] = word << 3 & code;
+  a[2] = word << 6 & code;
+  a[3] = (word << 1 & 0x80008000u) | (word >> 3 & 0x01800180u) | (word >> 7 & 0x00400040u);
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) a[i] = multiply_bf16x2(a[i], 0x7e807e80u);
 }
 
 // min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1); NaN stays NaN.

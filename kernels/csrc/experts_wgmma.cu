@@ -138,8 +138,8 @@ DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8
 
 // Products ----------------------------------------------------------------------------------------------------------
 
-// An E8M0 scale twice as bf16.
-DEVICE u32 scale_bf16x2(u8 scale) { return (scale == 0 ? 0x0040u : (u32)scale << 7) * 0x10001u; }
+// An E8M0 scale twice as bf16; the smallest is denormal.
+DEVICE u32 scale_bf16x2(u8 scale) { return most(scale * 0x00800080u, 0x00400040u); }
 
 // A lane's part of a block of 32 columns and 16 rows: wgmma's A twice.
 DEVICE void widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
@@ -161,7 +161,8 @@ struct Walk {
   u8* smem;
   Turn<R>& turn;
   u32 blocks;
-  const u8* stage;
+  u64 origin;  // where pieces would lie if shared memory began with them
+  u32 stage;   // where the stage begins
 
   // Waits for the stage whose turn it is.
   DEVICE void enter() {
@@ -171,9 +172,9 @@ struct Walk {
     barrier_wait((u64*)smem + turn.stage, turn.parity);
 #endif
 #ifdef PLANT_STAGE
-    stage = smem + R::START + (turn.stage + 1) % R::STAGES * R::STAGE;
+    stage = R::START + (turn.stage + 1) % R::STAGES * R::STAGE;
 #else
-    stage = smem + R::START + turn.stage * R::STAGE;
+    stage = R::START + turn.stage * R::STAGE;
 #endif
   }
 
@@ -182,24 +183,20 @@ struct Walk {
 #pragma unroll
     for (u32 i = 0; i < STEP; i++) {
       u32 at = warp_id() * R::BLOCKS + block % R::BLOCKS + i;
-      if (block + i < blocks)
-        widen_block(stage + R::CODES + at * 256, stage + R::SCALES + at * 16, left[2 * i], left[2 * i + 1]);
+      const u8 *codes = smem + stage + R::CODES + at * 256, *scales = smem + stage + R::SCALES + at * 16;
+      if (block + i < blocks) widen_block(codes, scales, left[2 * i], left[2 * i + 1]);
     }
   }
 
   // Multiplies by the blocks from `block` on, COUNT of those in `now`, and meanwhile decodes those behind into `next`.
   template <u32 COUNT>
   DEVICE void multiply(u32 block, u32 (&now)[2 * STEP][4], u32 (&next)[2 * STEP][4], float (&sums)[R::ITEMS / 2]) {
-#ifdef PLANT_STRIDE
-    const u32 stride = (R::BLOCKS - 1) * 512;
-#else
-    const u32 stride = R::BLOCKS * 512;
-#endif
-    u64 pieces = matrix_descriptor(stage + R::PIECES + block % R::BLOCKS * 512, 128, stride);
+    // Addresses are counted by 16 bytes in a descriptor.
+    u64 pieces = origin + (stage + R::PIECES + block % R::BLOCKS * 512) / 16;
 #ifndef PLANT_FENCE
     wgmma_fence(now);
 #endif
-    // From 16 columns to the next are two pieces of 8: 256 bytes, 16 in a descriptor. Sums begin at zero.
+    // 16 columns are two pieces, 256 bytes. Sums begin at zero.
 #pragma unroll
     for (u32 i = 0; i < 2 * COUNT; i++) wgmma<R::ITEMS>(sums, now[i], pieces + 16 * i, i > 0 || block > 0);
     wgmma_commit();
@@ -229,7 +226,12 @@ template <class R>
 DEVICE void multiply_unit(u32 blocks, u8* smem, Turn<R>& turn, float (&sums)[R::ITEMS / 2]) {
   const u32 STEP = R::STEP;
   u32 even[2 * STEP][4], odd[2 * STEP][4], block = 0;
-  Walk<R> walk = {smem, turn, blocks, smem};
+#ifdef PLANT_STRIDE
+  const u32 stride = (R::BLOCKS - 1) * 512;
+#else
+  const u32 stride = R::BLOCKS * 512;
+#endif
+  Walk<R> walk = {smem, turn, blocks, matrix_descriptor(smem, 128, stride), 0};
   walk.enter();
   walk.widen(0, even);
   for (; block + 2 * STEP <= blocks; block += 2 * STEP) {

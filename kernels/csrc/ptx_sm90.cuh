@@ -1,7 +1,7 @@
 // Hopper's own instructions (sm_90a), in small wrappers: barriers with transactions, bulk copies, products of warpgroups.
 // Each wrapper has a twin for the emulation, in emu/sm90.h. Form and meaning are those of NVIDIA's PTX ISA 9.0.
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 #ifdef CUDA_EMU
 #include "emu/sm90.h"
@@ -58,13 +58,6 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Products ----------------------------------------------------------------------------------------------------------
-
-// Two products of bf16, each rounded to the nearest.
-DEVICE u32 multiply_bf16x2(u32 a, u32 b) {
-  u32 out;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-  return out;
-}
 
 // Orders what was done to registers before the products that follow; a is what they multiply, made before and not later.
 template <u32 N>
@@ -146,5 +139,6 @@ DEVICE void wgmma<128>(float (&d)[64], const u32 (&a)[4], u64 b, bool accumulate
 // Where b of wgmma lies: pieces of 8 columns by 8 k, 128 bytes each (a column's 8 k together); from one piece to the next
 // in k leading bytes, in columns stride bytes. Nothing is swizzled: a piece is read in one turn of all banks as it is.
 DEVICE u64 matrix_descriptor(const void* start, u32 leading, u32 stride) {
-  return (u64)(shared_address(start) >> 4 & 0x3fff) | (u64)(leading >> 4 & 0x3fff) << 16 | (u64)(stride >> 4 & 0x3fff) << 32;
+  u64 at = shared_address(start) >> 4 & 0x3fff;
+  return at | (u64)(leading >> 4 & 0x3fff) << 16 | (u64)(stride >> 4 & 0x3fff) << 32;
 }

@@ -134,6 +134,11 @@ inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   emu::warp_release();
 }
 
+inline u32 narrow2(float low, float high);
+inline u32 multiply_bf16x2(u32 a, u32 b) {
+  return narrow2(bf16_half(a, 0) * bf16_half(b, 0), bf16_half(a, 1) * bf16_half(b, 1));
+}
+
 inline void ldmatrix_x4(u32 (&out)[4], const u16* row) {
   uint32_t words[6] = {}, present;
   memcpy(words, &row, sizeof row);

@@ -43,9 +43,6 @@ inline void barrier_arrive(u64* barrier) { emu::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { emu::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(u64* barrier, u32 parity) { emu::barrier_wait(barrier, parity); }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu::bulk_copy(to, from, bytes, barrier); }
-inline u32 multiply_bf16x2(u32 a, u32 b) {
-  return narrow2(bf16_half(a, 0) * bf16_half(b, 0), bf16_half(a, 1) * bf16_half(b, 1));
-}
 template <u32 N>
 inline void wgmma_fence(u32 (&)[N][4]) {
   emu::products_fence();

@@ -196,6 +196,7 @@ conformance!(
     experts::routes,
     experts::dispatches,
     experts::works_for_every_rank,
+    experts::works_on_any_number_of_rows,
     experts::clamps,
     experts::scales_at_both_ends,
     experts::combines,
