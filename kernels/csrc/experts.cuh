@@ -54,8 +54,8 @@ DEVICE float code_value(u32 word, u32 i, u32 h) {
   return sign ? -value : value;
 }
 
-// Eight codes to mma's registers: what their bits are as bf16, also the denormal one of 0.5, is 2^-126 of their value.
-DEVICE void decode(u32 word, u32 (&a)[4]) {
+// Eight codes to mma's registers, as their bits lie: as bf16 that is 2^-126 of their value, also the denormal one of 0.5.
+DEVICE void decode_small(u32 word, u32 (&a)[4]) {
   const u32 code = 0x81c081c0u;
 #ifdef PLANT_NIBBLES
   word = word >> 16 | word << 16;
@@ -64,6 +64,11 @@ DEVICE void decode(u32 word, u32 (&a)[4]) {
   a[1] = word << 3 & code;
   a[2] = word << 6 & code;
   a[3] = (word << 1 & 0x80008000u) | (word >> 3 & 0x01800180u) | (word >> 7 & 0x00400040u);
+}
+
+// The same, as large as they are.
+DEVICE void decode(u32 word, u32 (&a)[4]) {
+  decode_small(word, a);
 #pragma unroll
   for (u32 i = 0; i < 4; i++) a[i] = multiply_bf16x2(a[i], 0x7e807e80u);
 }

@@ -138,21 +138,35 @@ DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8
 
 // Products ----------------------------------------------------------------------------------------------------------
 
-// An E8M0 scale twice as bf16; the smallest is denormal.
-DEVICE u32 scale_bf16x2(u8 scale) { return most(scale * 0x00800080u, 0x00400040u); }
+#define BF16X2_ONE_OF_EXPONENT 0x00800080u
 
 // A lane's part of a block of 32 columns and 16 rows: wgmma's A twice.
 DEVICE void widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
   uint2 words = ((const uint2*)codes)[lane_id()];
-  u32 low = scale_bf16x2(scales[lane_id() / 4]), high = scale_bf16x2(scales[lane_id() / 4 + 8]);
-  decode(words.x, left);
-  decode(words.y, right);
+  u32 low = scales[lane_id() / 4], high = scales[lane_id() / 4 + 8];
+  decode_small(words.x, left);
+  decode_small(words.y, right);
+  // Codes are 2^-126 of their value and scales 2^(scale - 127): so it is 2^(scale - 1), of exponent scale + 126.
+  const u32 from = 126 * BF16X2_ONE_OF_EXPONENT, largest = 254 * BF16X2_ONE_OF_EXPONENT;
+  u32 factor_low = least(low * BF16X2_ONE_OF_EXPONENT + from, largest);
+  u32 factor_high = least(high * BF16X2_ONE_OF_EXPONENT + from, largest);
 #pragma unroll
   for (u32 i = 0; i < 4; i++) {
-    left[i] = multiply_bf16x2(left[i], i % 2 ? high : low);
-    right[i] = multiply_bf16x2(right[i], i % 2 ? high : low);
+    left[i] = multiply_bf16x2(left[i], i % 2 ? factor_high : factor_low);
+    right[i] = multiply_bf16x2(right[i], i % 2 ? factor_high : factor_low);
+  }
+  // Scales above 2 take a second factor, 2^(scale - 128) or one.
+  if (most(low, high) > 128) {
+    u32 rest_low = most(low, 128) - 1, rest_high = most(high, 128) - 1;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      left[i] = multiply_bf16x2(left[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
+      right[i] = multiply_bf16x2(right[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
+    }
   }
 }
+
+#undef BF16X2_ONE_OF_EXPONENT
 
 // Where a warp is in a unit. A step is STEP blocks of 32 columns.
 template <class R>
@@ -161,8 +175,8 @@ struct Walk {
   u8* smem;
   Turn<R>& turn;
   u32 blocks;
-  u64 origin;  // where pieces would lie if shared memory began with them
-  u32 stage;   // where the stage begins
+  u32 origin;  // where shared memory begins
+  u32 stage;   // where the stage begins within it
 
   // Waits for the stage whose turn it is.
   DEVICE void enter() {
@@ -191,14 +205,19 @@ struct Walk {
   // Multiplies by the blocks from `block` on, COUNT of those in `now`, and meanwhile decodes those behind into `next`.
   template <u32 COUNT>
   DEVICE void multiply(u32 block, u32 (&now)[2 * STEP][4], u32 (&next)[2 * STEP][4], float (&sums)[R::ITEMS / 2]) {
-    // Addresses are counted by 16 bytes in a descriptor.
-    u64 pieces = origin + (stage + R::PIECES + block % R::BLOCKS * 512) / 16;
+#ifdef PLANT_STRIDE
+    const u32 stride = (R::BLOCKS - 1) * 512;
+#else
+    const u32 stride = R::BLOCKS * 512;
+#endif
+    u32 pieces = origin + stage + R::PIECES + block % R::BLOCKS * 512;
 #ifndef PLANT_FENCE
     wgmma_fence(now);
 #endif
     // 16 columns are two pieces, 256 bytes. Sums begin at zero.
 #pragma unroll
-    for (u32 i = 0; i < 2 * COUNT; i++) wgmma<R::ITEMS>(sums, now[i], pieces + 16 * i, i > 0 || block > 0);
+    for (u32 i = 0; i < 2 * COUNT; i++)
+      wgmma<R::ITEMS>(sums, now[i], matrix_descriptor(pieces + 256 * i, 128, stride), i > 0 || block > 0);
     wgmma_commit();
     u32 after = block + COUNT;
     u64* empty = (u64*)smem + R::STAGES + turn.stage;
@@ -226,12 +245,7 @@ template <class R>
 DEVICE void multiply_unit(u32 blocks, u8* smem, Turn<R>& turn, float (&sums)[R::ITEMS / 2]) {
   const u32 STEP = R::STEP;
   u32 even[2 * STEP][4], odd[2 * STEP][4], block = 0;
-#ifdef PLANT_STRIDE
-  const u32 stride = (R::BLOCKS - 1) * 512;
-#else
-  const u32 stride = R::BLOCKS * 512;
-#endif
-  Walk<R> walk = {smem, turn, blocks, matrix_descriptor(smem, 128, stride), 0};
+  Walk<R> walk = {smem, turn, blocks, shared_address(smem), 0};
   walk.enter();
   walk.widen(0, even);
   for (; block + 2 * STEP <= blocks; block += 2 * STEP) {

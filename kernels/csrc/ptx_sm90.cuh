@@ -138,7 +138,6 @@ DEVICE void wgmma<128>(float (&d)[64], const u32 (&a)[4], u64 b, bool accumulate
 
 // Where b of wgmma lies: pieces of 8 columns by 8 k, 128 bytes each (a column's 8 k together); from one piece to the next
 // in k leading bytes, in columns stride bytes. Nothing is swizzled: a piece is read in one turn of all banks as it is.
-DEVICE u64 matrix_descriptor(const void* start, u32 leading, u32 stride) {
-  u64 at = shared_address(start) >> 4 & 0x3fff;
-  return at | (u64)(leading >> 4 & 0x3fff) << 16 | (u64)(stride >> 4 & 0x3fff) << 32;
+DEVICE u64 matrix_descriptor(u32 start, u32 leading, u32 stride) {
+  return (u64)(stride >> 4) << 32 | ((start >> 4) | (leading >> 4) << 16);
 }
