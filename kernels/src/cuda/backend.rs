@@ -35,7 +35,7 @@ impl Backend for Cuda {
     }
 
     fn work(&mut self, received: usize, choices: usize, shape: ExpertShape) -> Work {
-        let made = Work::new(&self.memory, self.precision, received, choices, shape);
+        let made = Work::new(&self.memory, self.precision, self.family(), received, choices, shape);
         self.made(made, |memory| Work::nothing(memory, shape))
     }
 

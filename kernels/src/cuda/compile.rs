@@ -12,21 +12,24 @@ use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
+    ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
 ];
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
+    (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
+    (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),
 ];
 
 /// How many files [`build`] makes for each architecture.
@@ -37,6 +40,12 @@ const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 
 /// What the kernels are built for: Ampere, Ada, Hopper and Blackwell, with each one's own instructions from sm_90 on.
 pub const ARCHS: [&str; 7] = ["80", "86", "89", "90a", "100a", "103a", "120a"];
+
+/// Whether a file of kernels is for this architecture: what needs Hopper's own instructions is for Hopper alone.
+#[must_use]
+pub fn is_for(file: &str, arch: &str) -> bool {
+    !file.ends_with("_wgmma.cu") || arch == "90a"
+}
 
 /// Why there is no machine code.
 #[derive(Debug, thiserror::Error)]
@@ -169,7 +178,7 @@ pub struct Built {
     pub cubin: Vec<u8>,
 }
 
-/// Compiles every kernel for every architecture into `folder`, as a [`Cache`] finds it. Needs NVRTC, and neither a driver
+/// Compiles every kernel for every architecture that it is for into `folder`, as a [`Cache`] finds it. Needs NVRTC, and neither a driver
 /// nor a device. `done` is called after each file.
 ///
 /// # Errors
@@ -178,7 +187,7 @@ pub fn build(archs: &[&str], folder: &Path, mut done: impl FnMut(&Built)) -> Res
     let cache = Cache::new(folder);
     let mut all = Vec::new();
     for arch in archs {
-        for (file, _) in FILES {
+        for (file, _) in FILES.into_iter().filter(|(file, _)| is_for(file, arch)) {
             let cubin = match cache.find_or_make(file, arch)? {
                 Made::Kept(cubin) => cubin,
                 Made::New(path, cubin) => {
@@ -334,7 +343,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("phalanx-cubins-{}", std::process::id()));
         let cache = Cache::new(&folder);
         let version = version().map_or_else(|| "12.9".to_owned(), |(major, minor)| format!("{major}.{minor}"));
-        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(FILES[6].1, "80")));
+        let rope = FILES.iter().find(|(file, _)| *file == "rope.cu").unwrap().1;
+        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(rope, "80")));
         let mut cubin = b"\x7fELF".to_vec();
         cubin.resize(64, 7);
         cubin[18..20].copy_from_slice(&[190, 0]);

@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-use super::compile::Cache;
-use super::device::{Device, Graph, Launch};
+use super::choose::SHARED_MAX;
+use super::compile::{Cache, is_for};
+use super::device::{Device, Family, Graph, Launch};
 use super::graph::Chain;
 use super::ops::KERNELS;
 use super::sequence::Sequence;
@@ -25,6 +26,7 @@ pub struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     arch: String,
+    family: Family,
     multiprocessors: u32,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<Module>,
@@ -93,14 +95,15 @@ impl Driver {
         let open = failed("be opened");
         let context = CudaContext::new(ordinal).map_err(&open)?;
         let stream = context.new_stream().map_err(&open)?;
-        let arch = arch_of(context.compute_capability().map_err(&open)?);
+        let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
         keep_freed_memory(&context).map_err(&open)?;
         let mut driver = Self {
             context,
             stream,
-            arch,
+            arch: arch_of(capability),
+            family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
             functions: HashMap::new(),
             modules: Vec::new(),
@@ -117,6 +120,7 @@ impl Driver {
 
     fn load(&mut self, cache: &Cache) -> Result<(), KernelError> {
         let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
+        files.retain(|file| is_for(file, &self.arch));
         files.sort_unstable();
         files.dedup();
         for file in files {
@@ -132,6 +136,12 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
+                if self.family == Family::Wgmma {
+                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
+                        .map_err(&load)?;
+                }
                 self.functions.insert(kernel.name, function);
             }
         }
@@ -170,6 +180,10 @@ impl Drop for Driver {
 impl Device for Driver {
     fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    fn family(&self) -> Family {
+        self.family
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
