@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod golden;
 #[allow(clippy::duplicate_mod, reason = "a test binary may have `server` beside this")]
 mod paths;
 

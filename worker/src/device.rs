@@ -2,6 +2,7 @@
 
 mod choice;
 mod gpus;
+mod scratch;
 
 use std::path::PathBuf;
 
@@ -9,7 +10,8 @@ use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
 use phalanx_kernels::cuda::Cuda;
 use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
 use phalanx_model::Checkpoint;
-use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+use phalanx_proto::memory::INT8_BLOCK_BYTES;
+use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision, Scratch};
 
 pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
 pub use gpus::{DriverGpus, GpuReport, Gpus};
@@ -108,6 +110,11 @@ impl Device {
             mxfp4_block_bytes: 17,
             kv_bytes: float_bytes,
             wire_bytes: float_bytes,
+            operand_block_bytes: match self.precision {
+                Precision::Exact => 128,
+                Precision::Fast => INT8_BLOCK_BYTES,
+            },
+            scratch: Scratch::default(),
             threads: self.threads,
             process_base: PROCESS_BASE,
             embedding_mapped: checkpoint.embedding_mapped(),
@@ -121,6 +128,8 @@ impl Device {
             Processor::Cuda { first, .. } => {
                 let GpuReport { arch, free, memory_pool } = self.gpus.look(first)?;
                 let backend = BackendReport {
+                    operand_block_bytes: 32 * float_bytes,
+                    scratch: scratch::gpu_scratch(checkpoint.config()),
                     process_base: GPU_PROCESS_BASE,
                     threads: 1,
                     embedding_mapped: false,

@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 pub use device::{Device, Launch};
 #[cfg(feature = "cuda-emu")]
-pub use emulated::{Emulated, Fault};
+pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
