@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
+use super::libraries::Library;
+
 /// The kernels' files, with the headers that they include.
 const FILES: [(&str, &str); 9] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
@@ -77,23 +79,16 @@ pub enum CompileError {
     },
 }
 
-/// Whether NVRTC can be loaded.
+/// Whether NVRTC can be used.
 #[must_use]
 pub fn available() -> bool {
-    // SAFETY: looks for the library by its names and loads it; its initialisers are trusted like any system library's.
-    unsafe { sys::is_culib_present() }
+    version().is_some()
 }
 
-/// NVRTC's version, if there is one.
+/// NVRTC's version, if there is one that works.
 #[must_use]
 pub fn version() -> Option<(i32, i32)> {
-    if !available() {
-        return None;
-    }
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: the library is present, and both numbers outlive the call.
-    let read = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
-    read.result().ok().map(|()| (major, minor))
+    Library::Nvrtc.version().ok().map(|version| (version.major, version.minor))
 }
 
 /// A folder of machine code.
