@@ -9,18 +9,22 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use phalanx::local::{CellOptions, LocalCell};
+use phalanx_kernels::Backend;
 use phalanx_kernels::KernelError;
 use phalanx_kernels::cuda::{self, Emulated, Meter};
-use phalanx_model::Checkpoint;
+use phalanx_model::packed::{PackedFile, Stored};
+use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::{Engine, EngineConfig, Event, Want};
 use phalanx_proto::{
     Bytes, CellId, DenseType, Epoch, Fence, Layout, MemoryPlan, MemoryRefused, Placement, Precision, Rank, SeqId,
     StepId, StepPlan, Term,
 };
 use phalanx_wire::Prepare;
+use phalanx_worker::collectives::local;
 use phalanx_worker::collectives::tcp::Listener;
 use phalanx_worker::device::{Device, GpuReport, Gpus, Processor};
 use phalanx_worker::host::ModelHost;
+use phalanx_worker::rank::LoadedModel;
 use phalanx_worker::service::{Host, NoResult};
 use support::golden::{Golden, assert_close, assert_like_bf16};
 use support::{Given, Setup, bits, fixture, request, run};
@@ -115,6 +119,34 @@ fn fast_stays_within_the_limits_of_a_bf16_engine() {
         let mut cell = start(&GPUS, small(1, Precision::Fast), &golden.checkpoint).unwrap();
         assert_like_bf16(&golden, &mut cell, &[7, 33]);
     }
+}
+
+/// Packing needs the layout alone; what is packed into a file is mapped and copied to the device.
+#[test]
+fn packed_weights_give_the_same_bits() {
+    let checkpoint = open("tiny-a");
+    let setup = small(1, Precision::Fast);
+    let options = on(&GPUS, setup, &checkpoint);
+    let config = checkpoint.config();
+    let layout = Layout::new(1, 0).unwrap();
+    let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
+    let folder = tempfile::tempdir().unwrap();
+    let backend = || options.device.cuda(&mut |_, _| ()).unwrap();
+    let path = folder.path().join(format!("{}.weights", backend().packing()));
+    let (built, packed_here) = PackedFile::build(&mut backend(), &checkpoint, &path, &mut |_, _| ()).unwrap();
+    assert!(packed_here);
+    let given = [None, Some(&built)].map(|packed| {
+        let stored = Stored { checkpoint: &checkpoint, packed };
+        let limits = options.limits;
+        let model = GptOss::load(backend(), stored, &placement, Rank(0), 1, &limits, &mut |_, _| ()).unwrap();
+        let mut rank = LoadedModel::Cuda(Box::new(model)).join(local::group(1).remove(0), limits, Fence::default());
+        let mut engine =
+            Engine::new(EngineConfig { depth: 1, ..EngineConfig::new(config, limits, 1) }, Fence::default());
+        engine.submit(request(1, &prompt(&checkpoint, 9), 0, Want::Logits)).unwrap();
+        let result = rank.run(&engine.plan().unwrap()[0], &()).unwrap();
+        bits(&result.rows[0].logits)
+    });
+    assert!(given[0].len() == 9 * config.vocab as usize && given[0] == given[1]);
 }
 
 #[test]

@@ -150,7 +150,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
-        let sampled = self.model.finish()?;
+        let sampled = self.model.finish(&mut result.phases)?;
         self.keep_sampled(plan, sampled, &mut result);
         result.exchange = self.collectives.counters();
         Ok(result)

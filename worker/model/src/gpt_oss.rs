@@ -220,13 +220,16 @@ impl<B: Backend> GptOss<B> {
         self.backend.set_token(slot, token);
     }
 
-    /// Waits for the step and returns what was sampled, in the order it was asked for.
+    /// Waits for the step and returns what was sampled, in the order it was asked for. A device that runs behind the host
+    /// is waited for here, so that most of its time is told as that of sampling.
     ///
     /// # Errors
     /// An op of the step failed.
-    pub fn finish(&mut self) -> Result<Vec<Sampled>, ForwardError> {
+    pub fn finish(&mut self, phases: &mut PhaseTimes) -> Result<Vec<Sampled>, ForwardError> {
+        let mut laps = Laps { phases, last: Instant::now() };
         let tokens = self.backend.sampled();
         self.backend.finish()?;
+        laps.lap(Phase::Sample);
         Ok(tokens)
     }
 }
