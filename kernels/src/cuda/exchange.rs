@@ -35,24 +35,29 @@ pub struct Parts {
     bytes: Buffer,
     /// `[ranks]` of (start, bytes)
     places: Buffer,
+    /// Why the bytes are worthless.
+    pub(super) fault: Option<KernelError>,
 }
 
 impl Parts {
     pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
         // Parts of any length may come from other ranks, each on a border.
         let bytes = memory.zeroed(bytes_max + ranks * PART_ALIGNMENT)?;
-        Ok(Self { ranks, bytes_max, bytes_now: bytes_max, bytes, places: memory.zeroed(ranks * PART)? })
+        Ok(Self { ranks, bytes_max, bytes_now: bytes_max, bytes, places: memory.zeroed(ranks * PART)?, fault: None })
     }
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
-        Self { ranks, bytes_max: 0, bytes_now: 0, bytes: memory.nothing(), places: memory.nothing() }
+        Self { ranks, bytes_max: 0, bytes_now: 0, bytes: memory.nothing(), places: memory.nothing(), fault: None }
     }
 
     /// The bytes, on the host; waits.
     ///
     /// # Errors
-    /// [`KernelError::Device`].
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
     pub fn download(&self) -> Result<HostParts, KernelError> {
+        if let Some(error) = &self.fault {
+            return Err(error.clone());
+        }
         let places = self.places.download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         let places: Vec<_> = places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect();
@@ -77,6 +82,7 @@ impl Parts {
             bytes.extend_from_slice(part);
         }
         self.bytes_now = bytes.len();
+        self.fault = None;
         self.bytes.upload(0, &bytes)?;
         self.places.upload(0, &bytes_of(&places))
     }

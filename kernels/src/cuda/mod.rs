@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 pub use device::{Device, Family, Graph, Launch};
 #[cfg(feature = "cuda-emu")]
-pub use emulated::{Emulated, Fault};
+pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;

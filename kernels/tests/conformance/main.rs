@@ -124,7 +124,7 @@ fn make_cpu(isa: Isa, kind: (Precision, DenseFormat), threads: usize) -> Make<Cp
 }
 
 /// A device with Hopper's own instructions.
-const HOPPER: Emulated = Emulated { fault: None, largest: None, family: Family::Wgmma };
+const HOPPER: Emulated = Emulated { fault: None, largest: None, family: Family::Wgmma, meter: None };
 
 /// The CUDA kernels on the CPU.
 fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {

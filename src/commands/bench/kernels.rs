@@ -10,16 +10,16 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use phalanx_kernels::cpu::ceiling::Yardstick;
-use phalanx_kernels::{Precision as KernelPrecision, cuda};
+use phalanx_kernels::cuda;
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{DenseType, Precision};
-use phalanx_worker::device::{Processor, kernel_cache};
+use phalanx_worker::device::Processor;
 use serde_json::json;
 
 use self::cases::{Arithmetic, Case, DIM, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Sequences, VOCAB, norm, sample};
 use self::machine::{Ceiling, Machine, median};
 use crate::cli::DeviceArgs;
-use crate::commands::{note, say, say_json};
+use crate::commands::{advance, byte_bar, note, say, say_json};
 
 /// Arguments of `bench kernels`.
 #[derive(Debug, Args)]
@@ -82,7 +82,7 @@ pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
     let what = format!("{}, dense {}", device.precision, device.dense);
     match device.processor {
         Processor::Cpu => {
-            let mut cpu = device.backend()?;
+            let mut cpu = device.cpu()?;
             let dense = if device.dense == DenseType::Q8 { Arithmetic::Q8 } else { Arithmetic::F32 };
             let experts = if exact { Arithmetic::F32 } else { Arithmetic::Mxfp4 };
             let what = format!("{what}, {}, {} threads", cpu.isa().name(), device.threads);
@@ -91,9 +91,9 @@ pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
             report(args, &what, &measured)?;
         }
         Processor::Cuda { first, .. } => {
-            let folder = kernel_cache().context("this user has no cache folder; name one in PHALANX_KERNEL_CACHE")?;
-            let precision = if exact { KernelPrecision::Exact } else { KernelPrecision::Fast };
-            let mut cuda = cuda::driver::open(first as usize, &folder, precision)?;
+            let bar = byte_bar("compiling kernels");
+            let mut cuda = device.cuda(&mut |done, total| advance(&bar, done, total))?;
+            bar.finish_and_clear();
             let mut yardstick = cuda::ceiling::Yardstick::new(first as usize)?;
             let arithmetic = (Arithmetic::Bf16, Arithmetic::Bf16);
             let measured = measure_all(args, &mut cuda, arithmetic, |_| Ceiling::of_gpu(&mut yardstick))?;
