@@ -5,6 +5,7 @@
 //! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
+mod angles;
 mod arena;
 mod backend;
 mod choose;
