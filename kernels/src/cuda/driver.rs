@@ -11,9 +11,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::compile::Cache;
-use super::device::{Device, Graph, Launch};
+use super::device::{Device, Graph, Launch, Pinned};
 use super::graph::Chain;
 use super::ops::KERNELS;
+use super::page_locked::PageLocked;
 use super::sequence::Sequence;
 use crate::KernelError;
 
@@ -254,6 +255,10 @@ impl Device for Driver {
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
         Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
+    }
+
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        Ok(Box::new(PageLocked::new(&self.context, &self.stream, bytes)?))
     }
 }
 

@@ -20,6 +20,8 @@ mod inputs;
 pub mod libraries;
 mod ops;
 mod pack;
+mod page_locked;
+mod pinned;
 mod queue;
 mod rows;
 mod sample;
@@ -29,7 +31,7 @@ mod status;
 
 use std::sync::Arc;
 
-pub use device::{Device, Graph, Launch};
+pub use device::{Device, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault};
 pub use exchange::{Experts, Parts, Places, Work};
