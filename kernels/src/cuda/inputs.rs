@@ -254,7 +254,10 @@ impl Late {
 
     /// Makes room for `bytes` at once.
     pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
-        self.buffer.reserve(bytes)
+        self.buffer.reserve(bytes)?;
+        // What is recorded may still use memory that this was made from: what comes next goes behind it.
+        self.used = self.buffer.bytes();
+        Ok(())
     }
 
     /// A step begins, and nothing is recorded of the last one.
@@ -265,6 +268,9 @@ impl Late {
     /// Copies bytes to the device and says where they are, until as many have come after them as there is room for.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<u64, KernelError> {
         let at = self.used.next_multiple_of(16);
+        if bytes.is_empty() {
+            return Ok(self.buffer.address());
+        }
         if at + bytes.len() <= self.buffer.bytes() {
             // What is recorded reads only what was pushed before in this step.
             self.buffer.upload_ahead(at, bytes)?;
