@@ -118,6 +118,33 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// [`KernelError::Device`].
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError>;
+
+    /// Host memory that the device reads while the host goes on; `bytes` is not 0.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError>;
+}
+
+/// Pinned host memory and the last copy out of it.
+pub trait Pinned: fmt::Debug + Send {
+    /// The memory. What was sent from it changes with it until it was waited for.
+    fn bytes(&mut self) -> &mut [u8];
+
+    /// Enqueues a copy of the first `bytes` to the device.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// As many bytes at `to` are allocated.
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError>;
+
+    /// Waits until what was sent has been read.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn wait(&mut self) -> Result<(), KernelError>;
 }
 
 /// Nodes that a device launches as one, each after the one before. Those in flight outlive it when it is dropped.

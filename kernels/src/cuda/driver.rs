@@ -12,9 +12,10 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::choose::SHARED_MAX;
 use super::compile::Cache;
-use super::device::{Device, Family, Graph, Launch};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::graph::Chain;
 use super::ops::KERNELS;
+use super::page_locked::PageLocked;
 use super::sequence::Sequence;
 use crate::KernelError;
 
@@ -264,6 +265,10 @@ impl Device for Driver {
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
         Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
+    }
+
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        Ok(Box::new(PageLocked::new(&self.context, &self.stream, bytes)?))
     }
 }
 

@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::device::{Device, Family, Graph, Launch};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::ops::Kernel;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
@@ -232,6 +232,10 @@ impl Device for Emulated {
         Ok(())
     }
 
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        Ok(Box::new(EmulatedPinned(vec![0; bytes])))
+    }
+
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         if self.fault == Some(Fault::NoGraphs) {
             return Err(failed("make a graph", format!("none of {} nodes", nodes.len())));
@@ -243,6 +247,25 @@ impl Device for Emulated {
             own.push(one);
         }
         Ok(Box::new(EmulatedGraph { device: *self, nodes: own }))
+    }
+}
+
+/// Memory of the host, read at once.
+#[derive(Debug)]
+struct EmulatedPinned(Vec<u8>);
+
+impl Pinned for EmulatedPinned {
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that the destination is allocated.
+        unsafe { Emulated::default().upload(&self.0[..bytes], to) }
+    }
+
+    fn wait(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 }
 
