@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::choose::SHARED_MAX;
 use super::compile::{Cache, is_for};
 use super::device::{Device, Family, Launch};
-use super::choose::SHARED_MAX;
 use super::ops::KERNELS;
 use crate::KernelError;
 

@@ -34,8 +34,8 @@ use self::choose::DIM_MAX;
 use self::device::{Buffer, Memory};
 use self::inputs::{Inputs, Sight, upload};
 use self::ops::{
-    ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
-    RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
+    ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, PiecesArgs,
+    RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
 use self::sample::{Drawn, Draws};
@@ -57,6 +57,8 @@ pub struct Cuda {
     logits: Buffer,
     /// Attention of single segments.
     partials: Buffer,
+    /// Rounded rows before a projection, where `wgmma` reads them.
+    pieces: Buffer,
     /// Rows to gather.
     gathered: Buffer,
     draws: Draws,
@@ -84,6 +86,7 @@ impl Cuda {
             status: memory.zeroed(status::BYTES)?,
             logits: nothing(),
             partials: nothing(),
+            pieces: nothing(),
             gathered: nothing(),
             draws: Draws { draws: nothing(), edits: nothing(), allowed: nothing(), weights: nothing() },
             drawn: Vec::new(),
@@ -178,10 +181,10 @@ impl Cuda {
     }
 
     /// `out` is an address with room for `[n, rows]`.
-    fn project_to(&self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
+    fn project_to(&mut self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
         need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
         let layout = DenseLayout::new(weight.rows, weight.cols);
-        let args = DenseArgs {
+        let mut args = DenseArgs {
             x: x.address(),
             weights: weight.buffer.address() + layout.weights.start as u64,
             bias: weight.buffer.address() + layout.bias.start as u64,
@@ -191,11 +194,23 @@ impl Cuda {
             cols: weight.cols as u32,
             add: u32::from(add),
         };
-        let choice = choose::dense(widened, args.n, args.rows);
+        if widened || self.family() == Family::Mma {
+            let choice = choose::dense(widened, args.n, args.rows);
+            return self.launch(&choice.op, choice.grid, choice.shared, &args);
+        }
+        let multiprocessors = self.memory.device.multiprocessors();
+        let (choice, pieces) = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
+        if pieces {
+            let across = weight.cols.div_ceil(16) * 2;
+            self.pieces.reserve_exactly(x.len().next_multiple_of(8) * across * 16)?;
+            let round = PiecesArgs { x: x.address(), pieces: self.pieces.address_mut(), n: args.n, cols: args.cols };
+            self.launch(&DENSE_PIECES, [(x.len() * across).div_ceil(128) as u32, 1, 1], 0, &round)?;
+            args.x = self.pieces.address();
+        }
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 
-    fn project_rows(&self, x: &Rows, weight: &Dense, out: &mut Rows, add: bool) -> Result<(), KernelError> {
+    fn project_rows(&mut self, x: &Rows, weight: &Dense, out: &mut Rows, add: bool) -> Result<(), KernelError> {
         need("a row of a projection's output", out.cols() * 4, weight.rows * 4)?;
         if add {
             need("the rows added to", out.len(), x.len())?;

@@ -1,7 +1,9 @@
 //! Routing, exchange and the experts.
 
 use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
-use phalanx_kernels::{DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
+use phalanx_kernels::{
+    DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Precision, Stack, StepInputs, TokenSource,
+};
 
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
