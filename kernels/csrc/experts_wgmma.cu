@@ -19,6 +19,7 @@
 #include "ptx_sm90.cuh"
 
 #include "experts.cuh"
+#include "ring.cuh"
 
 // Shared memory -----------------------------------------------------------------------------------------------------
 
@@ -31,14 +32,12 @@ struct Ring {
   static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
   static const u32 STAGE = PIECES + ITEMS * BLOCKS * 64;
   // Barriers, stages, the slots' first chunks.
-  static const u32 START = 128, CHUNKS = START + STAGES * STAGE;
+  static const u32 START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
 };
 
 typedef Ring<1, 1, 8, 8, 4, 2> Ring8;
 typedef Ring<1, 1, 32, 8, 3, 2> Ring32;
 typedef Ring<3, 4, 128, 4, 4, 1> Ring128;
-
-static_assert(2 * 8 * 4 <= Ring8::START, "barriers lie before the stages");
 
 // Units -------------------------------------------------------------------------------------------------------------
 
@@ -82,18 +81,6 @@ DEVICE Unit find_unit(const ExpertArgs& a, const u32* chunks, u32 unit, u32 stre
   return {low, unit % stretches * R::WARPS, start + within, end, start / 8 + low + within / 8};
 }
 
-// The stage of the ring that is next, and the parity of its turn.
-template <class R>
-struct Turn {
-  u32 stage, parity;
-  DEVICE void advance() {
-    if (++stage == R::STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Copying -----------------------------------------------------------------------------------------------------------
 
 // A matrix as the block sees it.
@@ -104,7 +91,7 @@ struct Matrix {
 
 // A unit's codes, scales and items, a stage after the other. Each lane of the copying warps has one part, or none.
 template <bool GATE_UP, class R>
-DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R>& turn) {
+DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn) {
   static_assert(2 * R::WARPS + R::ITEMS / 8 <= R::COPIERS * WARP, "a lane has one part at most");
   const Slot& slot = a.slots[unit.slot];
   u32 tiles = least(m.tiles - unit.tile, R::WARPS), item_tiles = (unit.end - unit.first + 7) / 8;
@@ -126,8 +113,8 @@ DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8
   u32 all = warp_sum(bytes);
   for (u32 block = 0; block < m.blocks; block += R::BLOCKS) {
     u32 count = least(m.blocks - block, R::BLOCKS);
-    u64 *full = (u64*)smem + turn.stage, *empty = full + R::STAGES;
-    barrier_wait(empty, turn.parity ^ 1);
+    u64* full = turn.full(smem);
+    barrier_wait(turn.empty(smem), turn.parity ^ 1);
     if (lane_id() == 0) barrier_arrive_expecting(full, count * all);
     __syncwarp();
     if (bytes != 0)
@@ -173,7 +160,7 @@ template <class R>
 struct Walk {
   static const u32 STEP = R::STEP;
   u8* smem;
-  Turn<R>& turn;
+  Turn<R::STAGES>& turn;
   u32 blocks;
   u32 origin;  // where shared memory begins
   u32 stage;   // where the stage begins within it
@@ -181,9 +168,9 @@ struct Walk {
   // Waits for the stage whose turn it is.
   DEVICE void enter() {
 #ifdef PLANT_PHASE
-    barrier_wait((u64*)smem + turn.stage, turn.parity ^ 1);
+    barrier_wait(turn.full(smem), turn.parity ^ 1);
 #elif !defined(PLANT_WAIT)
-    barrier_wait((u64*)smem + turn.stage, turn.parity);
+    barrier_wait(turn.full(smem), turn.parity);
 #endif
 #ifdef PLANT_STAGE
     stage = R::START + (turn.stage + 1) % R::STAGES * R::STAGE;
@@ -220,7 +207,7 @@ struct Walk {
       wgmma<R::ITEMS>(sums, now[i], matrix_descriptor(pieces + 256 * i, 128, stride), i > 0 || block > 0);
     wgmma_commit();
     u32 after = block + COUNT;
-    u64* empty = (u64*)smem + R::STAGES + turn.stage;
+    u64* empty = turn.empty(smem);
     bool leaves = after % R::BLOCKS == 0 || after == blocks;
 #ifdef PLANT_EARLY
     if (leaves && lane_id() == 0) barrier_arrive(empty);
@@ -242,7 +229,7 @@ struct Walk {
 
 // The sums of a unit: a warp has row tile unit.tile + warp.
 template <class R>
-DEVICE void multiply_unit(u32 blocks, u8* smem, Turn<R>& turn, float (&sums)[R::ITEMS / 2]) {
+DEVICE void multiply_unit(u32 blocks, u8* smem, Turn<R::STAGES>& turn, float (&sums)[R::ITEMS / 2]) {
   const u32 STEP = R::STEP;
   u32 even[2 * STEP][4], odd[2 * STEP][4], block = 0;
   Walk<R> walk = {smem, turn, blocks, shared_address(smem), 0};
@@ -297,17 +284,12 @@ DEVICE void expert_wgmma(const ExpertArgs& a) {
               (const u16*)(GATE_UP ? a.rows : a.activations)};
   u32 stretches = (m.tiles + R::WARPS - 1) / R::WARPS;
   bool copies = warp_id() >= R::WARPS;
-  if (threadIdx.x == 0) {
-    for (u32 i = 0; i < R::STAGES; i++) {
-      barrier_init((u64*)smem + i, R::COPIERS);            // full: the copying warps announce
-      barrier_init((u64*)smem + R::STAGES + i, R::WARPS);  // empty: every other warp is done
-    }
-    barrier_init_done();
-  }
+  // Filled by the warps that copy, each announcing its part; emptied by all others.
+  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, R::COPIERS, R::WARPS);
   if (warp_id() == R::WARPS) count_chunks<R::ITEMS>(a, chunks);
   __syncthreads();
   u32 units = chunks[a.slots_count] * stretches;
-  Turn<R> turn = {0, 0};
+  Turn<R::STAGES> turn = {0, 0};
   if (copies) {
     for (u32 i = blockIdx.x; i < units; i += gridDim.x)
       copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);

@@ -57,6 +57,9 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
 // Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Waits for the other threads of a warpgroup; one warpgroup of a block may.
+DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
 // Products ----------------------------------------------------------------------------------------------------------
 
 // Orders what was done to registers before the products that follow; a is what they multiply, made before and not later.

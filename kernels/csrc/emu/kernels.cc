@@ -16,6 +16,10 @@ namespace kernels {
 #include "../sample.cu"
 }
 
+namespace hopper_dense {
+#include "../dense_wgmma.cu"
+}
+
 namespace hopper {
 #include "../experts_wgmma.cu"
 }
@@ -57,15 +61,18 @@ namespace hopper_with_swapped_nibbles {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!wait"
 #define PLANT_WAIT
-namespace hopper_with_wait {
+namespace hopper_without_wait {
 #include "../experts_wgmma.cu"
+}
+namespace hopper_dense_without_wait {
+#include "../dense_wgmma.cu"
 }
 #undef PLANT_WAIT
 
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!phase"
 #define PLANT_PHASE
-namespace hopper_with_phase {
+namespace hopper_with_the_phase_before {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_PHASE
@@ -73,7 +80,7 @@ namespace hopper_with_phase {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!stage"
 #define PLANT_STAGE
-namespace hopper_with_stage {
+namespace hopper_with_the_next_stage {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_STAGE
@@ -81,7 +88,7 @@ namespace hopper_with_stage {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!stride"
 #define PLANT_STRIDE
-namespace hopper_with_stride {
+namespace hopper_with_another_stride {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_STRIDE
@@ -89,7 +96,7 @@ namespace hopper_with_stride {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!fence"
 #define PLANT_FENCE
-namespace hopper_with_fence {
+namespace hopper_without_fence {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_FENCE
@@ -97,7 +104,7 @@ namespace hopper_with_fence {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!registers"
 #define PLANT_REGISTERS
-namespace hopper_with_registers {
+namespace hopper_with_registers_too_early {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_REGISTERS
@@ -105,7 +112,7 @@ namespace hopper_with_registers {
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!early"
 #define PLANT_EARLY
-namespace hopper_with_early {
+namespace hopper_with_stages_too_early {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_EARLY

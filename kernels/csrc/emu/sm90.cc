@@ -146,6 +146,8 @@ static void warpgroup_barrier(Warpgroup& warpgroup) {
   while (warpgroup.generation == generation) yield();
 }
 
+void warpgroup_sync() { warpgroup_barrier(warpgroups[block->current / 128]); }
+
 // Lets others do what they wrongly may while products are under way: such as copy to a stage that is still read.
 static void linger() {
   for (int round = 0; round < 3; round++) {

@@ -28,6 +28,7 @@ void barrier_init(void* barrier, unsigned arrivals);
 void barrier_arrive(void* barrier, unsigned bytes);
 void barrier_wait(void* barrier, unsigned parity);
 void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier);
+void warpgroup_sync();
 void products_fence();
 void product(const Product& product);
 void products_commit();
@@ -43,6 +44,8 @@ inline void barrier_arrive(u64* barrier) { emu::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { emu::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(u64* barrier, u32 parity) { emu::barrier_wait(barrier, parity); }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu::bulk_copy(to, from, bytes, barrier); }
+inline void fence_async() {}
+inline void warpgroup_sync() { emu::warpgroup_sync(); }
 template <u32 N>
 inline void wgmma_fence(u32 (&)[N][4]) {
   emu::products_fence();

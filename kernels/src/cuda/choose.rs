@@ -5,8 +5,8 @@
 
 use super::ops::{
     ATTENTION_BF16, ATTENTION_F32, ATTENTION_SEGMENTS_BF16, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32,
-    DENSE_MMA_8, DENSE_MMA_64, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32,
-    GATE_UP_WGMMA, Op,
+    DENSE_MMA_8, DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs,
+    GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op,
 };
 use crate::{Precision, SEGMENT};
 
@@ -40,6 +40,33 @@ pub(super) fn dense(widened: bool, n: u32, rows: u32) -> Choice<DenseArgs> {
         return Choice { op: DENSE_MMA_8, grid: [tiles, chunks, 1], shared: PARTIALS_BYTES };
     }
     Choice { op: DENSE_MMA_64, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: STAGED_BYTES }
+}
+
+/// A dense kernel on Hopper, as `csrc/dense_wgmma.cu` has it; a multiprocessor holds one block.
+struct DenseRing {
+    /// Tokens of a block.
+    tokens: u32,
+    /// Row tiles of a block.
+    tiles: u32,
+    /// Barriers and stages.
+    shared: u32,
+}
+
+const DENSE_FEW: DenseRing = DenseRing { tokens: 8, tiles: 4, shared: 128 + 6 * 4 * 8 * 512 };
+const DENSE_MANY: DenseRing = DenseRing { tokens: 128, tiles: 8, shared: 128 + 3 * (8 * 8 * 512 + 128 * 8 * 32) };
+
+/// A dense matrix `[rows, cols]` for `n` tokens on Hopper. `true`: of tokens that `dense_pieces` has rounded.
+pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> (Choice<DenseArgs>, bool) {
+    // Few tokens stay with a block, all columns of them.
+    let resident = u64::from(DENSE_FEW.shared) + u64::from(cols.div_ceil(TILE)) * 256;
+    let few = n <= DENSE_FEW.tokens && resident <= u64::from(SHARED_MAX);
+    let (op, ring, shared) = if few {
+        (DENSE_WGMMA_8, DENSE_FEW, resident as u32)
+    } else {
+        (DENSE_WGMMA_128, DENSE_MANY, DENSE_MANY.shared)
+    };
+    let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
+    (Choice { op, grid: [units.min(u64::from(multiprocessors)) as u32, 1, 1], shared }, !few)
 }
 
 /// Query heads of a block of attention.
@@ -234,6 +261,25 @@ mod tests {
         }
         // A small matrix has no more blocks than units.
         assert_eq!(choose(ExpertMatrix::Down, 64, 2, 3).grid, [2, 1, 1]);
+    }
+
+    #[test]
+    fn dense_matrices_on_hopper_have_a_block_for_each_multiprocessor_at_most() {
+        for (n, rows, cols, name, blocks) in [
+            (1, 5120, 2880, "dense_wgmma_8", 80),
+            (8, 2880, 4096, "dense_wgmma_8", 45),
+            (8, 201_088, 2880, "dense_wgmma_8", 132),
+            (9, 5120, 2880, "dense_wgmma_128", 40),
+            (129, 5120, 2880, "dense_wgmma_128", 80),
+            (8192, 5120, 2880, "dense_wgmma_128", 132),
+            // More columns than there is room for.
+            (1, 64, 1 << 20, "dense_wgmma_128", 1),
+        ] {
+            let (choice, pieces) = dense_wgmma(n, rows, cols, 132);
+            assert_eq!((choice.op.kernel.name, choice.grid), (name, [blocks, 1, 1]), "{n} {rows} {cols}");
+            assert_eq!(pieces, name == "dense_wgmma_128");
+            assert!(choice.shared <= SHARED_MAX, "{n} {rows} {cols}: {choice:?}");
+        }
     }
 
     #[test]

@@ -14,9 +14,10 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 10] = [
+const FILES: [(&str, &str); 11] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
+    ("dense_wgmma.cu", include_str!("../../csrc/dense_wgmma.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
@@ -26,12 +27,13 @@ const FILES: [(&str, &str); 10] = [
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
 ];
-const HEADERS: [(&CStr, &str); 5] = [
+const HEADERS: [(&CStr, &str); 6] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
     (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
     (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),
+    (c"ring.cuh", include_str!("../../csrc/ring.cuh")),
 ];
 
 /// Nothing is fused that the source does not fuse: the emulation's bits are the device's.

@@ -28,7 +28,7 @@ pub enum Family {
     /// `mma.sync`, everywhere.
     #[default]
     Mma,
-    /// `wgmma` for the experts in fast precision, on Hopper.
+    /// `wgmma` for all matrices but the router in fast precision, on Hopper.
     Wgmma,
 }
 

@@ -46,8 +46,8 @@ use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
 use self::device::{Buffer, Memory, bytes_of};
 use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
-    ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
-    RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
+    ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, PiecesArgs,
+    RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
 use self::sample::Drawn;
@@ -73,6 +73,8 @@ pub struct Cuda {
     late: Late,
     /// Logits that are drawn from.
     weights: Buffer,
+    /// Rounded rows before a projection, where `wgmma` reads them.
+    pieces: Buffer,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
@@ -99,6 +101,7 @@ impl Cuda {
             partials: nothing(),
             late: Late::new(&memory),
             weights: nothing(),
+            pieces: nothing(),
             drawn: Vec::new(),
             error: None,
             broken: false,
@@ -231,10 +234,10 @@ impl Cuda {
     }
 
     /// `out` is an address with room for `[n, rows]`.
-    fn project_to(&self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
+    fn project_to(&mut self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
         need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
         let layout = DenseLayout::new(weight.rows, weight.cols);
-        let args = DenseArgs {
+        let mut args = DenseArgs {
             x: x.address(),
             weights: weight.buffer.address() + layout.weights.start as u64,
             bias: weight.buffer.address() + layout.bias.start as u64,
@@ -244,11 +247,23 @@ impl Cuda {
             cols: weight.cols as u32,
             add: u32::from(add),
         };
-        let choice = choose::dense(widened, args.n, args.rows);
+        if widened || self.family() == Family::Mma {
+            let choice = choose::dense(widened, args.n, args.rows);
+            return self.launch(&choice.op, choice.grid, choice.shared, &args);
+        }
+        let multiprocessors = self.memory.queue.device().multiprocessors();
+        let (choice, pieces) = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
+        if pieces {
+            let across = weight.cols.div_ceil(16) * 2;
+            self.pieces.reserve_exactly(x.len().next_multiple_of(8) * across * 16)?;
+            let round = PiecesArgs { x: x.address(), pieces: self.pieces.address_mut(), n: args.n, cols: args.cols };
+            self.launch(&DENSE_PIECES, [(x.len() * across).div_ceil(128) as u32, 1, 1], 0, &round)?;
+            args.x = self.pieces.address();
+        }
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 
-    fn project_rows(&self, x: &Rows, weight: &Dense, out: &mut Rows, add: bool) -> Result<(), KernelError> {
+    fn project_rows(&mut self, x: &Rows, weight: &Dense, out: &mut Rows, add: bool) -> Result<(), KernelError> {
         need("a row of a projection's output", out.cols() * 4, weight.rows * 4)?;
         if add {
             need("the rows added to", out.len(), x.len())?;

@@ -63,6 +63,8 @@ args! {
     }
     /// dense.cu
     DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
+    /// dense_wgmma.cu
+    PiecesArgs { x: u64, pieces: u64, n: u32, cols: u32 }
     /// router.cu
     TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
     /// exchange.cu
@@ -130,6 +132,9 @@ pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.c
 pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts.cu", 128);
 pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
 pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 128);
+pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
+pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
+pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
 /// For 8, 32 and 128 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 3] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
@@ -145,7 +150,7 @@ pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "expert
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 35] = [
+pub const KERNELS: [Kernel; 38] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -173,6 +178,9 @@ pub const KERNELS: [Kernel; 35] = [
     GATE_UP_BF16.kernel,
     DOWN_F32.kernel,
     DOWN_BF16.kernel,
+    DENSE_PIECES.kernel,
+    DENSE_WGMMA_8.kernel,
+    DENSE_WGMMA_128.kernel,
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     GATE_UP_WGMMA[2].kernel,

@@ -1,7 +1,8 @@
 //! The numeric contract, bit for bit: a row's result depends on the row, its prefix and the weights, never on how
 //! many rows there are, how a sequence is cut into steps, how many threads work or which instructions they use.
 
-use phalanx_kernels::{DenseFormat, ExpertShape, HostParts, Isa, Precision};
+use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::{Backend, DenseFormat, DenseUse, ExpertShape, HostParts, Isa, Precision, Stack};
 
 use crate::attention::Sequence;
 use crate::compare::{close, same};
@@ -9,7 +10,7 @@ use crate::data::{Expert, Random};
 use crate::experts::{records, work};
 use crate::layer::{Layers, Row, VOCAB};
 use crate::rows::COUNTS;
-use crate::{KINDS, Make, Tested, cudas, make_cpu, references};
+use crate::{HOPPER, KINDS, Make, Tested, cudas, make_cpu, make_cuda, references};
 
 fn token(sequence: u32, position: u32) -> u32 {
     (position * 37 + sequence * 11 + 5) % VOCAB as u32
@@ -144,5 +145,27 @@ fn exact_attention_and_experts_are_the_same_on_cpus_and_on_cuda() {
         received.by_rank[0] = records(Precision::Exact, &vec![vec![0]; 21], &random.numbers(21 * 96));
         let expected = work(&cpu, shape, &[Some(&expert)], 1, &received);
         assert_eq!(work(cuda, shape, &[Some(&expert)], 1, &received), expected, "{}", cuda.name);
+    }
+}
+
+/// Both families of CUDA kernels add a dense matrix's products in one order; a tensor core's own rounding is not emulated.
+#[test]
+fn dense_matrices_are_added_in_one_order_by_both_families() {
+    let (rows, cols) = (70, 1002);
+    let mut random = Random(82);
+    let (weight, values) = (random.tensor(rows * cols, 1.0), random.numbers(20 * cols));
+    let project = |device, count: usize| {
+        let make = make_cuda(device, Precision::Fast);
+        let mut b = make.backend();
+        let stack = [Stack { weight: weight.source(), bias: None }];
+        let dense = b.dense(DenseUse::Projection, cols, &stack).unwrap();
+        let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
+        b.write(&mut x, &values[..count * cols]);
+        b.project(&x, &dense, &mut out);
+        b.read(&out)
+    };
+    for count in [1, 20] {
+        let [mma, wgmma] = [Emulated::default(), HOPPER].map(|device| project(device, count));
+        same(&format!("{count} rows"), rows, &mma, &wgmma).unwrap();
     }
 }

@@ -1,7 +1,8 @@
 //! The suite sees faults: a comparison with something slightly wrong must fail at the tolerances in use.
 
 use phalanx_kernels::cuda::{Emulated, Fault as Planted};
-use phalanx_kernels::{DenseFormat, ExpertShape, HostParts, Isa, Precision};
+use phalanx_kernels::reference::linear::linear;
+use phalanx_kernels::{Backend, DenseFormat, DenseUse, ExpertShape, HostParts, Isa, Precision, Stack};
 
 use crate::attention::Sequence;
 use crate::compare::close;
@@ -133,8 +134,33 @@ fn hopper_experts(device: Emulated) -> Result<(), String> {
     close("experts", hidden, &expected, &wire(&got.by_rank[0]), tolerances::expert(Precision::Fast))
 }
 
+/// A projection on Hopper as wide as several turns of a ring.
+fn hopper_dense(device: Emulated, count: usize) -> Result<(), String> {
+    let (rows, cols) = (65, 1200);
+    let make = make_cuda(device, Precision::Fast);
+    let mut b = make.backend();
+    let mut random = Random(63);
+    let (weight, values) = (random.tensor(rows * cols, 1.0), random.numbers(count * cols));
+    let dense = b.dense(DenseUse::Projection, cols, &[Stack { weight: weight.source(), bias: None }]).unwrap();
+    let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
+    b.write(&mut x, &values);
+    b.project(&x, &dense, &mut out);
+    let got = b.read(&out);
+    b.finish().map_err(|error| error.to_string())?;
+    let weight: Vec<f64> = weight.values.iter().copied().map(f64::from).collect();
+    let bias = vec![0.0; rows];
+    let expected: Vec<f32> =
+        values.chunks(cols).flat_map(|row| linear(&make.projection.round(row), &weight, &bias)).collect();
+    close("a projection", rows, &expected, &got, tolerances::PROJECT)
+}
+
 #[test]
 fn faults_in_hoppers_kernels_are_seen() {
+    for count in [3, 40] {
+        hopper_dense(HOPPER, count).unwrap();
+        let wait = hopper_dense(Emulated { fault: Some(Planted::Wait), ..HOPPER }, count);
+        assert!(wait.is_err(), "a stage that is not waited for is not seen");
+    }
     hopper_experts(HOPPER).unwrap();
     for fault in [
         Planted::Nibbles,
@@ -148,6 +174,5 @@ fn faults_in_hoppers_kernels_are_seen() {
     ] {
         let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER });
         assert!(seen.is_err(), "{fault:?} is not seen");
-        println!("{fault:?}: {}", seen.unwrap_err());
     }
 }

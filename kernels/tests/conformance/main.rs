@@ -185,6 +185,7 @@ conformance!(
     rows::gathers,
     rows::norms,
     rows::projects,
+    rows::projects_any_number_of_rows,
     rows::stacks_matrices,
     rows::adds_a_projection,
     attention::rotates,

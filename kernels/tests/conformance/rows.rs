@@ -109,6 +109,29 @@ pub(crate) fn projects<B: Tested>(make: &Make<B>) {
     }
 }
 
+/// A row's projection is the same bits beside any number of others, also where columns make several turns of a ring.
+pub(crate) fn projects_any_number_of_rows<B: Tested>(make: &Make<B>) {
+    let (rows, cols, most) = (70, 1002, 140);
+    let mut b = make.backend();
+    let mut random = Random(7);
+    let (weight, bias) = (random.tensor(rows * cols, 1.0), random.tensor(rows, 1.0));
+    let values = random.numbers(most * cols);
+    let stack = [Stack { weight: weight.source(), bias: Some(bias.source()) }];
+    let dense = b.dense(DenseUse::Projection, cols, &stack).unwrap();
+    let (mut x, mut out) = (b.rows(most, cols), b.rows(most, rows));
+    let mut project = |count: usize| {
+        b.write(&mut x, &values[..count * cols]);
+        b.project(&x, &dense, &mut out);
+        b.read(&out)
+    };
+    let all = project(most);
+    for count in COUNTS.into_iter().chain([128, 129]) {
+        let what = format!("{}, {count} of {most} rows", make.name);
+        same(&what, rows, &all[..count * rows], &project(count)).unwrap();
+    }
+    b.finish().unwrap();
+}
+
 pub(crate) fn stacks_matrices<B: Tested>(make: &Make<B>) {
     // Borders of the stacked matrices fall inside tiles.
     let (heights, cols) = ([24, 5, 1, 40], 32);

@@ -22,6 +22,7 @@ fn shape(config: &ModelConfig, rows: usize, sequences: usize) -> ScratchShape {
         sequences,
         positions: n(config.context),
         pools: [Pool::Full, Pool::Window].len(),
+        hidden: n(config.hidden),
         heads: n(config.heads),
         head_dim: n(config.head_dim),
         experts: n(config.experts),
