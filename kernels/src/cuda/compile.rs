@@ -12,7 +12,7 @@ use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
@@ -22,6 +22,7 @@ const FILES: [(&str, &str); 9] = [
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
+    ("slots.cu", include_str!("../../csrc/slots.cu")),
 ];
 const HEADERS: [(&CStr, &str); 3] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),

@@ -136,6 +136,18 @@ impl Device for Emulated {
     fn synchronize(&self) -> Result<(), KernelError> {
         Ok(())
     }
+
+    fn is_idle(&self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        Ok(std::ptr::null_mut())
+    }
+
+    fn uuid(&self) -> Result<[u8; 16], KernelError> {
+        Ok([0; 16])
+    }
 }
 
 /// An address as a pointer.

@@ -19,6 +19,7 @@ mod ops;
 mod pack;
 mod rows;
 mod sample;
+mod slots;
 mod status;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub use emulated::{Emulated, Fault};
 pub use exchange::{Experts, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
+pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};
 
 use self::choose::DIM_MAX;
 use self::device::{Buffer, Memory};
@@ -322,11 +324,6 @@ impl Cuda {
 
     /// Reads what kernels found wrong, and forgets it.
     fn take_status(&mut self) -> Result<(), KernelError> {
-        let bytes = self.status.download(status::BYTES)?;
-        let words = [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte])));
-        if words[0] != 0 {
-            self.status.upload(0, &[0; status::BYTES])?;
-        }
-        status::read(words)
+        status::take(&mut self.status)
     }
 }

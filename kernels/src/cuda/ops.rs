@@ -67,12 +67,13 @@ args! {
     /// exchange.cu
     DispatchArgs {
         x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
+        gathered: u32, unused: u32,
     }
     /// exchange.cu
     ReceiveArgs {
         received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, counts: u64,
         results: u64, status: u64, record_bytes: u64, result_bytes: u64,
-        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, unused: u32,
+        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32,
     }
     /// exchange.cu
     CopyRowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, words: u32, unused: u32 }
@@ -82,6 +83,14 @@ args! {
     CombineArgs {
         results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
         rows: u32, hidden: u32, top_k: u32, ranks: u32,
+    }
+    /// slots.cu
+    PackArgs {
+        bytes: u64, parts: u64, moment: u64, slots: u64, status: u64, slot_bytes: u64, exchange: u32, from: u32,
+    }
+    /// slots.cu
+    UnpackArgs {
+        slots: u64, moment: u64, parts: u64, status: u64, slot_bytes: u64, row_bytes: u64, exchange: u32, ranks: u32,
     }
     /// experts.cu
     ExpertArgs {
@@ -124,10 +133,12 @@ pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.c
 pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts.cu", 128);
 pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
 pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 128);
+pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
+pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 28] = [
+pub const KERNELS: [Kernel; 30] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -155,5 +166,7 @@ pub const KERNELS: [Kernel; 28] = [
     GATE_UP_BF16.kernel,
     DOWN_F32.kernel,
     DOWN_BF16.kernel,
+    PACK.kernel,
+    UNPACK.kernel,
     SAMPLE.kernel,
 ];
