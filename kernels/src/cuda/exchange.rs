@@ -19,8 +19,8 @@ use crate::{ExpertShape, HostParts, KernelError, NO_SLOT, Precision, wire};
 const BLOCK_ROWS: usize = 32;
 /// Bytes of a part's place: where it begins and how long it is, u64 each.
 pub(super) const PART: usize = 16;
-/// Parts begin at multiples of this.
-pub(super) const PART_ALIGNMENT: usize = 4;
+/// Parts that lie one after the other begin at multiples of this.
+pub const PART_ALIGNMENT: usize = 4;
 /// Ranks and slots that an entry of a gathered record can name.
 const GATHERED_MAX: usize = 1 << 16;
 /// Bytes of an expert's entry in the slot table: six addresses.

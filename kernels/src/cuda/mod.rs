@@ -27,7 +27,7 @@ use std::sync::Arc;
 pub use device::{Device, Launch};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault};
-pub use exchange::{Experts, Parts, Places, Work};
+pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};

@@ -65,6 +65,8 @@ pub struct Step<'a, W: Watch> {
     pub fence: Fence,
     /// When waiting becomes a failure.
     pub deadline: Instant,
+    /// Rows of each rank in it, `[ranks]`.
+    pub rows_of_rank: &'a [u32],
     /// Who watches.
     pub watch: &'a W,
     /// Where the time goes.
@@ -144,6 +146,7 @@ impl<B: Backend> GptOss<B> {
         let mut laps = Laps { phases: step.phases, last: Instant::now() };
 
         collectives.begin(step.fence, step.deadline);
+        collectives.expect(step.rows_of_rank);
         b.begin(inputs, rope);
         b.embed(&weights.embedding, &mut m.x);
         laps.lap(Phase::Input);
@@ -163,6 +166,7 @@ impl<B: Backend> GptOss<B> {
 
             step.watch.at(index, Phase::Dispatch);
             let dispatch = Exchange { layer: index, kind: ExchangeKind::Dispatch, row_bytes: dispatch_bytes };
+            collectives.prepare(dispatch, &mut m.outgoing);
             b.dispatch(&m.normed, &m.routes, &layer.places, &mut m.outgoing);
             collectives.start(dispatch, &mut m.outgoing)?;
             collectives.finish(dispatch, &mut m.incoming)?;
@@ -181,6 +185,8 @@ impl<B: Backend> GptOss<B> {
             b.combine(&m.incoming, &m.routes, &layer.places, &mut m.x);
             laps.lap(Phase::Combine);
         }
+        collectives.settle()?;
+        laps.lap(Phase::Combine);
         b.norm(&m.x, &weights.final_norm, eps, &mut m.normed);
         laps.lap(Phase::Unembed);
         Ok(())
