@@ -124,6 +124,14 @@ impl Nccl {
         Self { grace, ..self }
     }
 
+    /// Goes this way in the step that has begun.
+    #[cfg(test)]
+    pub(super) fn go(&mut self, way: Way) {
+        self.way = way;
+        let Fence { term, epoch, step } = self.step.fence;
+        self.port.begin([term.0, epoch.0, step.0]).unwrap();
+    }
+
     fn lost(&self, exchange: Exchange, why: &dyn std::error::Error) -> CollectiveError {
         let Exchange { layer, kind, .. } = exchange;
         CollectiveError::Lost { rank: self.control.rank(), layer, kind, why: why.to_string() }

@@ -21,6 +21,7 @@ use stream::{Group, Pending, Sending, Work, enqueue};
 pub(super) use stream::{advance, new_stream};
 
 const SUCCESS: c_int = 0;
+const INTERNAL_ERROR: c_int = 3;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
 const IN_PROGRESS: c_int = 7;
@@ -32,6 +33,10 @@ pub(super) const API: Api = Api(&TABLE);
 /// NCCL before 2.27.
 pub(super) const OLD_API: Api = Api(&OLD_TABLE);
 
+/// NCCL that lets nobody join.
+pub(super) const REFUSING_API: Api = Api(&REFUSING_TABLE);
+
+static REFUSING_TABLE: Table = Table { init: refuse, ..OLD_TABLE };
 static TABLE: Table = Table { shrink: Some(shrink), ..OLD_TABLE };
 const OLD_TABLE: Table = Table {
     get_unique_id,
@@ -67,6 +72,9 @@ pub(super) struct Faults {
     pub(super) all: c_int,
     /// The asynchronous state is asked so often before a call is through.
     pub(super) slow: u32,
+    /// How often the asynchronous state was asked, and how often it was an error.
+    pub(super) asked: u32,
+    pub(super) asked_failed: u32,
 }
 
 /// The ranks that share an id.
@@ -199,6 +207,16 @@ unsafe extern "C" fn init(
     IN_PROGRESS
 }
 
+unsafe extern "C" fn refuse(
+    _out: *mut ncclComm_t,
+    _ranks: c_int,
+    _id: ncclUniqueId,
+    _rank: c_int,
+    _config: *mut ncclConfig_t,
+) -> c_int {
+    INTERNAL_ERROR
+}
+
 unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int {
     let Some(comm) = comm(pointer, "ncclCommGetAsyncError") else { return INVALID_USAGE };
     let smaller = lock(&comm.child).take_if(|(_, child)| lock(&child.world).joined == child.ranks);
@@ -208,6 +226,9 @@ unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int 
     }
     let shrinking = lock(&comm.child).is_some();
     let mut world = lock(&comm.world);
+    let failed = world.faults(comm.rank).async_error != SUCCESS;
+    world.faults(comm.rank).asked += 1;
+    world.faults(comm.rank).asked_failed += u32::from(failed);
     let (joined, faults) = (world.joined, world.faults(comm.rank).clone());
     let slow = comm.slow.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
     let waiting = shrinking || joined < comm.ranks || faults.joins_never || slow;

@@ -184,6 +184,50 @@ fn a_rank_that_dies_while_joining_is_named() {
     }
 }
 
+/// Rank 2 sends rank 0 what only rank 0 sees: rank 1 hears from rank 0 whom to blame before rank 0 is gone.
+#[test]
+fn a_rank_that_cannot_join_says_whose_fault_it_is() {
+    let mut group = controls(3);
+    let dead = group.pop().unwrap();
+    let over = std::sync::Barrier::new(3);
+    let errors = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A rank that allows longer parts than the others.
+            let mut bad = dead.allowing(PAYLOAD_MAX);
+            join::agree(API, &mut bad, epoch(), Instant::now() + PATIENCE).unwrap();
+            let mut send = HostParts::new(3);
+            send.by_rank[0] = vec![0; 5000];
+            bad.start(exchange(0, DISPATCH), &mut send).unwrap();
+            over.wait();
+        });
+        each(group, |control| {
+            let error = join(control, options()).map(|_| ()).unwrap_err();
+            over.wait();
+            error
+        })
+    });
+    let corrupt = matches!(&errors[0], JoinError::Control(CollectiveError::Corrupt { rank: Rank(2), .. }));
+    assert!(corrupt, "{}", errors[0]);
+    let told = matches!(&errors[1], JoinError::Control(CollectiveError::Lost { rank: Rank(2), why, .. })
+        if why.contains("rank 0 gave up on it"));
+    assert!(told, "{}", errors[1]);
+}
+
+/// A rank whose own device is at fault says so before it is gone.
+#[test]
+fn a_rank_that_nccl_refuses_says_so_before_it_goes() {
+    let errors = each(controls(2), |control| {
+        let api = if control.rank() == Rank(0) { API } else { fake::REFUSING_API };
+        let backend = Cuda::new(Ordered::new(), Precision::Fast).unwrap();
+        let port = Port::new(&backend, 0).unwrap();
+        Nccl::join(api, control, port, options()).map(|_| ()).unwrap_err()
+    });
+    let told = matches!(&errors[0], JoinError::Control(CollectiveError::Lost { rank: Rank(1), why, .. })
+        if why.contains("gave up on it"));
+    assert!(told, "{}", errors[0]);
+    assert!(errors[1].to_string().contains("ncclCommInitRankConfig failed: internal error"), "{}", errors[1]);
+}
+
 #[test]
 fn what_the_library_refuses_is_an_error_with_its_name() {
     let id = API.unique_id().unwrap();
@@ -254,6 +298,43 @@ fn a_rank_whose_gpu_fails_is_named_by_all() {
     }
     assert!(errors[1].to_string().contains("unhandled CUDA error"), "{}", errors[1]);
     clean(&world, 3);
+}
+
+/// NCCL says that something remote failed before the culprit is heard of: there is time for that, whether a call says so
+/// or the state does later.
+#[test]
+fn a_remote_failure_is_not_blamed_on_who_sees_it() {
+    for at_once in [true, false] {
+        let group = hosted(2);
+        let world = group[0].world();
+        let count = |of: fn(&fake::Faults) -> u32| of(fake::lock(&world).faults(0));
+        if at_once {
+            fake::lock(&world).faults(0).async_error = 6;
+        }
+        let errors = each(group, |c| {
+            let mut c = Hosted { nccl: c.nccl.with_grace(PATIENCE), ..c };
+            c.begin(fence(1), Instant::now() + PATIENCE);
+            let mut send = HostParts { by_rank: vec![vec![7; ROW]; 2] };
+            c.start(exchange(0, DISPATCH), &mut send).unwrap();
+            if c.rank() == Rank(0) {
+                return Some(c.finish(exchange(0, DISPATCH), &mut HostParts::default()).unwrap_err());
+            }
+            let before = count(|faults| faults.asked);
+            while !at_once && count(|faults| faults.asked) < before + 10 {
+                std::thread::yield_now();
+            }
+            fake::lock(&world).faults(0).async_error = 6;
+            // It dies only after rank 0 has heard that something failed, and would have said so.
+            while count(|faults| faults.asked_failed) == 0 {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            None
+        });
+        let lost = matches!(&errors[0], Some(CollectiveError::Lost { rank: Rank(1), .. }));
+        assert!(lost, "{errors:?}");
+        clean(&world, 2);
+    }
 }
 
 #[test]
