@@ -67,6 +67,7 @@ const DRIVER: &str = r#"
     int cuDeviceGetAttribute(int *value, int attribute, int device) {
         *value = attribute == 75 ? 9 : attribute == 76 ? device - 40 : -1; return 0; }
     int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)80 << 30; return 0; }
+    int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, device, 16); return 0; }
     static int current, contexts;
     int cuDevicePrimaryCtxRetain(void **context, int device) { contexts++; *context = &contexts; return device == 41; }
     int cuDevicePrimaryCtxRelease_v2(int device) { contexts--; return 0; }

@@ -120,7 +120,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     ///
     /// # Errors
     /// A plan that is refused leaves everything as it was; a failed exchange or constraint ends the epoch.
-    pub fn run(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
+    pub fn run(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
         if let Some(outcome) = self.outcomes.of(plan.header.fence)? {
             return outcome;
         }
@@ -130,7 +130,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         outcome
     }
 
-    fn step(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
+    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);

@@ -46,6 +46,9 @@ const HEADS: u32 = 8;
 /// Dimensions of a head, at most.
 pub(super) const DIM_MAX: usize = 128;
 
+/// What attention by single segments may leave for its merge; beyond that there is work for all multiprocessors anyway.
+pub(super) const PARTIALS_BYTES_MAX: usize = 256 << 20;
+
 /// Rows of a tile of attention, for heads of up to 64 dimensions and for wider ones.
 pub(super) const TILE_ROWS: [usize; 2] = [8, 4];
 

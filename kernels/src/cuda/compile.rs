@@ -127,20 +127,55 @@ impl Cache {
         }
     }
 
+    /// The machine code of all kernels: (file, code). `on_progress` hears the bytes of source that are done, and all.
+    ///
+    /// # Errors
+    /// Those of [`Cache::cubin`].
+    pub fn cubins(
+        &self,
+        arch: &str,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Vec<(&'static str, Vec<u8>)>, CompileError> {
+        let total = FILES.iter().map(|(_, text)| text.len() as u64).sum();
+        let mut done = 0;
+        let mut cubins = Vec::with_capacity(FILES.len());
+        on_progress(done, total);
+        for (file, text) in FILES {
+            cubins.push((file, self.cubin(file, arch)?));
+            done += text.len() as u64;
+            on_progress(done, total);
+        }
+        Ok(cubins)
+    }
+
+    /// Whether all kernels are there, so that nothing needs to be compiled.
+    #[must_use]
+    pub fn has_all(&self, arch: &str) -> bool {
+        FILES.iter().all(|(file, text)| self.find(file, text, arch).1.is_some())
+    }
+
+    /// Where the machine code of a file is or may be, and what is there.
+    fn find(&self, file: &str, text: &str, arch: &str) -> (Vec<PathBuf>, Option<Vec<u8>>) {
+        let folder = self.folder.join(format!("sm_{arch}"));
+        let stem = format!("{}-{}-nvrtc", file.trim_end_matches(".cu"), hash(text, arch));
+        let paths = match version() {
+            Some((major, minor)) => vec![folder.join(format!("{stem}{major}.{minor}.cubin"))],
+            None => named(&folder, &stem),
+        };
+        let kept = paths.iter().find_map(|path| std::fs::read(path).ok().filter(|bytes| is_cubin(bytes)));
+        (paths, kept)
+    }
+
     fn find_or_make(&self, file: &str, arch: &str) -> Result<Made, CompileError> {
         let (file, text) = FILES
             .iter()
             .find(|(name, _)| *name == file)
             .ok_or_else(|| CompileError::NoFile { file: file.to_owned() })?;
-        let folder = self.folder.join(format!("sm_{arch}"));
-        let stem = format!("{}-{}-nvrtc", file.trim_end_matches(".cu"), hash(text, arch));
-        let kept = match version() {
-            Some((major, minor)) => vec![folder.join(format!("{stem}{major}.{minor}.cubin"))],
-            None => named(&folder, &stem),
-        };
-        if let Some(cubin) = kept.iter().find_map(|path| std::fs::read(path).ok().filter(|bytes| is_cubin(bytes))) {
+        let (kept, cubin) = self.find(file, text, arch);
+        if let Some(cubin) = cubin {
             return Ok(Made::Kept(cubin));
         }
+        let folder = self.folder.join(format!("sm_{arch}"));
         if !available() {
             return Err(CompileError::NoCompiler { file, arch: arch.to_owned(), folder });
         }

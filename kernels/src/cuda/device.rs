@@ -109,6 +109,16 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     fn uuid(&self) -> Result<[u8; 16], KernelError>;
 }
 
+/// Buffers begin at multiples of this.
+pub(super) const ALIGNMENT: usize = 256;
+
+/// The size of a buffer that grows to hold `bytes`: up to an eighth more, so that it seldom grows again. Never less for
+/// more.
+pub(super) fn grown(bytes: usize) -> usize {
+    let step = bytes.checked_next_power_of_two().unwrap_or(0) / 8;
+    bytes.checked_next_multiple_of(step.max(ALIGNMENT)).unwrap_or(bytes)
+}
+
 /// A device and the bytes held of it.
 #[derive(Debug)]
 pub(super) struct Memory {
@@ -176,10 +186,12 @@ impl Buffer {
         self.bytes
     }
 
-    /// Makes it at least `bytes` long, in powers of two; what it held is lost if it grows.
+    /// Makes it at least `bytes` long; what it held is lost if it grows.
     pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
         if bytes > self.bytes {
-            *self = self.memory.zeroed(bytes.checked_next_power_of_two().unwrap_or(bytes))?;
+            // What was there goes first: both together are never held.
+            *self = self.memory.nothing();
+            *self = self.memory.zeroed(grown(bytes))?;
         }
         Ok(())
     }

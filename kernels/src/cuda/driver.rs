@@ -48,7 +48,7 @@ fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError {
 }
 
 /// The architecture to compile for: with its own instructions where the kernels may use them.
-fn arch_of((major, minor): (i32, i32)) -> String {
+pub(super) fn arch_of((major, minor): (i32, i32)) -> String {
     let own = if matches!((major, minor), (9, 0) | (10, 0 | 3) | (12, 0)) { "a" } else { "" };
     format!("{major}{minor}{own}")
 }
@@ -78,11 +78,11 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
 }
 
 impl Driver {
-    /// The GPU of this number, with kernels from `cache` or compiled.
+    /// The GPU of this number, with kernels from `cache` or compiled; `on_progress` as in [`Cache::cubins`].
     ///
     /// # Errors
     /// [`KernelError::Device`]: no driver, no such GPU, or no kernels for it.
-    pub fn open(ordinal: usize, cache: &Cache) -> Result<Self, KernelError> {
+    pub fn open(ordinal: usize, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Self, KernelError> {
         let refused = |why: String| KernelError::Device { what: "be used", why };
         let count = devices().ok_or_else(|| refused("there is no CUDA driver (libcuda.so.1)".to_owned()))?;
         if ordinal >= count {
@@ -103,7 +103,7 @@ impl Driver {
             functions: HashMap::new(),
             modules: Vec::new(),
         };
-        driver.load(cache)?;
+        driver.load(cache, on_progress)?;
         Ok(driver)
     }
 
@@ -113,14 +113,11 @@ impl Driver {
         &self.arch
     }
 
-    fn load(&mut self, cache: &Cache) -> Result<(), KernelError> {
-        let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
-        files.sort_unstable();
-        files.dedup();
-        for file in files {
-            let cubin = cache
-                .cubin(file, &self.arch)
-                .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+    fn load(&mut self, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<(), KernelError> {
+        let cubins = cache
+            .cubins(&self.arch, on_progress)
+            .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+        for (file, cubin) in cubins {
             let load = failed("load its kernels");
             // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
             // own size, and is copied by the driver.
@@ -270,7 +267,7 @@ impl Device for Driver {
 /// # Errors
 /// [`KernelError::Device`].
 pub fn open(ordinal: usize, folder: &Path, precision: crate::Precision) -> Result<super::Cuda, KernelError> {
-    let driver = Driver::open(ordinal, &Cache::new(folder))?;
+    let driver = Driver::open(ordinal, &Cache::new(folder), &mut |_, _| ())?;
     super::Cuda::new(Arc::new(driver), precision)
 }
 
@@ -287,7 +284,7 @@ mod tests {
     #[test]
     fn a_machine_without_a_driver_says_so() {
         if devices().is_none() {
-            let error = Driver::open(0, &Cache::new(Path::new("unused"))).unwrap_err().to_string();
+            let error = Driver::open(0, &Cache::new(Path::new("unused")), &mut |_, _| ()).unwrap_err().to_string();
             assert!(error.contains("no CUDA driver"), "{error}");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::device::{Device, Launch};
 use super::ops::Kernel;
@@ -32,6 +33,47 @@ pub enum Fault {
     Nibbles,
 }
 
+/// What emulated devices hold, and when they break.
+#[derive(Debug)]
+pub struct Meter {
+    held: AtomicU64,
+    peak: AtomicU64,
+    launches_left: AtomicU64,
+}
+
+impl Meter {
+    /// A meter that lets so many launches pass; all later ones fail.
+    #[must_use]
+    pub const fn new(launches: u64) -> Self {
+        Self { held: AtomicU64::new(0), peak: AtomicU64::new(0), launches_left: AtomicU64::new(launches) }
+    }
+
+    /// The most bytes that were ever held at once.
+    #[must_use]
+    pub fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Lets no more than so many further launches pass.
+    pub fn leave(&self, launches: u64) {
+        self.launches_left.store(launches, Ordering::Relaxed);
+    }
+
+    fn hold(&self, bytes: usize) {
+        let held = self.held.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.peak.fetch_max(held, Ordering::Relaxed);
+    }
+
+    fn free(&self, bytes: usize) {
+        self.held.fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn lets_launch(&self) -> bool {
+        let less = |left: u64| left.checked_sub(1);
+        self.launches_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    }
+}
+
 /// Kernels on the CPU: every call is done when it returns.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Emulated {
@@ -39,6 +81,8 @@ pub struct Emulated {
     pub fault: Option<Fault>,
     /// The largest allocation that succeeds.
     pub largest: Option<usize>,
+    /// Watches all devices that have it.
+    pub meter: Option<&'static Meter>,
 }
 
 impl Emulated {
@@ -82,10 +126,19 @@ impl Device for Emulated {
             Layout::from_size_align(bytes, ALIGNMENT).map_err(|error| failed("allocate", error.to_string()))?;
         // SAFETY: callers never ask for 0 bytes.
         let memory = unsafe { alloc(layout) };
-        if memory.is_null() { Err(failed("allocate", format!("no {bytes} bytes"))) } else { Ok(memory.addr() as u64) }
+        if memory.is_null() {
+            return Err(failed("allocate", format!("no {bytes} bytes")));
+        }
+        if let Some(meter) = self.meter {
+            meter.hold(bytes);
+        }
+        Ok(memory.addr() as u64)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
+        if let Some(meter) = self.meter {
+            meter.free(bytes);
+        }
         if let Ok(layout) = Layout::from_size_align(bytes, ALIGNMENT) {
             // SAFETY: the caller promises that this is an allocation of this layout.
             unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout) };
@@ -117,6 +170,9 @@ impl Device for Emulated {
     }
 
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
+        if self.meter.is_some_and(|meter| !meter.lets_launch()) {
+            return Err(failed("run a kernel", format!("{}: the device is broken", launch.kernel.name)));
+        }
         let name = self.name(launch.kernel);
         // SAFETY: the caller promises that the arguments are the kernel's; the emulation checks their size.
         let done = unsafe {
@@ -175,7 +231,7 @@ mod tests {
             (Fault::Window, "attention_segments_bf16_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
         ] {
-            let device = Emulated { fault: Some(fault), largest: None };
+            let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();
             assert_eq!(device.name(kernel).to_str(), Ok(name));
             assert_eq!(device.name(&KERNELS[0]).to_str(), Ok(KERNELS[0].name));

@@ -37,18 +37,20 @@ pub struct Parts {
     pub(super) places: Buffer,
     /// This rank, if dispatch records are for all ranks in one part: each rank picks its own.
     pub(super) gathered: Option<u32>,
+    /// Why the bytes are worthless.
+    pub(super) fault: Option<KernelError>,
 }
 
 impl Parts {
     pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
         // Parts of any length may come from other ranks, each on a border or behind the header of its slot.
         let bytes = Arc::new(memory.zeroed(bytes_max + ranks * SLOT_HEADER)?);
-        Ok(Self { ranks, bytes_max, bytes, places: memory.zeroed(ranks * PART)?, gathered: None })
+        Ok(Self { ranks, bytes_max, bytes, places: memory.zeroed(ranks * PART)?, gathered: None, fault: None })
     }
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
         let (bytes, places) = (Arc::new(memory.nothing()), memory.nothing());
-        Self { ranks, bytes_max: 0, bytes, places, gathered: None }
+        Self { ranks, bytes_max: 0, bytes, places, gathered: None, fault: None }
     }
 
     #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
@@ -57,7 +59,13 @@ impl Parts {
     }
 
     /// Where each part lies, `[ranks]` of (start, bytes); waits.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
     pub(super) fn places(&self) -> Result<Vec<(usize, usize)>, KernelError> {
+        if let Some(error) = &self.fault {
+            return Err(error.clone());
+        }
         let places = self.places.download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
@@ -66,7 +74,7 @@ impl Parts {
     /// The bytes, on the host; waits.
     ///
     /// # Errors
-    /// [`KernelError::Device`].
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
     pub fn download(&self) -> Result<HostParts, KernelError> {
         let places = self.places()?;
         let end = places.iter().map(|(start, bytes)| start.saturating_add(*bytes)).max().unwrap_or(0);
@@ -95,7 +103,7 @@ impl Parts {
         })?;
         to.upload(0, &bytes)?;
         self.places.upload(0, &bytes_of(&places))?;
-        self.gathered = None;
+        (self.gathered, self.fault) = (None, None);
         Ok(())
     }
 }

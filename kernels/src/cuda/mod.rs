@@ -19,6 +19,7 @@ mod ops;
 mod pack;
 mod rows;
 mod sample;
+mod scratch;
 mod slots;
 mod status;
 
@@ -26,13 +27,14 @@ use std::sync::Arc;
 
 pub use device::{Device, Launch};
 #[cfg(feature = "cuda-emu")]
-pub use emulated::{Emulated, Fault};
+pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
+pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};
 
-use self::choose::DIM_MAX;
+use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
 use self::device::{Buffer, Memory};
 use self::inputs::{Inputs, Sight, upload};
 use self::ops::{
@@ -260,9 +262,11 @@ impl Cuda {
         let rows = qkv.len() as u32;
         let blocks = if self.precision == Precision::Exact { rows } else { count as u32 };
         let multiprocessors = self.memory.device.multiprocessors();
-        let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, segments as u32);
+        let partials = [qkv.len(), heads, segments, (2 + dim) * 4].into_iter().fold(1, usize::saturating_mul);
+        let shared_out = if partials > PARTIALS_BYTES_MAX { 1 } else { segments as u32 };
+        let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, shared_out);
         if split {
-            self.partials.reserve(qkv.len() * heads * segments * (2 + dim) * 4)?;
+            self.partials.reserve(partials)?;
         }
         let (tables, stride) = self.inputs.table(layer.pool);
         let args = AttentionArgs {

@@ -10,14 +10,16 @@ use crate::random::uniform;
 use crate::{Draw, KernelError, NO_SLOT, Sampled};
 
 /// Rows drawn by one launch: each needs a copy of its logits.
-const ROWS: usize = 32;
+pub(super) const ROWS: usize = 32;
+/// Bytes of draws that one launch takes, unless a single draw has more.
+pub(super) const DRAWS_BYTES: usize = 4 << 20;
 /// Nothing is asked for, or nothing is given.
 const NONE: u32 = u32::MAX;
 /// Bytes of a draw, of an edit, of what was drawn, and of a likely token, as `csrc/sample.cu` has them.
-const DRAW: usize = 56;
-const EDIT: usize = 12;
-const DRAWN: usize = 24;
-const TOP: usize = 8;
+pub(super) const DRAW: usize = 56;
+pub(super) const EDIT: usize = 12;
+pub(super) const DRAWN: usize = 24;
+pub(super) const TOP: usize = 8;
 /// Shared memory: a number in f64 of each of 256 threads.
 const SHARED: u32 = 256 * 8;
 

@@ -127,7 +127,7 @@ impl Port {
         }
         has_room(parts, end)?;
         parts.places.upload(0, &bytes_of(&places))?;
-        parts.gathered = None;
+        (parts.gathered, parts.fault) = (None, None);
         Ok(parts.bytes.address())
     }
 
@@ -163,8 +163,12 @@ impl Port {
     /// address of the first slot.
     ///
     /// # Errors
-    /// [`KernelError::Size`] without room for the slots, [`KernelError::Device`].
+    /// [`KernelError::Size`] without room for the slots, [`KernelError::Device`]; what went wrong in the step before the
+    /// parts were written.
     pub fn pack(&mut self, parts: &Parts, slot: Slot, me: u32) -> Result<u64, KernelError> {
+        if let Some(error) = &parts.fault {
+            return Err(error.clone());
+        }
         let count = if parts.gathered.is_some() { 1 } else { parts.ranks };
         let need = count * slot.stride();
         if need > self.slots.bytes() || !slot.bytes.is_multiple_of(16) {
@@ -200,7 +204,7 @@ impl Port {
     /// # Errors
     /// [`KernelError::Device`].
     pub fn unpack(&mut self, parts: &mut Parts, slot: Slot, gathered: Option<u32>) -> Result<(), KernelError> {
-        parts.gathered = gathered;
+        (parts.gathered, parts.fault) = (gathered, None);
         let args = UnpackArgs {
             slots: parts.bytes.address(),
             moment: self.moment.address(),

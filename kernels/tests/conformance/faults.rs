@@ -97,7 +97,7 @@ fn compare_attention(device: Emulated, precision: Precision, window: Option<u32>
 /// Kernels with a fault in them fail the checks that the right ones pass.
 #[test]
 fn faults_in_kernels_are_seen() {
-    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault), largest: None });
+    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault), ..Emulated::default() });
     for precision in crate::PRECISIONS {
         let experts = |device| compare_experts(&make_cuda(device, precision), |_| (), 7.0);
         experts(right).unwrap();

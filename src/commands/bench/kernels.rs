@@ -12,6 +12,7 @@ use phalanx_kernels::cpu::ceiling::{Ceilings, Yardstick};
 use phalanx_kernels::{Backend, Cpu};
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{DenseType, Precision};
+use phalanx_worker::device::DeviceRequest;
 use serde_json::json;
 
 use self::cases::{Arithmetic, Case, DIM, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Sequences, VOCAB, norm, sample};
@@ -69,13 +70,21 @@ impl Shape {
 #[error("no op's name contains {0:?}, or only with fewer rows than these; `phalanx bench kernels --help` names them")]
 struct NoOp(String);
 
+/// GPUs are not measured.
+#[derive(Debug, thiserror::Error)]
+#[error("`phalanx bench kernels` measures CPUs: leave --device out or give cpu; `phalanx bench offline` takes GPUs")]
+struct OnlyCpus;
+
 /// Runs `phalanx bench kernels`.
 ///
 /// # Errors
 /// The threads cannot be started, or an op fails.
 pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
-    let device = args.device.device(1)?;
-    let mut cpu = device.backend()?;
+    if let DeviceRequest::Cuda(_) = args.device.device {
+        return Err(OnlyCpus.into());
+    }
+    let device = DeviceArgs { device: DeviceRequest::Cpu, ..args.device }.device(1)?;
+    let mut cpu = device.cpu()?;
     let yardstick = Yardstick::new();
     let arithmetic = match device.dense {
         DenseType::Q8 => Arithmetic::Q8,

@@ -60,7 +60,7 @@ pub struct GptOss<B: Backend> {
 }
 
 /// One step's surroundings.
-pub struct Step<'a, W: Watch> {
+pub struct Step<'a, W: Watch + ?Sized> {
     /// Which step it is.
     pub fence: Fence,
     /// When waiting becomes a failure.
@@ -109,6 +109,8 @@ impl<B: Backend> GptOss<B> {
         let buffers = Buffers::new(&mut backend, &config, ranks, slots, limits);
         let weights = Weights::load(&mut backend, stored, placement, rank, on_progress)?;
         let rope = rope::table(&config.rope, config.head_dim);
+        // Memory that could not be had is known now.
+        backend.finish()?;
         Ok(Self { config, rope, backend, weights, kv, buffers })
     }
 
@@ -133,7 +135,7 @@ impl<B: Backend> GptOss<B> {
     ///
     /// # Errors
     /// An exchange failed: the step is worthless and the communicator broken.
-    pub fn forward<C: Collectives<B::Parts>, W: Watch>(
+    pub fn forward<C: Collectives<B::Parts>, W: Watch + ?Sized>(
         &mut self,
         inputs: &StepInputs,
         collectives: &mut C,
@@ -168,8 +170,7 @@ impl<B: Backend> GptOss<B> {
             let dispatch = Exchange { layer: index, kind: ExchangeKind::Dispatch, row_bytes: dispatch_bytes };
             collectives.prepare(dispatch, &mut m.outgoing);
             b.dispatch(&m.normed, &m.routes, &layer.places, &mut m.outgoing);
-            collectives.start(dispatch, &mut m.outgoing)?;
-            collectives.finish(dispatch, &mut m.incoming)?;
+            collectives.exchange(dispatch, &mut m.outgoing, &mut m.incoming)?;
             laps.lap(Phase::Dispatch);
 
             step.watch.at(index, Phase::Experts);
@@ -180,8 +181,7 @@ impl<B: Backend> GptOss<B> {
 
             step.watch.at(index, Phase::Combine);
             let combine = Exchange { layer: index, kind: ExchangeKind::Combine, row_bytes: combine_bytes };
-            collectives.start(combine, &mut m.outgoing)?;
-            collectives.finish(combine, &mut m.incoming)?;
+            collectives.exchange(combine, &mut m.outgoing, &mut m.incoming)?;
             b.combine(&m.incoming, &m.routes, &layer.places, &mut m.x);
             laps.lap(Phase::Combine);
         }

@@ -137,13 +137,17 @@ impl Nccl {
         CollectiveError::Lost { rank: self.control.rank(), layer, kind, why: why.to_string() }
     }
 
+    fn device(&self, error: KernelError) -> CollectiveError {
+        CollectiveError::Device { rank: self.control.rank(), error }
+    }
+
     fn me(&self) -> usize {
         self.control.rank().index()
     }
 
     /// Bytes to each rank, once the ops are done that write them.
     fn sizes(&self, exchange: Exchange, send: &Parts) -> Result<Vec<usize>, CollectiveError> {
-        let failed = |error: KernelError| self.lost(exchange, &error);
+        let failed = |error| self.device(error);
         for look in 0.. {
             if self.port.is_idle().map_err(failed)? {
                 break;
@@ -180,12 +184,12 @@ impl Nccl {
     }
 
     /// Enqueues that the parts are put into slots.
-    fn pack(&mut self, exchange: Exchange, send: &Parts, slot: Slot) -> Result<(), CollectiveError> {
+    fn pack(&mut self, send: &Parts, slot: Slot) -> Result<(), CollectiveError> {
         let packed = match self.fault.take() {
             Some(fault) => Err(fault),
             None => self.port.pack(send, slot, self.me() as u32),
         };
-        let at = packed.map_err(|error| self.failed(self.lost(exchange, &error)))?;
+        let at = packed.map_err(|error| self.failed(self.device(error)))?;
         self.sent = Some(Sent::Slots(at, slot));
         Ok(())
     }
@@ -219,9 +223,8 @@ impl Nccl {
         sizes: &[usize],
     ) -> Result<(), CollectiveError> {
         let me = self.me();
-        let failed = |nccl: &Self, error: KernelError| nccl.lost(exchange, &error);
-        let into = self.port.room(received, sizes).map_err(|error| failed(self, error))?;
-        let stream = self.port.stream().map_err(|error| failed(self, error))?;
+        let into = self.port.room(received, sizes).map_err(|error| self.device(error))?;
+        let stream = self.port.stream().map_err(|error| self.device(error))?;
         let transfers = all_to_all(me, sent, sizes, PART_ALIGNMENT);
         let source = outgoing.address();
         // SAFETY: both addresses are the port's and have room for the parts as the schedule lays them out; who frees them
@@ -231,7 +234,7 @@ impl Nccl {
         self.enqueued(exchange, enqueued)?;
         // SAFETY: this rank's own part, as both sides lay it out; source and room are different parts.
         let kept = unsafe { self.port.copy(source + from as u64, into + to as u64, sizes[me]) };
-        kept.map_err(|error| failed(self, error))?;
+        kept.map_err(|error| self.device(error))?;
         self.wait(exchange, None, Goal::Done)
     }
 
@@ -245,9 +248,8 @@ impl Nccl {
     ) -> Result<(), CollectiveError> {
         let (me, ranks, stride) = (self.me(), self.shape.ranks, slot.stride());
         let gathered = self.gathers(exchange);
-        let failed = |nccl: &Self, error: KernelError| nccl.lost(exchange, &error);
-        let into = self.port.landing(received, slot).map_err(|error| failed(self, error))?;
-        let stream = self.port.stream().map_err(|error| failed(self, error))?.cast();
+        let into = self.port.landing(received, slot).map_err(|error| self.device(error))?;
+        let stream = self.port.stream().map_err(|error| self.device(error))?.cast();
         // SAFETY: the port has checked that there is room at both for the slots; who frees them does so in the order of
         // the stream.
         let enqueued = unsafe {
@@ -262,12 +264,12 @@ impl Nccl {
         if !gathered {
             let own = (me * stride) as u64;
             // SAFETY: this rank's own slot, within the slots that are sent and the room for those that come.
-            unsafe { self.port.copy(at + own, into + own, stride) }.map_err(|error| failed(self, error))?;
+            unsafe { self.port.copy(at + own, into + own, stride) }.map_err(|error| self.device(error))?;
         }
         // Without blocking, NCCL may put its work on the stream later: what reads it must not come first.
         self.wait(exchange, None, Goal::Enqueued)?;
         let me = gathered.then_some(me as u32);
-        self.port.unpack(received, slot, me).map_err(|error| failed(self, error))?;
+        self.port.unpack(received, slot, me).map_err(|error| self.device(error))?;
         self.step.count_slots((ranks - 1) * stride);
         (self.last, self.in_flight) = (Some(exchange), self.in_flight + 1);
         if self.in_flight >= IN_FLIGHT_MAX {
@@ -304,7 +306,7 @@ impl Nccl {
             if fault.is_none() {
                 match self.communicator.poll() {
                     Ok(settled) => {
-                        let idle = goal == Goal::Enqueued || self.port.is_idle().map_err(|e| self.lost(exchange, &e))?;
+                        let idle = goal == Goal::Enqueued || self.port.is_idle().map_err(|e| self.device(e))?;
                         if settled && idle {
                             return Ok(());
                         }
@@ -409,7 +411,7 @@ impl Collectives<Parts> for Nccl {
         self.step.open(exchange)?;
         match self.shape.slot(self.way, exchange) {
             None => self.announce(exchange, send),
-            Some(slot) => self.pack(exchange, send, slot),
+            Some(slot) => self.pack(send, slot),
         }
     }
 
@@ -438,7 +440,7 @@ impl Collectives<Parts> for Nccl {
         self.port.check().map_err(|error| {
             let error = match error {
                 KernelError::Received { rank, what } => CollectiveError::Corrupt { rank: Rank(rank as u32), what },
-                other => self.lost(last, &other),
+                other => self.device(other),
             };
             self.failed(error)
         })

@@ -37,21 +37,24 @@ impl Ordered {
     }
 }
 
-const DEVICE: Emulated = Emulated { fault: None, largest: None };
+/// What the ops run on.
+fn emulated() -> Emulated {
+    Emulated::default()
+}
 
 impl Device for Ordered {
     fn multiprocessors(&self) -> u32 {
-        DEVICE.multiprocessors()
+        emulated().multiprocessors()
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
-        DEVICE.allocate(bytes)
+        emulated().allocate(bytes)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
         // SAFETY: the caller's promise, once all that was enqueued before is done.
         self.enqueue(move || unsafe {
-            DEVICE.free(address, bytes);
+            emulated().free(address, bytes);
             Ok(())
         });
     }
@@ -59,25 +62,25 @@ impl Device for Ordered {
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         let from = from.to_vec();
         // SAFETY: the caller's promise; what is freed later is freed behind this.
-        self.enqueue(move || unsafe { DEVICE.upload(&from, to) });
+        self.enqueue(move || unsafe { emulated().upload(&from, to) });
         Ok(())
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
         self.synchronize()?;
         // SAFETY: the caller's promise.
-        unsafe { DEVICE.download(from, to) }
+        unsafe { emulated().download(from, to) }
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
         // SAFETY: the caller's promise; what is freed later is freed behind this.
-        self.enqueue(move || unsafe { DEVICE.copy(from, to, bytes) });
+        self.enqueue(move || unsafe { emulated().copy(from, to, bytes) });
         Ok(())
     }
 
     unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
         // SAFETY: the caller's promise; what is freed later is freed behind this.
-        self.enqueue(move || unsafe { DEVICE.zero(to, bytes) });
+        self.enqueue(move || unsafe { emulated().zero(to, bytes) });
         Ok(())
     }
 
@@ -88,7 +91,7 @@ impl Device for Ordered {
         unsafe { std::ptr::copy_nonoverlapping(args.cast::<u8>(), copied.as_mut_ptr().cast(), args_bytes) };
         // SAFETY: the caller's promise; what is freed later is freed behind this.
         self.enqueue(move || unsafe {
-            DEVICE.launch(Launch { kernel: &kernel, grid, shared }, copied.as_ptr().cast(), args_bytes)
+            emulated().launch(Launch { kernel: &kernel, grid, shared }, copied.as_ptr().cast(), args_bytes)
         });
         Ok(())
     }
