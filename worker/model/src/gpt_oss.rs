@@ -120,6 +120,12 @@ impl<B: Backend> GptOss<B> {
         &self.config
     }
 
+    /// What computes it.
+    #[must_use]
+    pub const fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Bytes of weights, KV and buffers held.
     #[must_use]
     pub fn allocated(&self) -> u64 {
@@ -237,6 +243,12 @@ impl<B: Backend> GptOss<B> {
     }
 }
 
+/// Bytes from all ranks that a step has room for: rows of every rank, or the results of this one's.
+pub fn incoming_bytes<B: Backend>(b: &B, config: &ModelConfig, ranks: u32, limits: &Limits) -> usize {
+    let (rows, top_k, hidden) = (limits.step_rows_max as usize, config.top_k as usize, config.hidden as usize);
+    (rows * ranks as usize * b.dispatch_record(top_k, hidden)).max(rows * top_k * b.combine_record(hidden))
+}
+
 impl<B: Backend> Buffers<B> {
     fn new(b: &mut B, config: &ModelConfig, ranks: u32, slots: u32, limits: &Limits) -> Self {
         let n = |v: u32| v as usize;
@@ -245,7 +257,7 @@ impl<B: Backend> Buffers<B> {
         let choices = top_k.min(n(slots));
         let outgoing = (rows * top_k.min(n(ranks)) * b.dispatch_record(top_k, hidden))
             .max(received * choices * b.combine_record(hidden));
-        let incoming = (received * b.dispatch_record(top_k, hidden)).max(rows * top_k * b.combine_record(hidden));
+        let incoming = incoming_bytes(b, config, ranks, limits);
         Self {
             x: b.rows(rows, hidden),
             normed: b.rows(rows, hidden),

@@ -2,11 +2,15 @@
 
 use std::time::Instant;
 
+use phalanx_kernels::cuda::Port;
+use phalanx_kernels::cuda::libraries::Missing;
 use phalanx_kernels::{HostParts, KernelError};
 use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
 use phalanx_proto::{Fence, LayerIdx, Rank};
 
 use super::communicator::{Communicator, NcclError};
+use super::exchange::Nccl;
+use super::offer::{NoCarrier, Offer, carrier, share};
 use super::table::{Api, UniqueId};
 use super::way::Shape;
 use crate::collectives::tcp::Tcp;
@@ -38,9 +42,40 @@ pub enum JoinError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] KernelError),
+    /// The library that was there is there no more.
+    #[error("{0}")]
+    Library(String),
+    /// The ranks cannot exchange as they are asked to.
+    #[error(transparent)]
+    Carrier(#[from] NoCarrier),
     /// Rank 0 sent no id.
     #[error("rank 0 sent no NCCL id; all ranks must run the same build on the same kind of device")]
     NoId,
+}
+
+/// Joins the ranks over NCCL if all of them can; else gives `control` back, which then carries the rows itself. Says once
+/// which of the two, and why.
+///
+/// # Errors
+/// A rank failed, the deadline passed, or the ranks are asked for what they cannot.
+pub fn join_if_all_can(
+    api: impl FnOnce() -> Result<Api, Missing>,
+    mut control: Tcp,
+    offer: Offer,
+    port: Port,
+    options: JoinOptions,
+) -> Result<Result<Nccl, Tcp>, JoinError> {
+    let offers = share(&mut control, offer, options.fence, options.deadline)?;
+    let chosen = carrier(&offers)?;
+    if !chosen.nccl {
+        tracing::info!("rows travel between GPUs over TCP: {}", chosen.why);
+        return Ok(Err(control));
+    }
+    tracing::info!("rows travel between GPUs over NCCL: {}", chosen.why);
+    // Ranks that share a GPU need its multiprocessors for each other's exchanges, too.
+    let channels_max = if chosen.shared { Some(1) } else { options.channels_max };
+    let api = api().map_err(|missing| JoinError::Library(missing.to_string()))?;
+    Nccl::join(api, control, port, JoinOptions { channels_max, ..options }).map(Ok)
 }
 
 /// Rank 0 makes an id and sends it to all over their connections, on which each has proven that it may join.
@@ -61,7 +96,12 @@ pub(super) fn agree(api: Api, control: &mut Tcp, fence: Fence, deadline: Instant
 }
 
 /// Joins the ranks that have the id over NCCL, as long as all of them are there.
-pub(super) fn gather(api: Api, id: UniqueId, control: &mut Tcp, options: &JoinOptions) -> Result<Communicator, JoinError> {
+pub(super) fn gather(
+    api: Api,
+    id: UniqueId,
+    control: &mut Tcp,
+    options: &JoinOptions,
+) -> Result<Communicator, JoinError> {
     let (rank, ranks) = (control.rank().index(), control.size() as usize);
     let mut communicator = Communicator::join(api, id, rank, ranks, options.channels_max)?;
     communicator.settle("while ranks joined", options.deadline, || control.listen(JOINING).map_err(JoinError::from))?;
@@ -74,7 +114,9 @@ pub(super) fn tell(control: &mut Tcp, error: JoinError) -> JoinError {
     let lost = |why: String| CollectiveError::Lost { rank: control.rank(), layer, kind, why };
     let told = match &error {
         JoinError::Control(error) => error.clone(),
-        JoinError::Nccl(_) | JoinError::Device(_) | JoinError::NoId => lost(error.to_string()),
+        JoinError::Nccl(_) | JoinError::Device(_) | JoinError::Carrier(_) | JoinError::Library(_) | JoinError::NoId => {
+            lost(error.to_string())
+        }
     };
     control.fail(told);
     error

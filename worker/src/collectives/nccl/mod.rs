@@ -17,6 +17,7 @@ mod exchange;
 #[cfg(test)]
 mod fake;
 mod join;
+mod offer;
 mod schedule;
 mod state;
 mod table;
@@ -26,7 +27,8 @@ mod way;
 
 pub use communicator::{Communicator, NcclError};
 pub use exchange::{CONTROL_BYTES, Nccl};
-pub use join::{JoinError, JoinOptions};
+pub use join::{JoinError, JoinOptions, join_if_all_can};
+pub use offer::{Carrier, ExchangeRequest, NoCarrier, Offer, carrier};
 pub use schedule::{Direction, Transfer, all_to_all, fixed, starts};
 pub use state::{Event, State};
 pub use table::{Api, Code, UniqueId};

@@ -616,9 +616,8 @@ fn a_library_that_fails_everywhere_is_survived() {
 
 #[test]
 fn all_ranks_learn_the_same_id() {
-    let ids = each(controls(4), |mut control| {
-        join::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap()
-    });
+    let ids =
+        each(controls(4), |mut control| join::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap());
     assert!(ids.iter().all(|id| *id == ids[0]));
 }
 

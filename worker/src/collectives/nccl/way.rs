@@ -65,7 +65,8 @@ impl Shape {
     fn has_slots(&self, rows: u32) -> bool {
         let strides = self.strides(rows);
         let of = |ranks: usize, stride: usize| ranks.saturating_mul(stride);
-        let sent = strides.iter().fold(0_usize, |sum, &stride| sum.saturating_add(of(self.ranks.saturating_sub(1), stride)));
+        let sent =
+            strides.iter().fold(0_usize, |sum, &stride| sum.saturating_add(of(self.ranks.saturating_sub(1), stride)));
         sent <= LAYER_BYTES_MAX && strides.iter().all(|&stride| of(self.ranks, stride) <= self.room)
     }
 
@@ -155,7 +156,10 @@ mod tests {
     #[test]
     fn rows_are_gathered_where_they_visit_half_of_the_ranks() {
         let gathered = |ranks| shape(ranks).gathers();
-        assert_eq!([1, 2, 3, 4, 5, 6, 7, 8, 16].map(gathered), [false, true, true, true, true, true, false, false, false]);
+        assert_eq!(
+            [1, 2, 3, 4, 5, 6, 7, 8, 16].map(gathered),
+            [false, true, true, true, true, true, false, false, false]
+        );
         // Where every rank has an expert of every row.
         assert!(Shape { experts: 4, top_k: 4, ..shape(4) }.gathers());
         assert!(!Shape { experts: 8, top_k: 1, ..shape(8) }.gathers());
@@ -164,8 +168,13 @@ mod tests {
     fn shapes() -> impl Strategy<Value = Shape> {
         let row_bytes = [1_usize..8000, 1..8000];
         (1_usize..33, 1_usize..129, 1_usize..9, row_bytes, 0_u32..5000, 0_usize..1 << 26).prop_map(
-            |(ranks, experts, top_k, row_bytes, rows_max, room)| {
-                Shape { ranks, experts, top_k, row_bytes, rows_max, room }
+            |(ranks, experts, top_k, row_bytes, rows_max, room)| Shape {
+                ranks,
+                experts,
+                top_k,
+                row_bytes,
+                rows_max,
+                room,
             },
         )
     }

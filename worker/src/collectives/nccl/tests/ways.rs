@@ -147,7 +147,13 @@ impl Member {
     }
 
     /// A step of so many layers.
-    fn step(&mut self, step: u64, routing: &Routing, way: Option<Way>, layers: u32) -> Result<Outcome, CollectiveError> {
+    fn step(
+        &mut self,
+        step: u64,
+        routing: &Routing,
+        way: Option<Way>,
+        layers: u32,
+    ) -> Result<Outcome, CollectiveError> {
         self.begin(step, Instant::now() + PATIENCE, routing, way);
         let gathered = matches!(way, Some(Way::Gather { .. }));
         let mut received = None;
@@ -298,7 +304,10 @@ fn a_rank_that_takes_no_part_ends_the_step_with_its_deadline() {
                 member.dispatch(0).unwrap();
                 let error = member.nccl.settle().unwrap_err();
                 let late = |waiting_for: &[Rank]| waiting_for == [Rank(1)];
-                assert!(matches!(&error, CollectiveError::Deadline { waiting_for, .. } if late(waiting_for)), "{error}");
+                assert!(
+                    matches!(&error, CollectiveError::Deadline { waiting_for, .. } if late(waiting_for)),
+                    "{error}"
+                );
             }
             done.wait();
         });
