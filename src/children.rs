@@ -39,7 +39,7 @@ impl Children {
                 .args(["worker", "--child", "--model", model])
                 .args(["--device", &device.processor.to_string()])
                 .args(["--precision", &device.precision.to_string(), "--dense", &device.dense.to_string()])
-                .args(["--threads", &device.threads.to_string()])
+                .args(["--threads", &device.threads.to_string(), "--exchange", &device.exchange.to_string()])
                 .env("PHALANX_CLUSTER_TOKEN", token.reveal())
                 .env_remove("PHALANX_CLUSTER_TOKEN_FILE")
                 .stdin(Stdio::piped())

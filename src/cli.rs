@@ -10,6 +10,7 @@ use phalanx_model::{CheckpointError, LoadError};
 use phalanx_planner::EngineConfig;
 use phalanx_proto::{ConfigError, DenseType, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
+use phalanx_worker::collectives::nccl::ExchangeRequest;
 use phalanx_worker::device::{
     Choice, Device, DeviceError, DeviceRequest, DriverGpus, Probe, Processor, choose_device, cores,
 };
@@ -204,8 +205,18 @@ impl DeviceArgs {
             weight_cache: !self.no_weight_cache,
             isa: self.isa.map(Into::into),
             gpus: &DriverGpus,
+            exchange: ExchangeRequest::Auto,
         })
     }
+}
+
+/// How workers reach each other.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Computing")]
+pub struct ExchangeArgs {
+    /// What carries rows between GPUs: `auto` takes NCCL where all workers can and else TCP, `tcp`, or `nccl`
+    #[arg(long, env = "PHALANX_EXCHANGE", value_name = "TRANSPORT", default_value_t)]
+    pub exchange: ExchangeRequest,
 }
 
 /// How much a worker takes at once.

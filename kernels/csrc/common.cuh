@@ -48,6 +48,11 @@ DEVICE u32 most(u32 a, u32 b) { return a > b ? a : b; }
 // The larger number; b if either is NaN.
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
+// Bytes to or from a rank, in a buffer with those of all.
+struct Part {
+  u64 start, bytes;
+};
+
 // bf16 --------------------------------------------------------------------------------------------------------------
 
 DEVICE float widen(u16 bits) { return float_of((u32)bits << 16); }
@@ -97,6 +102,7 @@ struct Status {
 };
 enum { STATUS_RECEIVED = 1, STATUS_TOKEN = 2 };
 enum { PART_NOT_WHOLE = 0, SLOT_EMPTY = 1, TOO_MANY_ROWS = 2, FEWER_RESULTS = 3, MORE_RESULTS = 4 };
+enum { SLOT_STALE = 5, SLOT_STRAY = 6, SLOT_TOO_SMALL = 7, NOTHING_WRONG = 8 };
 
 // Called by one thread of the grid at a time; ops follow each other on one stream, so the first stays.
 DEVICE void report(Status* status, u32 code, u32 what, u32 index, u32 len) {

@@ -3,6 +3,9 @@
 // The parts of all ranks lie in one buffer in rank order, each on a border of 4 bytes; where they begin and how long they
 // are stays on the device. A dispatch record is K slots and the row in the wire type (f32 or bf16).
 //
+// Records may also be gathered: one part for all ranks, in which every row is once, and an entry says the rank above the
+// slot (16 bits each). Each rank picks its own when it receives.
+//
 // Nothing is counted twice or by chance: a block that needs the number of records before its own counts them itself,
 // from the routes, so that no block waits for another.
 #include "common.cuh"
@@ -14,11 +17,6 @@ struct Place {
   u32 rank, slot;
 };
 
-// Bytes to or from a rank.
-struct Part {
-  u64 start, bytes;
-};
-
 // Dispatch ----------------------------------------------------------------------------------------------------------
 
 struct DispatchArgs {
@@ -28,9 +26,11 @@ struct DispatchArgs {
   u8* out;               // records
   Part* parts;           // [ranks]
   u32 rows, hidden, top_k, ranks;
+  u32 gathered, unused;  // 1: one part for all ranks
 };
 
 DEVICE bool visits(const DispatchArgs& a, u32 row, u32 rank) {
+  if (a.gathered) return true;
   for (u32 k = 0; k < a.top_k; k++)
     if (a.places[a.experts[row * a.top_k + k]].rank == rank) return true;
   return false;
@@ -80,7 +80,8 @@ DEVICE void dispatch(const DispatchArgs& a) {
     u8* record = a.out + records[i] * record_bytes;
     for (u32 k = threadIdx.x; k < a.top_k; k += EXCHANGE_THREADS) {
       Place place = a.places[a.experts[row * a.top_k + k]];
-      ((u32*)record)[k] = place.rank == rank ? place.slot : NO_SLOT;
+      u32 own_slot = place.rank == rank ? place.slot : NO_SLOT;
+      ((u32*)record)[k] = a.gathered ? place.rank << 16 | place.slot : own_slot;
     }
     W* values = (W*)(record + a.top_k * 4);
     for (u32 c = threadIdx.x; c < a.hidden; c += EXCHANGE_THREADS) store(values + c, a.x[(u64)row * a.hidden + c]);
@@ -103,8 +104,16 @@ struct ReceiveArgs {
   Part* results;          // [ranks]: the parts that go back
   Status* status;
   u64 record_bytes, result_bytes;
-  u32 ranks, top_k, slots, rows_max, items_max, unused;
+  u32 ranks, top_k, slots, rows_max, items_max;
+  u32 me;  // of gathered records, those of this rank; NO_SLOT: they are all its own
 };
+
+// The slot of an entry of a part, or NO_SLOT if it is for another rank.
+DEVICE u32 slot_of(const ReceiveArgs& a, const u8* part, u32 entry) {
+  u32 slot = *(const u32*)(part + entry / a.top_k * a.record_bytes + entry % a.top_k * 4);
+  if (a.me == NO_SLOT) return slot;
+  return slot >> 16 == a.me ? slot & 0xffff : NO_SLOT;
+}
 
 // Checks every rank's records, and lists rows and items; one block. Rows of a rank whose bytes do not fit are left out.
 KERNEL(receive, EXCHANGE_THREADS, ReceiveArgs) {
@@ -121,7 +130,7 @@ KERNEL(receive, EXCHANGE_THREADS, ReceiveArgs) {
     u32 bad = 0, held = 0;
     if (whole) {
       for (u32 e = threadIdx.x; e < entries; e += EXCHANGE_THREADS) {
-        u32 slot = *(const u32*)(part + e / a.top_k * a.record_bytes + e % a.top_k * 4);
+        u32 slot = slot_of(a, part, e);
         if (slot == NO_SLOT) continue;
         held += 1;
         bad |= slot >= a.slots || a.filled[slot] == 0;
@@ -135,7 +144,7 @@ KERNEL(receive, EXCHANGE_THREADS, ReceiveArgs) {
       for (u32 chunk = 0; chunk < entries; chunk += EXCHANGE_THREADS) {
         u32 e = chunk + threadIdx.x;
         u32 slot = NO_SLOT;
-        if (e < entries) slot = *(const u32*)(part + e / a.top_k * a.record_bytes + e % a.top_k * 4);
+        if (e < entries) slot = slot_of(a, part, e);
         u32 ballot = __ballot_sync(FULL, slot != NO_SLOT);
         __syncthreads();
         if (lane_id() == 0) sums[warp_id()] = __popc(ballot);

@@ -8,8 +8,9 @@ use clap::Args;
 use phalanx_coordinator::api::ApiKeys;
 use phalanx_coordinator::harmony::ReasoningEffort;
 use phalanx_model::nano;
+use phalanx_worker::device::Device;
 
-use crate::cli::{DeviceArgs, EngineArgs, LimitArgs, TokenArgs};
+use crate::cli::{DeviceArgs, EngineArgs, ExchangeArgs, LimitArgs, TokenArgs};
 use crate::commands::{note, say};
 use crate::server::{self, LocalOptions, LocalServer};
 
@@ -78,6 +79,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
+    exchange: ExchangeArgs,
+    #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
     engine: EngineArgs,
@@ -103,6 +106,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode> {
         let choice = args.device.choose()?;
         note(&choice);
         let device = args.device.device_on(&choice, args.workers * args.replicas)?;
+        let device = Device { exchange: args.exchange.exchange, ..device };
         let options = LocalOptions {
             model: args.model,
             workers: args.workers,

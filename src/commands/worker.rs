@@ -9,12 +9,13 @@ use clap::Args;
 use phalanx_model::{checkpoint, nano};
 use phalanx_wire::token::check_listener;
 use phalanx_worker::collectives::tcp::Listener;
+use phalanx_worker::device::Device;
 use phalanx_worker::host::ModelHost;
 use phalanx_worker::{process, service};
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use crate::cli::{DeviceArgs, LOOPBACK_ANY_PORT, TokenArgs};
+use crate::cli::{DeviceArgs, ExchangeArgs, LOOPBACK_ANY_PORT, TokenArgs};
 use crate::commands::{note, say, say_json};
 use crate::server;
 
@@ -37,6 +38,8 @@ pub struct WorkerArgs {
     #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
+    exchange: ExchangeArgs,
+    #[command(flatten)]
     token: TokenArgs,
 }
 
@@ -54,7 +57,8 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let data = Listener::bind(data_listen, token.as_ref().map(phalanx_wire::ClusterToken::bytes))
         .with_context(|| format!("cannot listen on {data_listen}"))?;
-    let host = ModelHost::new(checkpoint, args.device.device_on(&choice, 1)?, data)?;
+    let device = Device { exchange: args.exchange.exchange, ..args.device.device_on(&choice, 1)? };
+    let host = ModelHost::new(checkpoint, device, data)?;
     let runtime = server::runtime()?;
     runtime.block_on(async {
         let listen = args.listen;

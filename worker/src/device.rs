@@ -16,6 +16,7 @@ use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision, Scra
 pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
 pub use gpus::{DriverGpus, GpuReport, Gpus};
 
+use crate::collectives::nccl::ExchangeRequest;
 use crate::process::memory_pool;
 
 /// Memory of a worker process before it holds anything.
@@ -42,6 +43,8 @@ pub struct Device {
     pub isa: Option<Isa>,
     /// Where GPUs come from.
     pub gpus: &'static dyn Gpus,
+    /// What carries rows between GPUs.
+    pub exchange: ExchangeRequest,
 }
 
 impl Device {

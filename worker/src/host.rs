@@ -88,7 +88,7 @@ impl Host for ModelHost {
         let deadline = Instant::now() + GATHER_WAIT;
         let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline)?;
         let collectives = collectives.watched_by(self.progress.clone());
-        let rank = model.join(collectives, *limits, *fence);
+        let rank = model.join_over(collectives, self.device.exchange, *limits, *fence, payload_max)?;
         let allocated = rank.allocated();
         self.rank = Some(rank);
         Ok(allocated)

@@ -1,17 +1,27 @@
 //! A rank, whatever it computes on: loaded, joined with the others, run.
 
+use std::time::{Duration, Instant};
+
 use phalanx_kernels::Backend;
 use phalanx_kernels::HostParts;
 use phalanx_kernels::cpu::Cpu;
-use phalanx_kernels::cuda::Cuda;
+use phalanx_kernels::cuda::{Cuda, Port};
+use phalanx_model::gpt_oss::incoming_bytes;
 use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, Collectives, GptOss, LoadError, Watch};
 use phalanx_proto::{Fence, Limits, Placement, Rank, StepPlan, StepResult};
 
+use crate::collectives::nccl::{
+    Api, ExchangeRequest, JoinError, JoinOptions, NoCarrier, Offer, Shape, join_if_all_can,
+};
 use crate::collectives::staged::Staged;
+use crate::collectives::tcp::Tcp;
 use crate::device::{Device, Processor};
 use crate::runner::{Runner, StepError};
 use crate::weight_cache;
+
+/// Longest wait for ranks that TCP has joined to join over NCCL.
+const JOIN_WAIT: Duration = Duration::from_secs(120);
 
 /// What a rank holds.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +65,46 @@ impl LoadedModel {
                 Ok(Self::Cuda(Box::new(load(backend, device.weight_cache, share, on_stage)?)))
             }
         }
+    }
+
+    /// A rank that is ready for the step after `fence`, and reaches the others over TCP; or, between GPUs, over NCCL where
+    /// all ranks can and are asked to.
+    ///
+    /// # Errors
+    /// The ranks are asked for what they cannot, or one of them failed.
+    pub fn join_over(
+        self,
+        control: Tcp,
+        exchange: ExchangeRequest,
+        limits: Limits,
+        fence: Fence,
+        payload_max: u32,
+    ) -> Result<Box<dyn LoadedRank>, JoinError> {
+        let model = match self {
+            Self::Cuda(model) if control.size() > 1 => *model,
+            Self::Cpu(_) if exchange == ExchangeRequest::Nccl => {
+                return Err(NoCarrier::Cpu { rank: control.rank() }.into());
+            }
+            alone => return Ok(alone.join(control, limits, fence)),
+        };
+        let (config, backend, ranks) = (model.config(), model.backend(), control.size());
+        let (top_k, hidden) = (config.top_k as usize, config.hidden as usize);
+        let shape = Shape {
+            ranks: ranks as usize,
+            experts: config.experts as usize,
+            top_k,
+            row_bytes: [backend.dispatch_record(top_k, hidden), backend.combine_record(hidden)],
+            rows_max: limits.step_rows_max,
+            room: incoming_bytes(backend, config, ranks, &limits),
+        };
+        let deadline = Instant::now() + JOIN_WAIT;
+        let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
+        let port = Port::new(backend, shape.slots_bytes())?;
+        let offer = Offer::of(exchange, &port);
+        Ok(match join_if_all_can(Api::load, control, offer, port, options)? {
+            Ok(nccl) => Box::new(Runner::new(model, nccl, limits, fence)),
+            Err(control) => Box::new(Runner::new(model, Staged::new(control), limits, fence)),
+        })
     }
 
     /// A rank that is ready for the step after `fence`, and reaches the others over `collectives`.

@@ -45,6 +45,16 @@ pub enum StepError {
         /// What does not fit.
         why: &'static str,
     },
+    /// The plan's header does not speak of its rows; nothing was touched.
+    #[error("the plan has {rows} rows for rank {rank}, and its header says {said:?} for the ranks: it is damaged")]
+    Header {
+        /// This rank.
+        rank: Rank,
+        /// Rows of the plan.
+        rows: usize,
+        /// Rows of each rank by the header.
+        said: Vec<u32>,
+    },
     /// The plan brings a constraint table that is here; nothing was touched.
     #[error("constraint table {} is here already: give each table of an epoch its own id", .0.0)]
     Table(TableId),
@@ -143,7 +153,8 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
         let jobs = self.constrained(plan);
         let forward = || -> Result<(), StepError> {
-            let step = Step { fence, deadline, watch, phases: &mut result.phases };
+            let rows_of_rank = &plan.header.rows_of_rank;
+            let step = Step { fence, deadline, rows_of_rank, watch, phases: &mut result.phases };
             Ok(self.model.forward(&inputs, &mut self.collectives, step)?)
         };
         let ((), jobs) = self.beside.evaluate(jobs, forward)?;

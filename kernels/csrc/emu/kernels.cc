@@ -14,6 +14,7 @@ namespace kernels {
 #include "../rope.cu"
 #include "../router.cu"
 #include "../sample.cu"
+#include "../slots.cu"
 }
 
 namespace hopper_dense {

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 12] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("dense_wgmma.cu", include_str!("../../csrc/dense_wgmma.cu")),
@@ -26,6 +26,7 @@ const FILES: [(&str, &str); 11] = [
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
+    ("slots.cu", include_str!("../../csrc/slots.cu")),
 ];
 const HEADERS: [(&CStr, &str); 6] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),

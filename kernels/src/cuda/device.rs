@@ -124,6 +124,25 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// [`KernelError::Device`].
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError>;
+
+    /// Whether all that was enqueued is done; does not wait.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; also for what failed before on the stream.
+    fn is_idle(&self) -> Result<bool, KernelError>;
+
+    /// Makes the device the calling thread's, and gives its stream, as CUDA's libraries want it; null where there is
+    /// none.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn stream(&self) -> Result<*mut c_void, KernelError>;
+
+    /// Which device of all there are.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn uuid(&self) -> Result<[u8; 16], KernelError>;
 }
 
 /// Pinned host memory and the last copy out of it.

@@ -270,6 +270,26 @@ impl Device for Driver {
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
         Ok(Box::new(PageLocked::new(&self.context, &self.stream, bytes)?))
     }
+
+    fn is_idle(&self) -> Result<bool, KernelError> {
+        self.bind()?;
+        // SAFETY: the stream belongs to the context, which is current.
+        let status = unsafe { sys::cuStreamQuery(self.stream.cu_stream()) };
+        if status == sys::CUresult::CUDA_ERROR_NOT_READY {
+            return Ok(false);
+        }
+        status.result().map(|()| true).map_err(failed("finish"))
+    }
+
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        self.bind()?;
+        Ok(self.stream.cu_stream().cast())
+    }
+
+    fn uuid(&self) -> Result<[u8; 16], KernelError> {
+        let uuid = self.context.uuid().map_err(failed("say which it is"))?;
+        Ok(uuid.bytes.map(|byte| byte.to_ne_bytes()[0]))
+    }
 }
 
 /// A backend on the GPU of this number, with kernels from `folder` or compiled into it.

@@ -232,6 +232,18 @@ impl Device for Emulated {
         Ok(())
     }
 
+    fn is_idle(&self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        Ok(std::ptr::null_mut())
+    }
+
+    fn uuid(&self) -> Result<[u8; 16], KernelError> {
+        Ok([0; 16])
+    }
+
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
         Ok(Box::new(EmulatedPinned(vec![0; bytes])))
     }

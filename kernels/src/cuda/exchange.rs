@@ -11,43 +11,76 @@ use super::ops::{
 };
 use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
+use super::slots::SLOT_HEADER;
 use crate::cpu::{check, need};
-use crate::{ExpertShape, HostParts, KernelError, Precision, wire};
+use crate::{ExpertShape, HostParts, KernelError, NO_SLOT, Precision, wire};
 
 /// Rows of a block of dispatch and combine.
 const BLOCK_ROWS: usize = 32;
 /// Bytes of a part's place: where it begins and how long it is, u64 each.
-const PART: usize = 16;
-/// Parts begin at multiples of this.
-const PART_ALIGNMENT: usize = 4;
+pub(super) const PART: usize = 16;
+/// Parts that lie one after the other begin at multiples of this.
+pub const PART_ALIGNMENT: usize = 4;
+/// Ranks and slots that an entry of a gathered record can name.
+const GATHERED_MAX: usize = 1 << 16;
 /// Items of a tile of wgmma's.
 const ITEM_TILE: usize = 8;
 /// Bytes of an expert's entry in the slot table: six addresses.
 const SLOT: usize = 48;
 
-/// Bytes to or from each rank, on the device: one buffer in rank order, and where each part lies.
+/// Bytes to or from each rank, on the device: one buffer, and where each part lies in it.
 #[derive(Debug)]
 pub struct Parts {
-    ranks: usize,
+    pub(super) ranks: usize,
     bytes_max: usize,
     /// As many bytes as there may be of this step, as far as the host knows.
-    bytes_now: usize,
-    bytes: Buffer,
+    pub(super) bytes_now: usize,
+    /// Shared with whoever sends it.
+    pub(super) bytes: Arc<Buffer>,
     /// `[ranks]` of (start, bytes)
-    places: Buffer,
+    pub(super) places: Buffer,
+    /// This rank, if dispatch records are for all ranks in one part: each rank picks its own.
+    pub(super) gathered: Option<u32>,
     /// Why the bytes are worthless.
     pub(super) fault: Option<KernelError>,
 }
 
 impl Parts {
     pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
-        // Parts of any length may come from other ranks, each on a border.
-        let bytes = memory.zeroed(bytes_max + ranks * PART_ALIGNMENT)?;
-        Ok(Self { ranks, bytes_max, bytes_now: bytes_max, bytes, places: memory.zeroed(ranks * PART)?, fault: None })
+        // Parts of any length may come from other ranks, each on a border or behind the header of its slot.
+        let bytes = Arc::new(memory.zeroed(bytes_max + ranks * SLOT_HEADER)?);
+        Ok(Self {
+            ranks,
+            bytes_max,
+            bytes_now: bytes_max,
+            bytes,
+            places: memory.zeroed(ranks * PART)?,
+            gathered: None,
+            fault: None,
+        })
     }
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
-        Self { ranks, bytes_max: 0, bytes_now: 0, bytes: memory.nothing(), places: memory.nothing(), fault: None }
+        let (bytes, places) = (Arc::new(memory.nothing()), memory.nothing());
+        Self { ranks, bytes_max: 0, bytes_now: 0, bytes, places, gathered: None, fault: None }
+    }
+
+    #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
+    fn address_mut(&mut self) -> u64 {
+        self.bytes.address()
+    }
+
+    /// Where each part lies, `[ranks]` of (start, bytes); waits.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
+    pub(super) fn places(&self) -> Result<Vec<(usize, usize)>, KernelError> {
+        if let Some(error) = &self.fault {
+            return Err(error.clone());
+        }
+        let places = self.places.download(self.ranks * PART)?;
+        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
+        Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
     }
 
     /// The bytes, on the host; waits.
@@ -55,12 +88,7 @@ impl Parts {
     /// # Errors
     /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
     pub fn download(&self) -> Result<HostParts, KernelError> {
-        if let Some(error) = &self.fault {
-            return Err(error.clone());
-        }
-        let places = self.places.download(self.ranks * PART)?;
-        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
-        let places: Vec<_> = places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect();
+        let places = self.places()?;
         let end = places.iter().map(|(start, bytes)| start.saturating_add(*bytes)).max().unwrap_or(0);
         let bytes = self.bytes.download(end)?;
         Ok(HostParts { by_rank: places.iter().map(|&(start, len)| bytes[start..start + len].to_vec()).collect() })
@@ -81,10 +109,14 @@ impl Parts {
             places.extend([bytes.len() as u64, part.len() as u64]);
             bytes.extend_from_slice(part);
         }
-        self.bytes_now = bytes.len();
-        self.fault = None;
-        self.bytes.upload(0, &bytes)?;
-        self.places.upload(0, &bytes_of(&places))
+        let to = Arc::get_mut(&mut self.bytes).ok_or_else(|| KernelError::Device {
+            what: "take bytes",
+            why: "an exchange still reads what was there".to_owned(),
+        })?;
+        to.upload(0, &bytes)?;
+        self.places.upload(0, &bytes_of(&places))?;
+        (self.bytes_now, self.gathered, self.fault) = (bytes.len(), None, None);
+        Ok(())
     }
 }
 
@@ -113,6 +145,12 @@ impl Places {
             check("rank", last as usize, ranks)?;
         }
         Ok(())
+    }
+
+    /// Refuses what an entry of a gathered record cannot name.
+    fn check_gathered(&self) -> Result<(), KernelError> {
+        let largest = self.places.iter().map(|&(rank, slot)| rank.max(slot)).max().unwrap_or(0);
+        check("rank or slot of a gathered record", largest as usize, GATHERED_MAX).map(drop)
     }
 }
 
@@ -261,7 +299,11 @@ impl Cuda {
         places.check(routes, out.ranks)?;
         let record = wire::dispatch_record(self.precision, routes.top_k(), x.cols());
         need("the bytes of a record, of which 4", record % PART_ALIGNMENT, 0)?;
-        let most = x.len() * routes.top_k().min(out.ranks) * record;
+        let copies = if out.gathered.is_some() { 1 } else { routes.top_k().min(out.ranks) };
+        if out.gathered.is_some() {
+            places.check_gathered()?;
+        }
+        let most = x.len() * copies * record;
         if most > out.bytes_max {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
@@ -270,17 +312,20 @@ impl Cuda {
             x: x.address(),
             experts: routes.experts(),
             places: places.buffer.address(),
-            out: out.bytes.address_mut(),
+            out: out.address_mut(),
             parts: out.places.address_mut(),
             rows: x.len() as u32,
             hidden: x.cols() as u32,
             top_k: routes.top_k() as u32,
             ranks: out.ranks as u32,
+            gathered: u32::from(out.gathered.is_some()),
+            unused: 0,
         };
+        let parts = if out.gathered.is_some() { 1 } else { out.ranks as u32 };
         // A step without rows has parts too: they are empty.
         let blocks = x.len().div_ceil(BLOCK_ROWS).max(1) as u32;
         let op = self.by_precision(DISPATCH_F32, DISPATCH_BF16);
-        self.launch(&op, [blocks, out.ranks as u32, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
+        self.launch(&op, [blocks, parts, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
     }
 
     pub(super) fn receive_parts(
@@ -312,7 +357,7 @@ impl Cuda {
             slots: experts.slots.len() as u32,
             rows_max: work.rows_max as u32,
             items_max: work.items_max as u32,
-            unused: 0,
+            me: received.gathered.unwrap_or(NO_SLOT),
         };
         self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
         let rows_now = (received.bytes_now / args.record_bytes as usize).min(work.rows_max);
@@ -404,8 +449,9 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of results", got: out.bytes_max, need: most });
         }
         need("the ranks of results", out.ranks, work.ranks)?;
+        out.gathered = None;
         out.places.copy_from(&work.results, work.ranks * PART)?;
-        let args = self.expert_args(experts, work, out.bytes.address_mut())?;
+        let args = self.expert_args(experts, work, out.address_mut())?;
         let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }

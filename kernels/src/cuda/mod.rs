@@ -28,6 +28,7 @@ mod rows;
 mod sample;
 mod scratch;
 mod sequence;
+mod slots;
 mod status;
 
 use std::sync::Arc;
@@ -35,12 +36,13 @@ use std::sync::Arc;
 pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
-pub use exchange::{Experts, Parts, Places, Work};
+pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
+pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};
 
 use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
 use self::device::{Buffer, Memory, bytes_of};
@@ -400,11 +402,6 @@ impl Cuda {
 
     /// Reads what kernels found wrong, and forgets it.
     fn take_status(&mut self) -> Result<(), KernelError> {
-        let bytes = self.status.download(status::BYTES)?;
-        let words = [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte])));
-        if words[0] != 0 {
-            self.status.upload(0, &[0; status::BYTES])?;
-        }
-        status::read(words)
+        status::take(&mut self.status)
     }
 }

@@ -70,12 +70,13 @@ args! {
     /// exchange.cu
     DispatchArgs {
         x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
+        gathered: u32, unused: u32,
     }
     /// exchange.cu
     ReceiveArgs {
         received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, counts: u64,
         results: u64, status: u64, record_bytes: u64, result_bytes: u64,
-        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, unused: u32,
+        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32,
     }
     /// exchange.cu
     CopyRowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, words: u32, unused: u32 }
@@ -85,6 +86,14 @@ args! {
     CombineArgs {
         results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
         rows: u32, hidden: u32, top_k: u32, ranks: u32,
+    }
+    /// slots.cu
+    PackArgs {
+        bytes: u64, parts: u64, moment: u64, slots: u64, status: u64, slot_bytes: u64, exchange: u32, from: u32,
+    }
+    /// slots.cu
+    UnpackArgs {
+        slots: u64, moment: u64, parts: u64, status: u64, slot_bytes: u64, row_bytes: u64, exchange: u32, ranks: u32,
     }
     /// experts.cu
     ExpertArgs {
@@ -147,10 +156,12 @@ pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
     Op::new("down_wgmma_128", "experts_wgmma.cu", 512),
 ];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
+pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
+pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 38] = [
+pub const KERNELS: [Kernel; 40] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -188,5 +199,7 @@ pub const KERNELS: [Kernel; 38] = [
     DOWN_WGMMA[1].kernel,
     DOWN_WGMMA[2].kernel,
     RECEIVE_TILES.kernel,
+    PACK.kernel,
+    UNPACK.kernel,
     SAMPLE.kernel,
 ];

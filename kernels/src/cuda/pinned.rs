@@ -138,6 +138,16 @@ mod tests {
     }
 
     impl Device for Late {
+        fn is_idle(&self) -> Result<bool, KernelError> {
+            Ok(true)
+        }
+        fn stream(&self) -> Result<*mut std::ffi::c_void, KernelError> {
+            Ok(std::ptr::null_mut())
+        }
+        fn uuid(&self) -> Result<[u8; 16], KernelError> {
+            Ok([0; 16])
+        }
+
         fn multiprocessors(&self) -> u32 {
             1
         }

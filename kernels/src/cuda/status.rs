@@ -1,18 +1,32 @@
 //! What kernels found to be wrong: four words on the device, written by the first kernel that found something.
 
+use super::device::Buffer;
 use crate::KernelError;
 
 /// Bytes of the status.
 pub(super) const BYTES: usize = 16;
 
+/// What was found wrong since the last look; waits.
+pub(super) fn take(status: &mut Buffer) -> Result<(), KernelError> {
+    let bytes = status.download(BYTES)?;
+    let words = [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte])));
+    if words[0] != 0 {
+        status.upload(0, &[0; BYTES])?;
+    }
+    read(words)
+}
+
 /// Reads the words (code, what, index, length); as in `csrc/common.cuh`.
 pub(super) fn read(words: [u32; 4]) -> Result<(), KernelError> {
-    const RECEIVED: [&str; 5] = [
+    const RECEIVED: [&str; 8] = [
         "a part that is not made of whole records",
         "a row for an expert slot that is empty",
         "more rows than a step may have",
         "fewer results than rows",
         "more results than rows",
+        "a slot of another step",
+        "a slot of another exchange or sender",
+        "more than a slot holds",
     ];
     let [code, what, index, len] = words;
     let (index, len) = (index as usize, len as usize);

@@ -20,6 +20,7 @@ mod operand;
 mod plans;
 mod rows;
 mod sampling;
+mod slots;
 mod tolerances;
 mod widths;
 

@@ -114,14 +114,22 @@ pub trait Collectives<P>: Send + 'static {
     /// Begins a step: every frame carries `fence`, and no wait lasts beyond `deadline`.
     fn begin(&mut self, fence: Fence, deadline: Instant);
 
+    /// Tells how many rows each rank has in the step that has begun, `[ranks]`: every rank knows it of all from its
+    /// plan. A transport may choose by it how rows travel, alike on all ranks; without it none chooses.
+    fn expect(&mut self, _rows_of_rank: &[u32]) {}
+
+    /// Told before the backend writes what `exchange` sends into `send`.
+    fn prepare(&mut self, _exchange: Exchange, _send: &mut P) {}
+
     /// Starts to send `send.by_rank[r]` to every rank `r`. The part of this rank stays here.
-    /// Takes the bytes: `send` is empty afterwards and keeps some capacity.
+    /// Takes the bytes: `send` is to be written anew, once the exchange is finished.
     ///
     /// # Errors
     /// A rank is lost, late, or out of step.
     fn start(&mut self, exchange: Exchange, send: &mut P) -> Result<(), CollectiveError>;
 
-    /// Waits until `received` holds the bytes of every rank for this one.
+    /// Waits until `received` holds the bytes of every rank for this one; or, where a device works in order, sees to it
+    /// that the ops enqueued from here on find them there.
     ///
     /// # Errors
     /// A rank is lost, late, out of step, or sent damaged bytes. Nothing received is then used.
@@ -134,6 +142,15 @@ pub trait Collectives<P>: Send + 'static {
     fn exchange(&mut self, exchange: Exchange, send: &mut P, received: &mut P) -> Result<(), CollectiveError> {
         self.start(exchange, send)?;
         self.finish(exchange, received)
+    }
+
+    /// Waits until all exchanges of the step are done. Nothing of the step is used, and nothing waits for the device,
+    /// before.
+    ///
+    /// # Errors
+    /// A rank is lost, late, out of step, or sent what is not its due.
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
     }
 
     /// What was sent and received since [`Collectives::begin`].

@@ -65,6 +65,8 @@ pub struct Step<'a, W: Watch + ?Sized> {
     pub fence: Fence,
     /// When waiting becomes a failure.
     pub deadline: Instant,
+    /// Rows of each rank in it, `[ranks]`.
+    pub rows_of_rank: &'a [u32],
     /// Who watches.
     pub watch: &'a W,
     /// Where the time goes.
@@ -118,6 +120,12 @@ impl<B: Backend> GptOss<B> {
         &self.config
     }
 
+    /// What computes it.
+    #[must_use]
+    pub const fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Bytes of weights, KV and buffers held.
     #[must_use]
     pub fn allocated(&self) -> u64 {
@@ -146,6 +154,7 @@ impl<B: Backend> GptOss<B> {
         let mut laps = Laps { phases: step.phases, last: Instant::now() };
 
         collectives.begin(step.fence, step.deadline);
+        collectives.expect(step.rows_of_rank);
         b.begin(inputs, rope);
         b.embed(&weights.embedding, &mut m.x);
         laps.lap(Phase::Input);
@@ -165,6 +174,7 @@ impl<B: Backend> GptOss<B> {
 
             step.watch.at(index, Phase::Dispatch);
             let dispatch = Exchange { layer: index, kind: ExchangeKind::Dispatch, row_bytes: dispatch_bytes };
+            collectives.prepare(dispatch, &mut m.outgoing);
             b.dispatch(&m.normed, &m.routes, &layer.places, &mut m.outgoing);
             collectives.exchange(dispatch, &mut m.outgoing, &mut m.incoming)?;
             laps.lap(Phase::Dispatch);
@@ -181,6 +191,8 @@ impl<B: Backend> GptOss<B> {
             b.combine(&m.incoming, &m.routes, &layer.places, &mut m.x);
             laps.lap(Phase::Combine);
         }
+        collectives.settle()?;
+        laps.lap(Phase::Combine);
         b.norm(&m.x, &weights.final_norm, eps, &mut m.normed);
         laps.lap(Phase::Unembed);
         Ok(())
@@ -234,6 +246,12 @@ impl<B: Backend> GptOss<B> {
     }
 }
 
+/// Bytes from all ranks that a step has room for: rows of every rank, or the results of this one's.
+pub fn incoming_bytes<B: Backend>(b: &B, config: &ModelConfig, ranks: u32, limits: &Limits) -> usize {
+    let (rows, top_k, hidden) = (limits.step_rows_max as usize, config.top_k as usize, config.hidden as usize);
+    (rows * ranks as usize * b.dispatch_record(top_k, hidden)).max(rows * top_k * b.combine_record(hidden))
+}
+
 impl<B: Backend> Buffers<B> {
     fn new(b: &mut B, config: &ModelConfig, ranks: u32, slots: u32, limits: &Limits) -> Self {
         let n = |v: u32| v as usize;
@@ -242,7 +260,7 @@ impl<B: Backend> Buffers<B> {
         let choices = top_k.min(n(slots));
         let outgoing = (rows * top_k.min(n(ranks)) * b.dispatch_record(top_k, hidden))
             .max(received * choices * b.combine_record(hidden));
-        let incoming = (received * b.dispatch_record(top_k, hidden)).max(rows * top_k * b.combine_record(hidden));
+        let incoming = incoming_bytes(b, config, ranks, limits);
         Self {
             x: b.rows(rows, hidden),
             normed: b.rows(rows, hidden),

@@ -75,6 +75,12 @@ impl Step {
         self.counters.bytes_received += (bytes + overhead) as u64;
     }
 
+    /// Counts slots sent and received, in bytes alone: which rows are in them the device knows.
+    pub(super) fn count_slots(&mut self, bytes: usize) {
+        self.counters.bytes_sent += bytes as u64;
+        self.counters.bytes_received += bytes as u64;
+    }
+
     /// Whether what `rank` sent belongs here: same moment, same exchange, whole rows.
     pub(super) fn check(
         &self,

@@ -68,6 +68,12 @@ impl Tcp {
         Self { progress, ..self }
     }
 
+    /// Allows itself parts of another length than the others do.
+    #[cfg(test)]
+    pub(super) fn allowing(self, payload_max: u32) -> Self {
+        Self { payload_max: payload_max as usize, ..self }
+    }
+
     fn send(&mut self, exchange: Exchange, send: &mut HostParts) -> Result<(), CollectiveError> {
         std::mem::swap(&mut self.own, &mut send.by_rank[self.rank.index()]);
         send.by_rank[self.rank.index()].clear();

@@ -49,6 +49,12 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// Checks the plan against the state of this rank.
     pub(super) fn check(&self, plan: &StepPlan) -> Result<(), StepError> {
         plan.check(&self.limits, self.model.config().vocab)?;
+        // How rows travel is chosen by the header, on all ranks alike.
+        let (rank, rows, said) = (self.rank(), plan.row_count(), &plan.header.rows_of_rank);
+        let mine = said.get(rank.index()).is_some_and(|&said| said as usize == rows);
+        if !mine || said.len() != self.collectives.size() as usize {
+            return Err(StepError::Header { rank, rows, said: said.clone() });
+        }
         let states = self.check_tables(plan)?;
 
         let released: BTreeSet<SeqId> = plan.release.iter().copied().collect();

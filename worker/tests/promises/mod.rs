@@ -147,11 +147,13 @@ pub(crate) fn a_rank_that_stops_is_named<C: Collectives<HostParts>>(group: Vec<C
 pub(crate) fn a_rank_that_hangs_is_named<C: Collectives<HostParts>>(group: Vec<C>) {
     let n = group.len() as u32;
     let last = Rank(n - 1);
-    let given_up = std::sync::Barrier::new(n as usize);
+    let (ready, given_up) = (std::sync::Barrier::new(n as usize), std::sync::Barrier::new(n as usize));
     each(group, |mut c| {
+        let mut send = parts_from(2, c.rank().0, n);
+        ready.wait();
         if c.rank() != last {
-            c.begin(fence(1), Instant::now() + Duration::from_millis(300));
-            let mut send = parts_from(2, c.rank().0, n);
+            // Long enough for the others to send theirs.
+            c.begin(fence(1), Instant::now() + Duration::from_secs(1));
             let error = swap(&mut c, exchange(0, DISPATCH), &mut send, &mut HostParts::default()).unwrap_err();
             let named = matches!(error, CollectiveError::Lost { .. } | CollectiveError::Deadline { .. });
             assert!(named, "{error}");

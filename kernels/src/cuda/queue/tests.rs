@@ -26,6 +26,16 @@ fn refused() -> KernelError {
 }
 
 impl Device for Fake {
+    fn is_idle(&self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+    fn stream(&self) -> Result<*mut std::ffi::c_void, KernelError> {
+        Ok(std::ptr::null_mut())
+    }
+    fn uuid(&self) -> Result<[u8; 16], KernelError> {
+        Ok([0; 16])
+    }
+
     fn multiprocessors(&self) -> u32 {
         1
     }

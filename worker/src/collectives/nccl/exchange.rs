@@ -1,24 +1,31 @@
 //! The exchanges of a step over NCCL.
 //!
 //! The ranks of an epoch are joined twice: over TCP, which is the control connection, and over NCCL, which carries the
-//! rows. The control connections bring NCCL's id from rank 0 to all; then, in each exchange, the fence and the sizes of
-//! the parts, without which NCCL must not be called at all; and all the time the news that a rank is gone, which NCCL
-//! itself never gives. So fences, checks and blame are those of [`super::super::tcp`], and only bytes of known size go
-//! over NCCL.
+//! rows. The control connections bring NCCL's id from rank 0 to all, and all the time the news that a rank is gone, which
+//! NCCL itself never gives.
+//!
+//! A step goes one of two [`Way`]s. Where there are many rows, only as many bytes travel as there are: fence and sizes of
+//! the parts go over the control connections first, and each exchange ends on the host, so that fences, checks and blame
+//! are those of [`super::super::tcp`]. Where there are few, they travel in slots of one size: the host only enqueues, the
+//! device checks to which step and exchange a slot belongs, and [`Collectives::settle`] waits once for all.
 //!
 //! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each
-//! other. So rows move when all ranks finish the exchange, and none finishes it before all are there.
+//! other. So rows move when all ranks finish the exchange, and none finishes it before all are there. All follows the
+//! order of the backend's stream.
 
+use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::HostParts;
+use phalanx_kernels::cuda::{Outgoing, PART_ALIGNMENT, Parts, Port, Slot};
+use phalanx_kernels::{HostParts, KernelError};
 use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
-use phalanx_proto::{ExchangeCounters, Fence, LayerIdx, Rank};
+use phalanx_proto::{ExchangeCounters, Fence, Rank};
 
 use super::communicator::{Communicator, NcclError};
-use super::device::{ALIGN, Device};
-use super::schedule::{all_to_all, starts};
-use super::table::{Api, Code, UniqueId};
+use super::join::{JoinError, JoinOptions, agree, gather, tell};
+use super::schedule::{all_to_all, fixed, starts};
+use super::table::{Api, Code};
+use super::way::{Shape, Way};
 use crate::collectives::step::Step;
 use crate::collectives::tcp::{HEADER_BYTES, Tcp};
 
@@ -31,76 +38,76 @@ const GRACE: Duration = Duration::from_millis(100);
 const SPINS: u32 = 200;
 /// Sleep between two looks.
 const POLL: Duration = Duration::from_micros(20);
+/// Exchanges on the stream before the host waits for them: a stream takes about a thousand launches, and one more would
+/// wait without a deadline while a rank is gone. A layer has two exchanges and some 25 launches.
+const IN_FLIGHT_MAX: u32 = 48;
 
-/// How the ranks of an epoch join.
-#[derive(Clone, Copy, Debug)]
-pub struct JoinOptions {
-    /// The epoch, at step 0.
-    pub fence: Fence,
-    /// When joining is given up.
-    pub deadline: Instant,
-    /// Most bytes from one rank to another in one exchange.
-    pub payload_max: u32,
-    /// Most multiprocessors that exchanges may take; absent, NCCL decides.
-    pub channels_max: Option<u32>,
+/// What a wait waits for.
+#[derive(Clone, Copy, PartialEq)]
+enum Goal {
+    /// What was enqueued is on the stream: what is enqueued now comes after it.
+    Enqueued,
+    /// The stream is through with it.
+    Done,
 }
 
-/// Why the ranks of an epoch did not join over NCCL.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum JoinError {
-    /// NCCL failed.
-    #[error(transparent)]
-    Nccl(#[from] NcclError),
-    /// A rank is gone, late or of another epoch.
-    #[error(transparent)]
-    Control(#[from] CollectiveError),
-    /// Rank 0 sent no id.
-    #[error("rank 0 sent no NCCL id; all ranks must run the same build on the same kind of device")]
-    NoId,
+/// What is on its way out in the exchange under way.
+enum Sent {
+    /// Parts, and the bytes of each, `[ranks]`.
+    Parts(Outgoing, Vec<usize>),
+    /// Slots, from this address on.
+    Slots(u64, Slot),
 }
 
 /// One rank's ends of the connections to all others of an epoch, on a GPU. Dropping it makes the exchanges of the
 /// others fail.
-pub struct Nccl<D: Device> {
+pub struct Nccl {
     control: Tcp,
     communicator: Communicator,
-    device: D,
-    /// What is on its way out.
-    outgoing: D::Parts,
-    /// Bytes of it for each rank.
-    sent: Vec<usize>,
+    port: Port,
+    shape: Shape,
+    way: Way,
+    /// Why slots cannot be sent in this step.
+    fault: Option<KernelError>,
+    sent: Option<Sent>,
+    /// The last exchange that is on the stream and was not waited for, and how many there are.
+    last: Option<Exchange>,
+    in_flight: u32,
     /// Sizes on their way.
     sizes_out: HostParts,
     sizes_in: HostParts,
     payload_max: usize,
+    grace: Duration,
     step: Step,
 }
 
-impl<D: Device> Nccl<D> {
-    /// Joins the ranks that `control` has joined. `outgoing` are empty parts like those that will be exchanged.
+impl Nccl {
+    /// Joins the ranks that `control` has joined. `port` is of the backend that writes and reads the parts, with room for
+    /// [`Shape::slots_bytes`].
     ///
     /// # Errors
     /// NCCL or a rank failed, or the deadline passed.
-    pub fn join(
-        api: Api,
-        mut control: Tcp,
-        device: D,
-        outgoing: D::Parts,
-        options: JoinOptions,
-    ) -> Result<Self, JoinError> {
+    pub fn join(api: Api, mut control: Tcp, port: Port, options: JoinOptions) -> Result<Self, JoinError> {
         let id = agree(api, &mut control, options.fence, options.deadline)?;
         let ranks = control.size() as usize;
         // Told before it ends, so that all name the rank that was lost first.
-        let communicator = gather(api, id, &mut control, &options).map_err(|error| tell(&mut control, error))?;
+        let joined = port.stream().map_err(JoinError::from);
+        let joined = joined.and_then(|_| gather(api, id, &mut control, &options));
+        let communicator = joined.map_err(|error| tell(&mut control, error))?;
         Ok(Self {
             control,
             communicator,
-            device,
-            outgoing,
-            sent: Vec::new(),
+            port,
+            shape: options.shape,
+            way: Way::Exact,
+            fault: None,
+            sent: None,
+            last: None,
+            in_flight: 0,
             sizes_out: HostParts::new(ranks),
             sizes_in: HostParts::new(ranks),
             payload_max: options.payload_max as usize,
+            grace: GRACE,
             step: Step::new(),
         })
     }
@@ -111,9 +118,18 @@ impl<D: Device> Nccl<D> {
         &self.communicator
     }
 
+    /// Waits this long for the culprit of a failure, instead of [`GRACE`].
     #[cfg(test)]
-    pub(super) const fn device(&self) -> &D {
-        &self.device
+    pub(super) fn with_grace(self, grace: Duration) -> Self {
+        Self { grace, ..self }
+    }
+
+    /// Goes this way in the step that has begun.
+    #[cfg(test)]
+    pub(super) fn go(&mut self, way: Way) {
+        self.way = way;
+        let Fence { term, epoch, step } = self.step.fence;
+        self.port.begin([term.0, epoch.0, step.0]).unwrap();
     }
 
     fn lost(&self, exchange: Exchange, why: &dyn std::error::Error) -> CollectiveError {
@@ -121,25 +137,61 @@ impl<D: Device> Nccl<D> {
         CollectiveError::Lost { rank: self.control.rank(), layer, kind, why: why.to_string() }
     }
 
+    fn device(&self, error: KernelError) -> CollectiveError {
+        CollectiveError::Device { rank: self.control.rank(), error }
+    }
+
+    fn me(&self) -> usize {
+        self.control.rank().index()
+    }
+
+    /// Bytes to each rank, once the ops are done that write them.
+    fn sizes(&self, exchange: Exchange, send: &Parts) -> Result<Vec<usize>, CollectiveError> {
+        let failed = |error| self.device(error);
+        for look in 0.. {
+            if self.port.is_idle().map_err(failed)? {
+                break;
+            }
+            if Instant::now() >= self.step.deadline {
+                let why = "its device did not finish the rows in time".to_owned();
+                let Exchange { layer, kind, .. } = exchange;
+                return Err(CollectiveError::Lost { rank: self.control.rank(), layer, kind, why });
+            }
+            pause(look);
+        }
+        self.port.sizes(send).map_err(failed)
+    }
+
     /// Puts the sizes of the parts on their way.
-    fn announce(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
-        let sizes = self.device.sizes(&self.outgoing, self.step.deadline);
-        self.sent = sizes.map_err(|fault| self.failed(self.lost(exchange, &fault)))?;
-        assert_eq!(self.sent.len(), self.sizes_out.by_rank.len(), "a part for each rank");
-        let me = self.control.rank().index();
-        for (rank, (part, &bytes)) in self.sizes_out.by_rank.iter_mut().zip(&self.sent).enumerate() {
+    fn announce(&mut self, exchange: Exchange, send: &Parts) -> Result<(), CollectiveError> {
+        let sizes = self.sizes(exchange, send).map_err(|error| self.failed(error))?;
+        assert_eq!(sizes.len(), self.sizes_out.by_rank.len(), "a part for each rank");
+        let me = self.me();
+        for (rank, (part, &bytes)) in self.sizes_out.by_rank.iter_mut().zip(&sizes).enumerate() {
             part.clear();
             part.extend_from_slice(&(bytes as u64).to_le_bytes());
             if rank != me {
                 self.step.count_sent(exchange, bytes, CONTROL_BYTES);
             }
         }
-        if self.sent.iter().any(|&bytes| bytes > self.payload_max) {
+        if sizes.iter().any(|&bytes| bytes > self.payload_max) {
             let what = "it would be longer than this epoch allows";
             return Err(self.failed(CollectiveError::Corrupt { rank: Rank(me as u32), what }));
         }
-        let sent = self.control.start(of_sizes(exchange), &mut self.sizes_out);
-        sent.map_err(|error| self.broken(error))
+        self.sent = Some(Sent::Parts(self.port.take(send), sizes));
+        let told = self.control.start(of_sizes(exchange), &mut self.sizes_out);
+        told.map_err(|error| self.broken(error))
+    }
+
+    /// Enqueues that the parts are put into slots.
+    fn pack(&mut self, send: &Parts, slot: Slot) -> Result<(), CollectiveError> {
+        let packed = match self.fault.take() {
+            Some(fault) => Err(fault),
+            None => self.port.pack(send, slot, self.me() as u32),
+        };
+        let at = packed.map_err(|error| self.failed(self.device(error)))?;
+        self.sent = Some(Sent::Slots(at, slot));
+        Ok(())
     }
 
     /// The sizes of the parts that come from each rank, `[ranks]`.
@@ -162,56 +214,111 @@ impl<D: Device> Nccl<D> {
         sizes.map_err(|error| self.failed(error))
     }
 
-    /// Moves the parts, whose sizes all ranks know.
+    /// Moves the parts, whose sizes all ranks know, and waits for them.
     fn transfer(
         &mut self,
         exchange: Exchange,
-        received: &mut D::Parts,
+        (outgoing, sent): (&Outgoing, &[usize]),
+        received: &mut Parts,
         sizes: &[usize],
     ) -> Result<(), CollectiveError> {
-        let me = self.control.rank().index();
-        let into = self.device.room(received, sizes).map_err(|fault| self.lost(exchange, &fault))?;
-        let source = self.device.source(&self.outgoing);
-        let transfers = all_to_all(me, &self.sent, sizes, ALIGN);
-        // SAFETY: the device vouches for both addresses, which have room for the parts as the schedule lays them out.
-        let enqueued = unsafe { self.communicator.enqueue(&transfers, source, into, self.device.stream()) };
-        match enqueued {
-            Ok(()) => {}
-            Err(error) if is_remote(&error) => return self.wait(exchange, Some(error)),
-            Err(error) => return Err(self.lost(exchange, &error)),
-        }
-        let (from, to) = (starts(&self.sent, ALIGN)[me], starts(sizes, ALIGN)[me]);
+        let me = self.me();
+        let into = self.port.room(received, sizes).map_err(|error| self.device(error))?;
+        let stream = self.port.stream().map_err(|error| self.device(error))?;
+        let transfers = all_to_all(me, sent, sizes, PART_ALIGNMENT);
+        let source = outgoing.address();
+        // SAFETY: both addresses are the port's and have room for the parts as the schedule lays them out; who frees them
+        // does so in the order of the stream, and what is sent is kept until the exchange is over.
+        let enqueued = unsafe { self.communicator.enqueue(&transfers, pointer(source), pointer(into), stream.cast()) };
+        let (from, to) = (starts(sent, PART_ALIGNMENT)[me], starts(sizes, PART_ALIGNMENT)[me]);
+        self.enqueued(exchange, enqueued)?;
         // SAFETY: this rank's own part, as both sides lay it out; source and room are different parts.
-        let kept = unsafe { self.device.copy(source.byte_add(from), into.byte_add(to), sizes[me]) };
-        kept.map_err(|fault| self.lost(exchange, &fault))?;
-        self.wait(exchange, None)
+        let kept = unsafe { self.port.copy(source + from as u64, into + to as u64, sizes[me]) };
+        kept.map_err(|error| self.device(error))?;
+        self.wait(exchange, None, Goal::Done)
     }
 
-    /// Waits for the stream, and looks at the communicator and at the other ranks meanwhile; or waits until one of
-    /// them says what has failed there.
-    fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>) -> Result<(), CollectiveError> {
+    /// Enqueues that slots move and become parts; waits for nobody.
+    fn deliver(
+        &mut self,
+        exchange: Exchange,
+        at: u64,
+        slot: Slot,
+        received: &mut Parts,
+    ) -> Result<(), CollectiveError> {
+        let (me, ranks, stride) = (self.me(), self.shape.ranks, slot.stride());
+        let gathered = self.gathers(exchange);
+        let into = self.port.landing(received, slot).map_err(|error| self.device(error))?;
+        let stream = self.port.stream().map_err(|error| self.device(error))?.cast();
+        // SAFETY: the port has checked that there is room at both for the slots; who frees them does so in the order of
+        // the stream.
+        let enqueued = unsafe {
+            if gathered {
+                self.communicator.all_gather(pointer(at), pointer(into), stride, stream)
+            } else {
+                let transfers = fixed(me, ranks, stride);
+                self.communicator.enqueue(&transfers, pointer(at), pointer(into), stream)
+            }
+        };
+        self.enqueued(exchange, enqueued)?;
+        if !gathered {
+            let own = (me * stride) as u64;
+            // SAFETY: this rank's own slot, within the slots that are sent and the room for those that come.
+            unsafe { self.port.copy(at + own, into + own, stride) }.map_err(|error| self.device(error))?;
+        }
+        // Without blocking, NCCL may put its work on the stream later: what reads it must not come first.
+        self.wait(exchange, None, Goal::Enqueued)?;
+        let me = gathered.then_some(me as u32);
+        self.port.unpack(received, slot, me).map_err(|error| self.device(error))?;
+        self.step.count_slots((ranks - 1) * stride);
+        (self.last, self.in_flight) = (Some(exchange), self.in_flight + 1);
+        if self.in_flight >= IN_FLIGHT_MAX {
+            self.wait(exchange, None, Goal::Done)?;
+            self.in_flight = 0;
+        }
+        Ok(())
+    }
+
+    /// Whether the exchange brings every rank all records of all.
+    fn gathers(&self, exchange: Exchange) -> bool {
+        matches!(self.way, Way::Gather { .. }) && exchange.kind == ExchangeKind::Dispatch
+    }
+
+    /// What comes of a call: where another rank failed, it is waited for the one to blame.
+    fn enqueued(&mut self, exchange: Exchange, outcome: Result<(), NcclError>) -> Result<(), CollectiveError> {
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(error) if is_remote(&error) => self.wait(exchange, Some(error), Goal::Done),
+            Err(error) => Err(self.lost(exchange, &error)),
+        }
+    }
+
+    /// Waits for the goal, and looks at the communicator and at the other ranks meanwhile; or waits until one of them
+    /// says what has failed there.
+    fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>, goal: Goal) -> Result<(), CollectiveError> {
         let Exchange { layer, kind, .. } = exchange;
         let me = self.control.rank();
         // A rank that is gone, and until when its bytes may still arrive. Farewells are said once.
         let mut gone: Option<(Instant, CollectiveError)> = None;
         // Until when another rank may still say who is to blame for what failed here.
-        let mut fault = failed.map(|error| (Instant::now() + GRACE, error));
+        let mut fault = failed.map(|error| (Instant::now() + self.grace, error));
         for look in 0_u32.. {
             if fault.is_none() {
                 match self.communicator.poll() {
                     Ok(settled) => {
-                        let idle = self.device.is_idle().map_err(|fault| self.lost(exchange, &fault))?;
+                        let idle = goal == Goal::Enqueued || self.port.is_idle().map_err(|e| self.device(e))?;
                         if settled && idle {
                             return Ok(());
                         }
                     }
-                    Err(error) if is_remote(&error) => fault = Some((Instant::now() + GRACE, error)),
+                    Err(error) if is_remote(&error) => fault = Some((Instant::now() + self.grace, error)),
                     Err(error) => return Err(self.lost(exchange, &error)),
                 }
             }
             let now = Instant::now();
-            if gone.is_none() {
-                gone = self.control.listen(exchange).err().map(|named| (now + GRACE, named));
+            // Work comes onto the stream in less time than the other ranks are heard.
+            if gone.is_none() && (goal == Goal::Done || fault.is_some() || look >= SPINS) {
+                gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
             }
             if let Some((_, named)) = gone.take_if(|(until, _)| fault.is_some() || *until <= now) {
                 return Err(named);
@@ -224,11 +331,7 @@ impl<D: Device> Nccl<D> {
                 }
                 _ => {}
             }
-            if look < SPINS {
-                std::hint::spin_loop();
-            } else {
-                std::thread::sleep(POLL);
-            }
+            pause(look);
         }
         Err(CollectiveError::Broken)
     }
@@ -247,29 +350,19 @@ impl<D: Device> Nccl<D> {
     }
 }
 
-/// Joins the ranks that have the id over NCCL, as long as all of them are there.
-fn gather(api: Api, id: UniqueId, control: &mut Tcp, options: &JoinOptions) -> Result<Communicator, JoinError> {
-    let (rank, ranks) = (control.rank().index(), control.size() as usize);
-    let mut communicator = Communicator::join(api, id, rank, ranks, options.channels_max)?;
-    communicator.settle("while ranks joined", options.deadline, || control.listen(JOINING).map_err(JoinError::from))?;
-    Ok(communicator)
+/// Between two looks.
+fn pause(look: u32) {
+    if look < SPINS {
+        std::hint::spin_loop();
+    } else {
+        std::thread::sleep(POLL);
+    }
 }
 
-/// Tells the others why this rank does not join: another is to blame, or itself.
-fn tell(control: &mut Tcp, error: JoinError) -> JoinError {
-    let Exchange { layer, kind, .. } = JOINING;
-    let lost = |why: String| CollectiveError::Lost { rank: control.rank(), layer, kind, why };
-    let told = match &error {
-        JoinError::Control(error) => error.clone(),
-        JoinError::Nccl(_) | JoinError::NoId => lost(error.to_string()),
-    };
-    control.fail(told);
-    error
+/// A device's address as C has it; the host never reads there.
+fn pointer(address: u64) -> *mut c_void {
+    std::ptr::with_exposed_provenance_mut(address as usize)
 }
-
-/// The exchange of the id, before any step.
-const JOINING: Exchange =
-    Exchange { layer: LayerIdx(u32::MAX), kind: ExchangeKind::Dispatch, row_bytes: UniqueId::BYTES };
 
 /// Whether another rank has failed, or the way to it.
 const fn is_remote(error: &NcclError) -> bool {
@@ -281,24 +374,7 @@ const fn of_sizes(exchange: Exchange) -> Exchange {
     Exchange { row_bytes: SIZE_BYTES, ..exchange }
 }
 
-/// Rank 0 makes an id and sends it to all over their connections, on which each has proven that it may join.
-pub(super) fn agree(api: Api, control: &mut Tcp, fence: Fence, deadline: Instant) -> Result<UniqueId, JoinError> {
-    let (me, ranks) = (control.rank(), control.size() as usize);
-    let mut send = HostParts::new(ranks);
-    if me == Rank(0) {
-        let made = api.unique_id().map_err(|code| NcclError::Call { name: "ncclGetUniqueId", code });
-        let id = made.map_err(|error| tell(control, error.into()))?;
-        send.by_rank.iter_mut().for_each(|part| part.extend_from_slice(&id.0));
-    }
-    let mut received = HostParts::new(ranks);
-    control.begin(fence, deadline);
-    control.start(JOINING, &mut send)?;
-    control.finish(JOINING, &mut received)?;
-    let id = received.by_rank.first().and_then(|part| part.as_slice().try_into().ok());
-    id.map(UniqueId).ok_or(JoinError::NoId)
-}
-
-impl<D: Device> Collectives<D::Parts> for Nccl<D> {
+impl Collectives<Parts> for Nccl {
     fn rank(&self) -> Rank {
         self.control.rank()
     }
@@ -309,24 +385,65 @@ impl<D: Device> Collectives<D::Parts> for Nccl<D> {
 
     fn begin(&mut self, fence: Fence, deadline: Instant) {
         self.step.begin(fence, deadline);
+        if self.last.take().is_some() {
+            // A step that nobody waited for.
+            self.step.fail();
+        }
+        self.in_flight = 0;
+        self.way = Way::Exact;
         self.control.begin(fence, deadline);
     }
 
-    fn start(&mut self, exchange: Exchange, send: &mut D::Parts) -> Result<(), CollectiveError> {
-        self.step.open(exchange)?;
-        std::mem::swap(&mut self.outgoing, send);
-        self.device.clear(send);
-        self.announce(exchange)
+    fn expect(&mut self, rows_of_rank: &[u32]) {
+        self.way = self.shape.way(rows_of_rank);
+        if self.way != Way::Exact {
+            let Fence { term, epoch, step } = self.step.fence;
+            self.fault = self.port.begin([term.0, epoch.0, step.0]).err();
+        }
     }
 
-    fn finish(&mut self, exchange: Exchange, received: &mut D::Parts) -> Result<(), CollectiveError> {
+    fn prepare(&mut self, exchange: Exchange, send: &mut Parts) {
+        let me = self.gathers(exchange).then_some(self.me() as u32);
+        self.port.gather(send, me);
+    }
+
+    fn start(&mut self, exchange: Exchange, send: &mut Parts) -> Result<(), CollectiveError> {
+        self.step.open(exchange)?;
+        match self.shape.slot(self.way, exchange) {
+            None => self.announce(exchange, send),
+            Some(slot) => self.pack(send, slot),
+        }
+    }
+
+    fn finish(&mut self, exchange: Exchange, received: &mut Parts) -> Result<(), CollectiveError> {
         self.step.close(exchange)?;
-        let sizes = self.announced(exchange)?;
-        self.transfer(exchange, received, &sizes).map_err(|error| self.failed(error))?;
-        let me = self.control.rank().index();
-        let others = sizes.iter().enumerate().filter(|(rank, _)| *rank != me);
-        others.for_each(|(_, &bytes)| self.step.count_received(bytes, CONTROL_BYTES));
-        Ok(())
+        match self.sent.take() {
+            Some(Sent::Parts(outgoing, sent)) => {
+                let sizes = self.announced(exchange)?;
+                let moved = self.transfer(exchange, (&outgoing, &sent), received, &sizes);
+                moved.map_err(|error| self.failed(error))?;
+                let me = self.me();
+                let others = sizes.iter().enumerate().filter(|(rank, _)| *rank != me);
+                others.for_each(|(_, &bytes)| self.step.count_received(bytes, CONTROL_BYTES));
+                Ok(())
+            }
+            Some(Sent::Slots(at, slot)) => {
+                self.deliver(exchange, at, slot, received).map_err(|error| self.failed(error))
+            }
+            None => Err(CollectiveError::Broken),
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        let Some(last) = self.last.take() else { return Ok(()) };
+        self.wait(last, None, Goal::Done).map_err(|error| self.failed(error))?;
+        self.port.check().map_err(|error| {
+            let error = match error {
+                KernelError::Received { rank, what } => CollectiveError::Corrupt { rank: Rank(rank as u32), what },
+                other => self.device(other),
+            };
+            self.failed(error)
+        })
     }
 
     fn counters(&self) -> ExchangeCounters {

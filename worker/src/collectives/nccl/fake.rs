@@ -3,7 +3,8 @@
 //! It does what NCCL is documented to do, also what hurts: a peer's death is never noticed, ranks that disagree on a
 //! size hang, and a communicator used after its end is misuse, which is kept and told to the test.
 
-mod device;
+mod ordered;
+mod stream;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -15,9 +16,12 @@ use std::time::{Duration, Instant};
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclUniqueId};
 
 use super::table::{Api, BYTES, SHRINK_ABORT, Table, UniqueId};
-pub(super) use device::{FakeDevice, FakeParts};
+pub(super) use ordered::Ordered;
+use stream::{Group, Pending, Sending, Work, enqueue};
+pub(super) use stream::{advance, new_stream};
 
 const SUCCESS: c_int = 0;
+const INTERNAL_ERROR: c_int = 3;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
 const IN_PROGRESS: c_int = 7;
@@ -29,6 +33,10 @@ pub(super) const API: Api = Api(&TABLE);
 /// NCCL before 2.27.
 pub(super) const OLD_API: Api = Api(&OLD_TABLE);
 
+/// NCCL that lets nobody join.
+pub(super) const REFUSING_API: Api = Api(&REFUSING_TABLE);
+
+static REFUSING_TABLE: Table = Table { init: refuse, ..OLD_TABLE };
 static TABLE: Table = Table { shrink: Some(shrink), ..OLD_TABLE };
 const OLD_TABLE: Table = Table {
     get_unique_id,
@@ -64,6 +72,9 @@ pub(super) struct Faults {
     pub(super) all: c_int,
     /// The asynchronous state is asked so often before a call is through.
     pub(super) slow: u32,
+    /// How often the asynchronous state was asked, and how often it was an error.
+    pub(super) asked: u32,
+    pub(super) asked_failed: u32,
 }
 
 /// The ranks that share an id.
@@ -196,6 +207,16 @@ unsafe extern "C" fn init(
     IN_PROGRESS
 }
 
+unsafe extern "C" fn refuse(
+    _out: *mut ncclComm_t,
+    _ranks: c_int,
+    _id: ncclUniqueId,
+    _rank: c_int,
+    _config: *mut ncclConfig_t,
+) -> c_int {
+    INTERNAL_ERROR
+}
+
 unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int {
     let Some(comm) = comm(pointer, "ncclCommGetAsyncError") else { return INVALID_USAGE };
     let smaller = lock(&comm.child).take_if(|(_, child)| lock(&child.world).joined == child.ranks);
@@ -205,6 +226,9 @@ unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int 
     }
     let shrinking = lock(&comm.child).is_some();
     let mut world = lock(&comm.world);
+    let failed = world.faults(comm.rank).async_error != SUCCESS;
+    world.faults(comm.rank).asked += 1;
+    world.faults(comm.rank).asked_failed += u32::from(failed);
     let (joined, faults) = (world.joined, world.faults(comm.rank).clone());
     let slow = comm.slow.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
     let waiting = shrinking || joined < comm.ranks || faults.joins_never || slow;
@@ -236,35 +260,25 @@ unsafe extern "C" fn destroy(pointer: ncclComm_t) -> c_int {
     SUCCESS
 }
 
-/// A call within a group.
-enum Op {
-    Send(&'static Comm, usize, Vec<u8>),
-    Receive(Pending, cudaStream_t),
-}
-
 thread_local! {
-    static GROUP: RefCell<Option<Vec<Op>>> = const { RefCell::new(None) };
+    /// The calls of the group that this thread has begun, and their stream.
+    static GROUP: RefCell<Option<(Group, cudaStream_t)>> = const { RefCell::new(None) };
 }
 
 unsafe extern "C" fn group_start() -> c_int {
-    GROUP.with_borrow_mut(|group| if group.replace(Vec::new()).is_some() { INVALID_USAGE } else { SUCCESS })
+    let group = (Group::default(), std::ptr::null_mut());
+    GROUP.with_borrow_mut(|slot| if slot.replace(group).is_some() { INVALID_USAGE } else { SUCCESS })
 }
 
 unsafe extern "C" fn group_end() -> c_int {
-    let Some(ops) = GROUP.take() else { return INVALID_USAGE };
+    let Some((group, stream)) = GROUP.take() else { return INVALID_USAGE };
     let mut slow = 0;
-    for op in ops {
-        match op {
-            Op::Send(comm, to, bytes) => {
-                let mut world = lock(&comm.world);
-                slow = world.faults(comm.rank).slow;
-                if !world.faults(comm.rank).sends_nothing {
-                    world.mail.entry((comm.rank, to)).or_default().push_back(bytes);
-                }
-                comm.slow.store(slow, Ordering::SeqCst);
-            }
-            Op::Receive(pending, stream) => lock(pending_of(stream)).push_back(pending),
-        }
+    for Sending { comm, .. } in &group.sends {
+        slow = lock(&comm.world).faults(comm.rank).slow;
+        comm.slow.store(slow, Ordering::SeqCst);
+    }
+    if !stream.is_null() {
+        enqueue(stream, Work::Group(group));
     }
     if slow > 0 { IN_PROGRESS } else { SUCCESS }
 }
@@ -275,7 +289,7 @@ unsafe extern "C" fn send(
     kind: c_uint,
     to: c_int,
     pointer: ncclComm_t,
-    _stream: cudaStream_t,
+    stream: cudaStream_t,
 ) -> c_int {
     let Some(comm) = comm(pointer, "ncclSend") else { return INVALID_USAGE };
     let faults = lock(&comm.world).faults(comm.rank).clone();
@@ -283,9 +297,8 @@ unsafe extern "C" fn send(
         return faults.send.max(faults.all);
     }
     let Some(to) = peer(comm, to).filter(|_| kind == BYTES) else { return INVALID_ARGUMENT };
-    // SAFETY: the caller vouches for so many bytes.
-    let bytes = unsafe { std::slice::from_raw_parts(source.cast::<u8>(), count) }.to_vec();
-    in_group(Op::Send(comm, to, bytes))
+    let sending = Sending { comm, to, from: source.expose_provenance(), bytes: count };
+    in_group(stream, |group| group.sends.push(sending))
 }
 
 unsafe extern "C" fn receive(
@@ -298,7 +311,8 @@ unsafe extern "C" fn receive(
 ) -> c_int {
     let Some(comm) = comm(pointer, "ncclRecv") else { return INVALID_USAGE };
     let Some(from) = peer(comm, from).filter(|_| kind == BYTES) else { return INVALID_ARGUMENT };
-    in_group(Op::Receive(Pending { comm, from, into: into.addr(), bytes: count, refused: false }, stream))
+    let pending = Pending { comm, from, into: into.expose_provenance(), bytes: count, refused: false };
+    in_group(stream, |group| group.receives.push(pending))
 }
 
 unsafe extern "C" fn all_gather(
@@ -310,13 +324,10 @@ unsafe extern "C" fn all_gather(
     stream: cudaStream_t,
 ) -> c_int {
     let Some(comm) = comm(pointer, "ncclAllGather").filter(|_| kind == BYTES) else { return INVALID_USAGE };
-    // SAFETY: the caller vouches for so many bytes.
-    let bytes = unsafe { std::slice::from_raw_parts(source.cast::<u8>(), count) };
-    for rank in 0..comm.ranks {
-        lock(&comm.world).mail.entry((comm.rank, rank)).or_default().push_back(bytes.to_vec());
-        let into = into.addr() + rank * count;
-        lock(pending_of(stream)).push_back(Pending { comm, from: rank, into, bytes: count, refused: false });
-    }
+    let (from, into) = (source.expose_provenance(), into.expose_provenance());
+    let receive = |rank| Pending { comm, from: rank, into: into + rank * count, bytes: count, refused: false };
+    let sends = (0..comm.ranks).map(|to| Sending { comm, to, from, bytes: count }).collect();
+    enqueue(stream, Work::Group(Group { sends, receives: (0..comm.ranks).map(receive).collect() }));
     SUCCESS
 }
 
@@ -355,71 +366,12 @@ fn peer(comm: &Comm, rank: c_int) -> Option<usize> {
     usize::try_from(rank).ok().filter(|&rank| rank < comm.ranks && rank != comm.rank)
 }
 
-fn in_group(op: Op) -> c_int {
+fn in_group(stream: cudaStream_t, add: impl FnOnce(&mut Group)) -> c_int {
     GROUP.with_borrow_mut(|group| {
-        group.as_mut().map_or(INVALID_USAGE, |ops| {
-            ops.push(op);
+        group.as_mut().map_or(INVALID_USAGE, |(group, of)| {
+            *of = stream;
+            add(group);
             SUCCESS
         })
     })
-}
-
-/// A receive that waits on a stream.
-struct Pending {
-    comm: &'static Comm,
-    from: usize,
-    into: usize,
-    bytes: usize,
-    /// Another size was sent: it never ends.
-    refused: bool,
-}
-
-impl Pending {
-    /// Takes what was sent. Whether there was something.
-    fn take(&mut self) -> bool {
-        let mut world = lock(&self.comm.world);
-        let (from, to) = (self.from, self.comm.rank);
-        let Some(bytes) = world.mail.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return false };
-        if bytes.len() != self.bytes {
-            world.misuse.push(format!("{from} sends {} bytes where {to} receives {}", bytes.len(), self.bytes));
-            self.refused = true;
-            return false;
-        }
-        let into = std::ptr::with_exposed_provenance_mut::<u8>(self.into);
-        // SAFETY: whoever enqueued the receive vouched for so many bytes until the stream is idle.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, bytes.len()) };
-        true
-    }
-}
-
-/// A stream of host memory; never given back.
-type Stream = Mutex<VecDeque<Pending>>;
-
-fn pending_of(stream: cudaStream_t) -> &'static Stream {
-    // SAFETY: tests use streams of `new_stream` alone, which are leaked.
-    unsafe { &*stream.cast::<Stream>() }
-}
-
-pub(super) fn new_stream() -> cudaStream_t {
-    let stream: &'static Stream = Box::leak(Box::new(Mutex::new(VecDeque::new())));
-    std::ptr::from_ref(stream).cast_mut().cast()
-}
-
-/// Goes as far as it can. Whether everything on the stream is done.
-pub(super) fn advance(stream: cudaStream_t) -> bool {
-    let mut stream = lock(pending_of(stream));
-    let mut waiting = Vec::new();
-    let mut held: Vec<usize> = Vec::new();
-    for mut pending in stream.drain(..) {
-        // A communicator's end takes its work off the stream.
-        if !pending.comm.alive.load(Ordering::SeqCst) {
-            continue;
-        }
-        if held.contains(&pending.from) || pending.refused || !pending.take() {
-            held.push(pending.from);
-            waiting.push(pending);
-        }
-    }
-    stream.extend(waiting);
-    stream.is_empty()
 }

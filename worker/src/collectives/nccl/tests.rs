@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod ways;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::HostParts;
+use phalanx_kernels::cuda::{PART_ALIGNMENT, Parts, Port};
+use phalanx_kernels::{Backend, Cuda, HostParts, Precision};
 use phalanx_model::{CollectiveError, Collectives, Exchange};
 use phalanx_proto::{CellId, Epoch, ExchangeCounters, Fence, Rank, StepId, Term};
 
-use super::fake::{self, API, FakeDevice, FakeParts, OLD_API, World};
+use super::fake::{self, API, OLD_API, Ordered, World};
 use super::*;
 use crate::collectives::GroupId;
 use crate::collectives::tcp::{self, Listener, Tcp};
@@ -24,11 +27,12 @@ use promises::{COMBINE, DISPATCH, PATIENCE, ROW, each, exchange, fence, swap};
 
 const PAYLOAD_MAX: u32 = 8 << 20;
 
-/// Parts of host memory in front of the device's, as a backend has them.
+/// Parts of the host in front of the device's.
 struct Hosted {
-    nccl: Nccl<FakeDevice>,
-    send: FakeParts,
-    received: FakeParts,
+    nccl: Nccl,
+    device: Arc<Ordered>,
+    backend: Cuda,
+    received: Parts,
 }
 
 impl Collectives<HostParts> for Hosted {
@@ -45,20 +49,17 @@ impl Collectives<HostParts> for Hosted {
     }
 
     fn start(&mut self, exchange: Exchange, send: &mut HostParts) -> Result<(), CollectiveError> {
-        self.send.sizes = send.by_rank.iter().map(Vec::len).collect();
-        self.send.bytes.clear();
-        for (start, part) in starts(&self.send.sizes, ALIGN).into_iter().zip(&mut send.by_rank) {
-            self.send.bytes.resize(start, 0);
-            self.send.bytes.append(part);
-        }
-        self.nccl.start(exchange, &mut self.send)
+        // As wide as what is sent: what travels is what counts, and buffers that are gone are freed in order.
+        let bytes = send.by_rank.iter().map(|part| part.len() + PART_ALIGNMENT).sum();
+        let mut parts = self.backend.parts(send.by_rank.len(), bytes);
+        parts.upload(send).unwrap();
+        send.clear();
+        self.nccl.start(exchange, &mut parts)
     }
 
     fn finish(&mut self, exchange: Exchange, received: &mut HostParts) -> Result<(), CollectiveError> {
         self.nccl.finish(exchange, &mut self.received)?;
-        let FakeParts { bytes, sizes } = &self.received;
-        let parts = starts(sizes, ALIGN).into_iter().zip(sizes);
-        received.by_rank = parts.map(|(start, len)| bytes[start..start + len].to_vec()).collect();
+        *received = self.received.download().unwrap();
         Ok(())
     }
 
@@ -95,16 +96,23 @@ fn controls(n: u32) -> Vec<Tcp> {
 
 fn options() -> JoinOptions {
     let deadline = Instant::now() + PATIENCE;
-    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4) }
+    // Nothing is said of a step's rows, so nothing goes in slots.
+    let shape = Shape { ranks: 0, experts: 0, top_k: 0, row_bytes: [0; 2], rows_max: 0, room: 0 };
+    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4), shape }
 }
 
 fn join(control: Tcp, options: JoinOptions) -> Result<Hosted, JoinError> {
-    join_with(control, FakeDevice::new(), options)
+    join_with(control, 5 * PAYLOAD_MAX as usize, options)
 }
 
-fn join_with(control: Tcp, device: FakeDevice, options: JoinOptions) -> Result<Hosted, JoinError> {
-    let nccl = Nccl::join(API, control, device, FakeParts::default(), options)?;
-    Ok(Hosted { nccl, send: FakeParts::default(), received: FakeParts::default() })
+fn join_with(control: Tcp, room: usize, options: JoinOptions) -> Result<Hosted, JoinError> {
+    let ranks = control.size() as usize;
+    let device = Ordered::new();
+    let mut backend = Cuda::new(Arc::clone(&device) as _, Precision::Fast).unwrap();
+    let port = Port::new(&backend, options.shape.slots_bytes()).unwrap();
+    let nccl = Nccl::join(API, control, port, options)?;
+    let received = backend.parts(ranks, room);
+    Ok(Hosted { nccl, device, backend, received })
 }
 
 fn hosted(n: u32) -> Vec<Hosted> {
@@ -166,7 +174,7 @@ fn a_rank_that_dies_while_joining_is_named() {
         // It takes part in the exchange of the id, and is gone before it joins over NCCL.
         scope.spawn(move || {
             let mut dead = dead;
-            exchange::agree(API, &mut dead, epoch(), Instant::now() + PATIENCE).unwrap();
+            join::agree(API, &mut dead, epoch(), Instant::now() + PATIENCE).unwrap();
         });
         each(group, |control| join(control, options()).map(|_| ()).unwrap_err())
     });
@@ -174,6 +182,50 @@ fn a_rank_that_dies_while_joining_is_named() {
         let named = matches!(&error, JoinError::Control(CollectiveError::Lost { rank: Rank(2), .. }));
         assert!(named, "{error}");
     }
+}
+
+/// Rank 2 sends rank 0 what only rank 0 sees: rank 1 hears from rank 0 whom to blame before rank 0 is gone.
+#[test]
+fn a_rank_that_cannot_join_says_whose_fault_it_is() {
+    let mut group = controls(3);
+    let dead = group.pop().unwrap();
+    let over = std::sync::Barrier::new(3);
+    let errors = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A rank that allows longer parts than the others.
+            let mut bad = dead.allowing(PAYLOAD_MAX);
+            join::agree(API, &mut bad, epoch(), Instant::now() + PATIENCE).unwrap();
+            let mut send = HostParts::new(3);
+            send.by_rank[0] = vec![0; 5000];
+            bad.start(exchange(0, DISPATCH), &mut send).unwrap();
+            over.wait();
+        });
+        each(group, |control| {
+            let error = join(control, options()).map(|_| ()).unwrap_err();
+            over.wait();
+            error
+        })
+    });
+    let corrupt = matches!(&errors[0], JoinError::Control(CollectiveError::Corrupt { rank: Rank(2), .. }));
+    assert!(corrupt, "{}", errors[0]);
+    let told = matches!(&errors[1], JoinError::Control(CollectiveError::Lost { rank: Rank(2), why, .. })
+        if why.contains("rank 0 gave up on it"));
+    assert!(told, "{}", errors[1]);
+}
+
+/// A rank whose own device is at fault says so before it is gone.
+#[test]
+fn a_rank_that_nccl_refuses_says_so_before_it_goes() {
+    let errors = each(controls(2), |control| {
+        let api = if control.rank() == Rank(0) { API } else { fake::REFUSING_API };
+        let backend = Cuda::new(Ordered::new(), Precision::Fast).unwrap();
+        let port = Port::new(&backend, 0).unwrap();
+        Nccl::join(api, control, port, options()).map(|_| ()).unwrap_err()
+    });
+    let told = matches!(&errors[0], JoinError::Control(CollectiveError::Lost { rank: Rank(1), why, .. })
+        if why.contains("gave up on it"));
+    assert!(told, "{}", errors[0]);
+    assert!(errors[1].to_string().contains("ncclCommInitRankConfig failed: internal error"), "{}", errors[1]);
 }
 
 #[test]
@@ -248,6 +300,43 @@ fn a_rank_whose_gpu_fails_is_named_by_all() {
     clean(&world, 3);
 }
 
+/// NCCL says that something remote failed before the culprit is heard of: there is time for that, whether a call says so
+/// or the state does later.
+#[test]
+fn a_remote_failure_is_not_blamed_on_who_sees_it() {
+    for at_once in [true, false] {
+        let group = hosted(2);
+        let world = group[0].world();
+        let count = |of: fn(&fake::Faults) -> u32| of(fake::lock(&world).faults(0));
+        if at_once {
+            fake::lock(&world).faults(0).async_error = 6;
+        }
+        let errors = each(group, |c| {
+            let mut c = Hosted { nccl: c.nccl.with_grace(PATIENCE), ..c };
+            c.begin(fence(1), Instant::now() + PATIENCE);
+            let mut send = HostParts { by_rank: vec![vec![7; ROW]; 2] };
+            c.start(exchange(0, DISPATCH), &mut send).unwrap();
+            if c.rank() == Rank(0) {
+                return Some(c.finish(exchange(0, DISPATCH), &mut HostParts::default()).unwrap_err());
+            }
+            let before = count(|faults| faults.asked);
+            while !at_once && count(|faults| faults.asked) < before + 10 {
+                std::thread::yield_now();
+            }
+            fake::lock(&world).faults(0).async_error = 6;
+            // It dies only after rank 0 has heard that something failed, and would have said so.
+            while count(|faults| faults.asked_failed) == 0 {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            None
+        });
+        let lost = matches!(&errors[0], Some(CollectiveError::Lost { rank: Rank(1), .. }));
+        assert!(lost, "{errors:?}");
+        clean(&world, 2);
+    }
+}
+
 #[test]
 fn a_send_that_is_refused_ends_the_group_and_names_the_rank() {
     let (errors, world) = failing(2, PATIENCE, |world| world.faults(0).send = 2);
@@ -286,8 +375,7 @@ fn a_rank_that_dies_within_an_exchange_is_named() {
 #[test]
 fn a_device_that_fails_is_this_rank_s_fault() {
     let group = hosted(2);
-    let fault = Arc::clone(&group[1].nccl.device().fault);
-    *fake::lock(&fault) = Some("an illegal address was read".to_owned());
+    *fake::lock(&group[1].device.fault) = Some("an illegal address was read".to_owned());
     let errors = each(group, |mut c| {
         c.begin(fence(1), Instant::now() + PATIENCE);
         exchanges_until_failure(&mut c, 1)
@@ -319,18 +407,15 @@ fn parts_of_no_whole_rows_are_refused() {
 #[test]
 fn a_rank_without_room_for_what_comes_is_named() {
     let group = each(controls(2), |control| {
-        let mut device = FakeDevice::new();
-        if control.rank() == Rank(1) {
-            device.room = 2 * ROW;
-        }
-        join_with(control, device, options()).unwrap()
+        let room = if control.rank() == Rank(1) { 2 * ROW } else { PAYLOAD_MAX as usize };
+        join_with(control, room, options()).unwrap()
     });
     let world = group[0].world();
     let errors = each(group, |mut c| {
         c.begin(fence(1), Instant::now() + PATIENCE);
-        exchanges_until_failure(&mut c, 2)
+        exchanges_until_failure(&mut c, 10)
     });
-    assert!(errors[1].to_string().contains("have no room"), "{}", errors[1]);
+    assert!(errors[1].to_string().contains("the room for what other ranks send"), "{}", errors[1]);
     assert!(errors.iter().all(|error| error.blamed() == [Rank(1)]), "{errors:?}");
     clean(&world, 2);
 }
@@ -388,9 +473,9 @@ fn survivors_shrink_and_exchange() {
     clean(&smaller, 3);
 }
 
-/// An all-gather, and slots with tags as a captured graph would hold them; on the raw communicators.
+/// An all-gather, and slots; on the raw communicators.
 fn gathered_and_slotted(communicators: Vec<Communicator>) {
-    const SLOT: usize = TAG_BYTES + 16;
+    const SLOT: usize = 16;
     let n = communicators.len();
     each_communicator(communicators, |mut c| {
         let stream = fake::new_stream();
@@ -407,24 +492,14 @@ fn gathered_and_slotted(communicators: Vec<Communicator>) {
         idle();
         assert_eq!(into, (0..n).flat_map(|rank| [rank as u8 + 1; 4]).collect::<Vec<_>>());
 
-        let moment = exchange(2, DISPATCH);
-        // Rank 1 has not entered the step: what it sends is what the last step left.
-        let ours = fence(if c.rank() == 1 { 8 } else { 9 });
-        let mut source = vec![0; n * SLOT];
-        for slot in source.chunks_mut(SLOT) {
-            slot[..TAG_BYTES].copy_from_slice(&tag(moment, ours, Rank(c.rank() as u32)));
-            slot[TAG_BYTES..].fill(c.rank() as u8);
-        }
-        let mut into = source.clone();
+        let source: Vec<u8> = (0..n * SLOT).map(|i| (c.rank() * n + i / SLOT) as u8).collect();
+        let mut into = vec![u8::MAX; n * SLOT];
         let transfers = fixed(c.rank(), n, SLOT);
         // SAFETY: both buffers outlive the wait for the stream.
         unsafe { c.enqueue(&transfers, source.as_ptr().cast(), into.as_mut_ptr().cast(), stream) }.unwrap();
         idle();
-        for (rank, slot) in into.chunks(SLOT).enumerate() {
-            let checked = check_tag(slot[..TAG_BYTES].try_into().unwrap(), moment, fence(9), Rank(rank as u32));
-            let stale = CollectiveError::Fence { rank: Rank(1), theirs: fence(8), ours: fence(9) };
-            assert_eq!(checked, if rank == 1 { Err(stale) } else { Ok(()) });
-            assert!(slot[TAG_BYTES..].iter().all(|&byte| usize::from(byte) == rank));
+        for (rank, slot) in into.chunks(SLOT).enumerate().filter(|(rank, _)| *rank != c.rank()) {
+            assert!(slot.iter().all(|&byte| usize::from(byte) == rank * n + c.rank()));
         }
         if c.rank() == 0 { drop(c) } else { c.finish(Instant::now() + PATIENCE).unwrap() }
     });
@@ -541,9 +616,8 @@ fn a_library_that_fails_everywhere_is_survived() {
 
 #[test]
 fn all_ranks_learn_the_same_id() {
-    let ids = each(controls(4), |mut control| {
-        exchange::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap()
-    });
+    let ids =
+        each(controls(4), |mut control| join::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap());
     assert!(ids.iter().all(|id| *id == ids[0]));
 }
 
@@ -559,7 +633,7 @@ fn what_is_no_id_is_refused() {
             control.finish(joining, &mut empty).unwrap();
             return None;
         }
-        Some(exchange::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap_err())
+        Some(join::agree(API, &mut control, epoch(), Instant::now() + PATIENCE).unwrap_err())
     });
     assert_eq!(outcomes[1], Some(JoinError::NoId));
 }
@@ -587,7 +661,7 @@ mod real {
     fn ranks_agree_on_an_id_of_its_making() {
         let Some(api) = api() else { return };
         let ids = each(controls(3), |mut control| {
-            exchange::agree(api, &mut control, epoch(), Instant::now() + PATIENCE).unwrap()
+            join::agree(api, &mut control, epoch(), Instant::now() + PATIENCE).unwrap()
         });
         assert!(ids.iter().all(|id| *id == ids[0]));
     }

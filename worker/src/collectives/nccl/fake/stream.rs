@@ -1,0 +1,140 @@
+//! A stream of host memory: what is put on it is done in order, whenever somebody looks.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+use cudarc::nccl::sys::cudaStream_t;
+use phalanx_kernels::KernelError;
+
+use super::{Comm, lock};
+
+/// What a stream does.
+pub(super) enum Work {
+    /// Sends and receives of a group, all at once.
+    Group(Group),
+    /// An op of the device.
+    Op(Box<dyn FnOnce() -> Result<(), KernelError> + Send>),
+}
+
+/// A group of calls.
+#[derive(Default)]
+pub(super) struct Group {
+    pub(super) sends: Vec<Sending>,
+    pub(super) receives: Vec<Pending>,
+}
+
+/// A send that waits on a stream.
+pub(super) struct Sending {
+    pub(super) comm: &'static Comm,
+    pub(super) to: usize,
+    pub(super) from: usize,
+    pub(super) bytes: usize,
+}
+
+impl Sending {
+    fn send(self) {
+        let Self { comm, to, from, bytes } = self;
+        let from = std::ptr::with_exposed_provenance::<u8>(from);
+        // SAFETY: whoever enqueued the send vouched for so many bytes until the stream is through with it.
+        let bytes = unsafe { std::slice::from_raw_parts(from, bytes) }.to_vec();
+        let mut world = lock(&comm.world);
+        if !world.faults(comm.rank).sends_nothing {
+            world.mail.entry((comm.rank, to)).or_default().push_back(bytes);
+        }
+    }
+}
+
+/// A receive that waits on a stream.
+pub(super) struct Pending {
+    pub(super) comm: &'static Comm,
+    pub(super) from: usize,
+    pub(super) into: usize,
+    pub(super) bytes: usize,
+    /// Another size was sent: it never ends.
+    pub(super) refused: bool,
+}
+
+impl Pending {
+    /// Takes what was sent. Whether there was something.
+    fn take(&mut self) -> bool {
+        let mut world = lock(&self.comm.world);
+        let (from, to) = (self.from, self.comm.rank);
+        let Some(bytes) = world.mail.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return false };
+        if bytes.len() != self.bytes {
+            world.misuse.push(format!("{from} sends {} bytes where {to} receives {}", bytes.len(), self.bytes));
+            self.refused = true;
+            return false;
+        }
+        let into = std::ptr::with_exposed_provenance_mut::<u8>(self.into);
+        // SAFETY: whoever enqueued the receive vouched for so many bytes until the stream is through with it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, bytes.len()) };
+        true
+    }
+}
+
+impl Group {
+    /// Goes as far as it can. Whether it is done.
+    fn advance(&mut self) -> bool {
+        let alive = |comm: &Comm| comm.alive.load(Ordering::SeqCst);
+        // A communicator's end takes its work off the stream.
+        self.sends.drain(..).filter(|sending| alive(sending.comm)).for_each(Sending::send);
+        let mut held: Vec<usize> = Vec::new();
+        self.receives.retain_mut(|pending| {
+            let waits = alive(pending.comm) && (held.contains(&pending.from) || pending.refused || !pending.take());
+            if waits {
+                held.push(pending.from);
+            }
+            waits
+        });
+        self.receives.is_empty()
+    }
+}
+
+/// Never given back.
+#[derive(Default)]
+pub(super) struct Stream {
+    work: VecDeque<Work>,
+    /// What failed; it stays so.
+    error: Option<KernelError>,
+}
+
+fn stream_of(stream: cudaStream_t) -> &'static Mutex<Stream> {
+    // SAFETY: tests use streams of `new_stream` alone, which are leaked.
+    unsafe { &*stream.cast::<Mutex<Stream>>() }
+}
+
+pub(in super::super) fn new_stream() -> cudaStream_t {
+    let stream: &'static Mutex<Stream> = Box::leak(Box::default());
+    std::ptr::from_ref(stream).cast_mut().cast()
+}
+
+pub(super) fn enqueue(stream: cudaStream_t, work: Work) {
+    lock(stream_of(stream)).work.push_back(work);
+}
+
+/// Goes as far as it can. Whether everything on the stream is done.
+pub(in super::super) fn advance(stream: cudaStream_t) -> bool {
+    try_advance(stream).unwrap()
+}
+
+/// [`advance`], or what failed on the stream.
+pub(super) fn try_advance(stream: cudaStream_t) -> Result<bool, KernelError> {
+    let mut stream = lock(stream_of(stream));
+    while let Some(work) = stream.work.pop_front() {
+        match work {
+            Work::Group(mut group) => {
+                if !group.advance() {
+                    stream.work.push_front(Work::Group(group));
+                    break;
+                }
+            }
+            Work::Op(op) => {
+                if let Err(error) = op() {
+                    stream.error.get_or_insert(error);
+                }
+            }
+        }
+    }
+    stream.error.clone().map_or_else(|| Ok(stream.work.is_empty()), Err)
+}
