@@ -51,6 +51,9 @@ pub enum Command {
     Verify(commands::verify::VerifyArgs),
     /// Say what this machine offers, and what is missing
     Doctor(commands::doctor::DoctorArgs),
+    /// Make the machine code of the CUDA kernels
+    #[command(subcommand)]
+    Kernels(commands::kernels::KernelsCommand),
     /// Measure speed
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
@@ -348,6 +351,7 @@ pub fn run() -> ExitCode {
         Command::Model(command) => commands::model::run(command),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Kernels(command) => commands::kernels::run(&command),
         Command::Bench(command) => commands::bench::run(command),
     };
     match done {

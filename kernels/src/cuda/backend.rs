@@ -114,7 +114,11 @@ impl Backend for Cuda {
 
     fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {
         self.drawn.clear();
-        let result = self.inputs.begin(inputs, rope);
+        // Nothing that is recorded reads inputs of the last step any more.
+        let result = self.submit().and_then(|()| {
+            self.late.begin();
+            self.inputs.begin(inputs, rope)
+        });
         self.note(result);
     }
 
@@ -217,9 +221,8 @@ impl Backend for Cuda {
     }
 
     fn finish(&mut self) -> Result<(), KernelError> {
-        let waited = self.memory.device.synchronize();
-        self.note(waited);
         if !self.broken {
+            // Reading the status waits for all.
             let status = self.take_status();
             self.note(status);
         }

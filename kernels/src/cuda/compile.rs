@@ -31,6 +31,9 @@ const HEADERS: [(&CStr, &str); 3] = [
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
 ];
 
+/// How many files [`build`] makes for each architecture.
+pub const FILE_COUNT: usize = FILES.len();
+
 /// Nothing is fused that the source does not fuse: the emulation's bits are the device's.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 
@@ -43,7 +46,7 @@ pub enum CompileError {
     /// NVRTC cannot be loaded, and the folder lacks what is needed.
     #[error(
         "no NVRTC (libnvrtc.so.13) on this machine and no {file} for sm_{arch} in {}; install nvidia-cuda-nvrtc 13.0 or \
-         point the kernel cache to a folder that was filled by `kernels build`", folder.display()
+         point the kernel cache to a folder that was filled by `phalanx kernels build`", folder.display()
     )]
     NoCompiler {
         /// Which kernels.

@@ -2,14 +2,17 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::arena::{ALIGNMENT, Arena};
 use super::ops::Kernel;
+use super::queue::Queue;
+use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
 /// A launch of a kernel; its blocks have the kernel's number of threads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch<'a> {
     /// What runs.
     pub kernel: &'a Kernel,
@@ -88,10 +91,34 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// [`KernelError::Device`].
     fn synchronize(&self) -> Result<(), KernelError>;
+
+    /// Makes a graph that does what these nodes do, in their order.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError>;
 }
 
-/// Buffers begin at multiples of this.
-pub(super) const ALIGNMENT: usize = 256;
+/// Nodes that a device launches as one, each after the one before. Those in flight outlive it when it is dropped.
+pub trait Graph: fmt::Debug + Send {
+    /// Changes a node for launches from now on; what is in flight is not touched.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; the graph must not be launched any more.
+    ///
+    /// # Safety
+    /// The node at this place is [like](Node::is_like) the new one, which may be run.
+    unsafe fn update(&mut self, at: usize, node: Node<'_>) -> Result<(), KernelError>;
+
+    /// Enqueues it.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// Every node may be run, as [`Device::launch`], [`Device::copy`] and [`Device::zero`] have it.
+    unsafe fn launch(&mut self) -> Result<(), KernelError>;
+}
 
 /// The size of a buffer that grows to hold `bytes`: up to an eighth more, so that it seldom grows again. Never less for
 /// more.
@@ -103,29 +130,76 @@ pub(super) fn grown(bytes: usize) -> usize {
 /// A device and the bytes held of it.
 #[derive(Debug)]
 pub(super) struct Memory {
-    pub(super) device: Arc<dyn Device>,
+    pub(super) queue: Queue,
     held: AtomicU64,
+    /// Where buffers lie from when it was made on; until then each is an allocation of its own.
+    arena: Mutex<Option<Arena>>,
 }
 
 impl Memory {
     pub(super) fn new(device: Arc<dyn Device>) -> Arc<Self> {
-        Arc::new(Self { device, held: AtomicU64::new(0) })
+        Arc::new(Self { queue: Queue::new(device), held: AtomicU64::new(0), arena: Mutex::new(None) })
     }
 
     pub(super) fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// `bytes` zeros.
-    pub(super) fn zeroed(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
+    fn arena(&self) -> MutexGuard<'_, Option<Arena>> {
+        // No call on an arena panics halfway.
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an allocation of `bytes` in which all further buffers lie.
+    pub(super) fn make_arena(&self, bytes: u64) -> Result<(), KernelError> {
+        let refused = |why: &str| KernelError::Device { what: "allocate", why: format!("{bytes} bytes: {why}") };
+        let mut arena = self.arena();
+        if arena.is_some() {
+            return Err(refused("its memory is one allocation already"));
+        }
+        let bytes = usize::try_from(bytes).ok().and_then(|bytes| bytes.checked_next_multiple_of(ALIGNMENT));
+        let bytes = bytes.filter(|&bytes| bytes > 0).ok_or_else(|| refused("no such allocation is possible"))?;
+        *arena = Some(Arena::new(self.queue.device().allocate(bytes)?, bytes));
+        Ok(())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
+        let mut arena = self.arena();
+        let Some(arena) = arena.as_mut() else { return self.queue.device().allocate(bytes) };
+        arena.take(bytes).ok_or_else(|| {
+            let (free, longest) = arena.room();
+            let all = arena.range().end - arena.range().start;
+            let why = format!("{bytes} bytes: of {all} planned, {free} are free, {longest} in one piece");
+            KernelError::Device { what: "allocate", why }
+        })
+    }
+
+    /// Gives back what [`Memory::allocate`] gave.
+    fn free(&self, address: u64, bytes: usize) {
+        match self.arena().as_mut() {
+            Some(arena) if arena.range().contains(&address) => arena.give(address, bytes),
+            // SAFETY: an allocation of its own, made before the arena, or without one; its only user is gone.
+            _ => unsafe { self.queue.free(address, bytes) },
+        }
+    }
+
+    /// `bytes` of undefined content.
+    fn unfilled(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
         if bytes == 0 {
             return Ok(self.nothing());
         }
-        let address = self.device.allocate(bytes)?;
+        let address = self.allocate(bytes)?;
         self.held.fetch_add(bytes as u64, Ordering::Relaxed);
-        let buffer = Buffer { memory: Arc::clone(self), address, bytes };
-        // SAFETY: just allocated.
-        unsafe { self.device.zero(address, bytes)? };
+        Ok(Buffer { memory: Arc::clone(self), address, bytes })
+    }
+
+    /// `bytes` zeros.
+    pub(super) fn zeroed(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
+        let buffer = self.unfilled(bytes)?;
+        if bytes > 0 {
+            // SAFETY: just allocated.
+            unsafe { self.queue.zero(buffer.address, bytes)? };
+        }
         Ok(buffer)
     }
 
@@ -136,9 +210,19 @@ impl Memory {
 
     /// A buffer that holds `bytes`.
     pub(super) fn filled(self: &Arc<Self>, bytes: &[u8]) -> Result<Buffer, KernelError> {
-        let mut buffer = self.zeroed(bytes.len())?;
+        let mut buffer = self.unfilled(bytes.len())?;
         buffer.upload(0, bytes)?;
         Ok(buffer)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(arena) = self.arena().take() {
+            let range = arena.range();
+            // SAFETY: the arena's allocation; every buffer in it held this memory and is gone.
+            unsafe { self.queue.free(range.start, (range.end - range.start) as usize) };
+        }
     }
 }
 
@@ -191,7 +275,17 @@ impl Buffer {
             return Ok(());
         }
         // SAFETY: the range was checked to lie within this allocation.
-        unsafe { self.memory.device.upload(from, self.address + at as u64) }
+        unsafe { self.memory.queue.upload(from, self.address + at as u64) }
+    }
+
+    /// Copies to it, ahead of what is recorded, which must not touch these bytes: they would be others for it.
+    pub(super) fn upload_ahead(&mut self, at: usize, from: &[u8]) -> Result<(), KernelError> {
+        self.check(at, from.len())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range was checked to lie within this allocation.
+        unsafe { self.memory.queue.upload_ahead(from, self.address + at as u64) }
     }
 
     /// Its first bytes; waits.
@@ -200,7 +294,7 @@ impl Buffer {
         let mut out = vec![0; bytes];
         if bytes > 0 {
             // SAFETY: the range was checked to lie within this allocation.
-            unsafe { self.memory.device.download(self.address, &mut out)? };
+            unsafe { self.memory.queue.download(self.address, &mut out)? };
         }
         Ok(out)
     }
@@ -216,7 +310,7 @@ impl Buffer {
             return Err(KernelError::Size { what: "a copy that overlaps itself", got: from.abs_diff(to), need: bytes });
         }
         // SAFETY: both ranges were checked to lie within this allocation, and not to overlap.
-        unsafe { self.memory.device.copy(self.address + from as u64, self.address + to as u64, bytes) }
+        unsafe { self.memory.queue.copy(self.address + from as u64, self.address + to as u64, bytes) }
     }
 
     /// Copies the first `bytes` of another buffer to the beginning of this one.
@@ -227,7 +321,7 @@ impl Buffer {
             return Ok(());
         }
         // SAFETY: both ranges were checked to lie within their allocations, which are different ones.
-        unsafe { self.memory.device.copy(other.address, self.address, bytes) }
+        unsafe { self.memory.queue.copy(other.address, self.address, bytes) }
     }
 }
 
@@ -235,8 +329,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if self.bytes > 0 {
             self.memory.held.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-            // SAFETY: this buffer owns the allocation and is gone.
-            unsafe { self.memory.device.free(self.address, self.bytes) };
+            self.memory.free(self.address, self.bytes);
         }
     }
 }

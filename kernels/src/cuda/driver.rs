@@ -11,8 +11,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::compile::Cache;
-use super::device::{Device, Launch};
+use super::device::{Device, Graph, Launch};
+use super::graph::Chain;
 use super::ops::KERNELS;
+use super::sequence::Sequence;
 use crate::KernelError;
 
 /// A loaded file of kernels.
@@ -43,7 +45,7 @@ impl fmt::Debug for Driver {
     }
 }
 
-fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError {
+pub(super) fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError {
     move |error| KernelError::Device { what, why: error.to_string() }
 }
 
@@ -133,6 +135,16 @@ impl Driver {
         Ok(())
     }
 
+    /// The function of a launch with as many bytes of arguments.
+    fn function(&self, launch: &Launch<'_>, args_bytes: usize) -> Result<sys::CUfunction, KernelError> {
+        let kernel = launch.kernel;
+        let function = self.functions.get(kernel.name).filter(|_| kernel.args_bytes == args_bytes);
+        function.copied().ok_or_else(|| KernelError::Device {
+            what: "run a kernel",
+            why: format!("{} with {args_bytes} bytes of arguments is none of its kernels", kernel.name),
+        })
+    }
+
     /// Makes the context current on this thread.
     fn bind(&self) -> Result<(), KernelError> {
         self.context.bind_to_thread().map_err(failed("be reached"))
@@ -214,13 +226,8 @@ impl Device for Driver {
 
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
         self.bind()?;
-        let kernel = launch.kernel;
-        let function = self.functions.get(kernel.name).filter(|_| kernel.args_bytes == args_bytes);
-        let function = *function.ok_or_else(|| KernelError::Device {
-            what: "run a kernel",
-            why: format!("{} with {args_bytes} bytes of arguments is none of its kernels", kernel.name),
-        })?;
-        let [x, y, z] = launch.grid;
+        let function = self.function(&launch, args_bytes)?;
+        let (kernel, [x, y, z]) = (launch.kernel, launch.grid);
         // SAFETY: the caller promises that the one argument is the kernel's struct, which the driver copies, and that
         // all it points to is allocated.
         let launched = unsafe {
@@ -239,6 +246,11 @@ impl Device for Driver {
     fn synchronize(&self) -> Result<(), KernelError> {
         self.bind()?;
         self.stream.synchronize().map_err(failed("finish"))
+    }
+
+    fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
+        let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
+        Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
     }
 }
 

@@ -4,8 +4,9 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::device::{Device, Launch};
+use super::device::{Device, Graph, Launch};
 use super::ops::Kernel;
+use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
 unsafe extern "C" {
@@ -31,6 +32,10 @@ pub enum Fault {
     Window,
     /// The experts' two codes of a byte are exchanged.
     Nibbles,
+    /// The device makes no graphs.
+    NoGraphs,
+    /// Graphs stay as they were made.
+    Stale,
 }
 
 /// What emulated devices hold, and when they break.
@@ -94,6 +99,7 @@ impl Emulated {
             Fault::Barrier => "barrier",
             Fault::Window => "window",
             Fault::Nibbles => "nibbles",
+            Fault::NoGraphs | Fault::Stale => return plain,
         };
         let planted = CString::new(format!("{}!{suffix}", kernel.name)).expect("no zero either");
         if find(&planted).is_some() { planted } else { plain }
@@ -191,6 +197,44 @@ impl Device for Emulated {
 
     fn synchronize(&self) -> Result<(), KernelError> {
         Ok(())
+    }
+
+    fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
+        if self.fault == Some(Fault::NoGraphs) {
+            return Err(failed("make a graph", format!("none of {} nodes", nodes.len())));
+        }
+        let mut own = Vec::new();
+        for node in nodes.nodes() {
+            let mut one = Sequence::default();
+            one.push(node);
+            own.push(one);
+        }
+        Ok(Box::new(EmulatedGraph { device: *self, nodes: own }))
+    }
+}
+
+/// A graph that runs its own copies of its nodes.
+#[derive(Debug)]
+struct EmulatedGraph {
+    device: Emulated,
+    nodes: Vec<Sequence>,
+}
+
+impl Graph for EmulatedGraph {
+    unsafe fn update(&mut self, at: usize, node: Node<'_>) -> Result<(), KernelError> {
+        if self.nodes[at].nodes().any(|own| !own.is_like(&node)) {
+            return Err(failed("change a graph", format!("node {at} is another kernel's")));
+        }
+        if self.device.fault != Some(Fault::Stale) {
+            self.nodes[at].clear();
+            self.nodes[at].push(node);
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(&mut self) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that every node may be run.
+        self.nodes.iter().flat_map(Sequence::nodes).try_for_each(|node| unsafe { node.enqueue(&self.device) })
     }
 }
 

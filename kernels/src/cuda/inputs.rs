@@ -3,9 +3,13 @@
 use std::sync::Arc;
 
 use super::choose::TILE_ROWS;
-use super::device::{Buffer, Memory, Plain, bytes_of};
+use super::device::{Buffer, Memory, Plain};
+use super::sample::DRAWS_BYTES;
 use crate::cpu::{check, need};
 use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, RopeTable, SEGMENT, StepInputs, TokenSource};
+
+/// Block tables are as long as a multiple of this.
+pub(super) const STRIDE: usize = 16;
 
 /// Where something of the step lies in the step's buffer.
 pub(super) type Offset = u64;
@@ -66,13 +70,14 @@ impl Sight {
 }
 
 /// Collects what is copied to the device at once.
-#[derive(Default)]
-struct Staging {
-    bytes: Vec<u8>,
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    pub(super) bytes: Vec<u8>,
 }
 
 impl Staging {
-    fn push<T: Plain>(&mut self, values: impl IntoIterator<Item = T>) -> Offset {
+    /// Appends numbers at a multiple of 16.
+    pub(super) fn push<T: Plain>(&mut self, values: impl IntoIterator<Item = T>) -> Offset {
         self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
         let at = self.bytes.len() as u64;
         values.into_iter().for_each(|value| value.append(&mut self.bytes));
@@ -96,6 +101,11 @@ impl Inputs {
             tables: Vec::new(),
             checked: Vec::new(),
         }
+    }
+
+    /// Makes room for inputs of `bytes`.
+    pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
+        self.buffer.reserve(bytes)
     }
 
     /// Rows of the step.
@@ -148,7 +158,8 @@ impl Inputs {
         }
         self.tables.clear();
         for tables in &self.step.tables {
-            let stride = tables.iter().map(Vec::len).max().unwrap_or(0);
+            // So that it seldom differs from the last step's.
+            let stride = tables.iter().map(Vec::len).max().unwrap_or(0).next_multiple_of(STRIDE);
             let padded = tables
                 .iter()
                 .flat_map(|table| table.iter().copied().chain(std::iter::repeat_n(u32::MAX, stride - table.len())));
@@ -231,11 +242,42 @@ fn tiles_of(sequences: &[u32], positions: &[u32], rows_max: usize) -> Vec<[u32; 
     tiles
 }
 
-/// Numbers copied to a buffer of their own, which grows as needed.
-pub(super) fn upload<T: Plain>(buffer: &mut Buffer, values: &[T]) -> Result<(), KernelError> {
-    let bytes = bytes_of(values);
-    buffer.reserve(bytes.len())?;
-    buffer.upload(0, &bytes)
+/// Room for what a step learns only after its layers are enqueued: rows to gather, draws. It is copied ahead of them.
+#[derive(Debug)]
+pub(super) struct Late {
+    buffer: Buffer,
+    used: usize,
+}
+
+impl Late {
+    pub(super) fn new(memory: &Arc<Memory>) -> Self {
+        Self { buffer: memory.nothing(), used: 0 }
+    }
+
+    /// Makes room for `bytes` at once.
+    pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
+        self.buffer.reserve(bytes)
+    }
+
+    /// A step begins, and nothing is recorded of the last one.
+    pub(super) const fn begin(&mut self) {
+        self.used = 0;
+    }
+
+    /// Copies bytes to the device and says where they are, until as many have come after them as there is room for.
+    pub(super) fn push(&mut self, bytes: &[u8]) -> Result<u64, KernelError> {
+        let at = self.used.next_multiple_of(16);
+        if at + bytes.len() <= self.buffer.bytes() {
+            // What is recorded reads only what was pushed before in this step.
+            self.buffer.upload_ahead(at, bytes)?;
+            self.used = at + bytes.len();
+            return Ok(self.buffer.address() + at as u64);
+        }
+        self.buffer.reserve(bytes.len().max(DRAWS_BYTES))?;
+        self.buffer.upload(0, bytes)?;
+        self.used = bytes.len();
+        Ok(self.buffer.address())
+    }
 }
 
 #[cfg(test)]

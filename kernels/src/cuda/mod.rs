@@ -5,7 +5,9 @@
 //! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
+mod arena;
 mod backend;
+pub mod ceiling;
 mod choose;
 pub mod compile;
 mod device;
@@ -13,34 +15,39 @@ pub mod driver;
 #[cfg(feature = "cuda-emu")]
 mod emulated;
 mod exchange;
+mod graph;
 mod inputs;
 pub mod libraries;
 mod ops;
 mod pack;
+mod queue;
 mod rows;
 mod sample;
 mod scratch;
+mod sequence;
 mod status;
 
 use std::sync::Arc;
 
-pub use device::{Device, Launch};
+pub use device::{Device, Graph, Launch};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
+pub use queue::Counts;
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
+pub use sequence::{Node, Sequence};
 
 use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
-use self::device::{Buffer, Memory};
-use self::inputs::{Inputs, Sight, upload};
+use self::device::{Buffer, Memory, bytes_of};
+use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
     ATTENTION_MERGE, AttentionArgs, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, RMS_NORM, ROPE_BF16, ROPE_F32,
     RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
-use self::sample::{Drawn, Draws};
+use self::sample::Drawn;
 use crate::cpu::{check, need};
 use crate::{KernelError, KvLayer, Precision};
 
@@ -59,9 +66,10 @@ pub struct Cuda {
     logits: Buffer,
     /// Attention of single segments.
     partials: Buffer,
-    /// Rows to gather.
-    gathered: Buffer,
-    draws: Draws,
+    /// Rows to gather, and draws.
+    late: Late,
+    /// Logits that are drawn from.
+    weights: Buffer,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
@@ -86,8 +94,8 @@ impl Cuda {
             status: memory.zeroed(status::BYTES)?,
             logits: nothing(),
             partials: nothing(),
-            gathered: nothing(),
-            draws: Draws { draws: nothing(), edits: nothing(), allowed: nothing(), weights: nothing() },
+            late: Late::new(&memory),
+            weights: nothing(),
             drawn: Vec::new(),
             error: None,
             broken: false,
@@ -95,10 +103,50 @@ impl Cuda {
         })
     }
 
+    /// Makes all that the backend makes for itself, for steps within these bounds, so that nothing grows afterwards.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn reserve(&mut self, shape: &ScratchShape) -> Result<(), KernelError> {
+        self.inputs.reserve(shape.inputs())?;
+        self.late.reserve(shape.draws())?;
+        self.logits.reserve(shape.router_logits())?;
+        self.partials.reserve(shape.partials())?;
+        self.weights.reserve(shape.weights())
+    }
+
+    /// Takes `bytes` of the device at once, from which all further memory comes: weights, KV, buffers and what the
+    /// backend makes for itself. See [`arena_bytes`] and [`scratch_bytes`].
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]: the device has no such stretch, or this was done before.
+    pub fn take_memory(&mut self, bytes: u64) -> Result<(), KernelError> {
+        self.memory.make_arena(bytes)
+    }
+
     /// How much is rounded on the way.
     #[must_use]
     pub const fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Hands what is recorded to the device, so that others can enqueue behind it. Reading back does the same.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn submit(&mut self) -> Result<(), KernelError> {
+        self.memory.queue.submit()
+    }
+
+    /// What has been handed to the device so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.memory.queue.counts()
+    }
+
+    /// Why the device makes no graphs, if it does not; told once. Steps are as right without, and slower.
+    pub fn take_warning(&mut self) -> Option<KernelError> {
+        self.memory.queue.take_warning()
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).
@@ -135,7 +183,7 @@ impl Cuda {
         // freed in the order of the stream, behind this launch.
         unsafe {
             let launch = Launch { kernel: &op.kernel, grid, shared };
-            self.memory.device.launch(launch, ops::pointer(args), size_of::<A>())
+            self.memory.queue.launch(launch, ops::pointer(args), size_of::<A>())
         }
     }
 
@@ -259,7 +307,7 @@ impl Cuda {
         let shape = [heads, kv_heads, dim].map(|n| n as u32);
         let rows = qkv.len() as u32;
         let blocks = if self.precision == Precision::Exact { rows } else { count as u32 };
-        let multiprocessors = self.memory.device.multiprocessors();
+        let multiprocessors = self.memory.queue.device().multiprocessors();
         let partials = [qkv.len(), heads, segments, (2 + dim) * 4].into_iter().fold(1, usize::saturating_mul);
         let shared_out = if partials > PARTIALS_BYTES_MAX { 1 } else { segments as u32 };
         let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, shared_out);
@@ -313,10 +361,9 @@ impl Cuda {
             check("row", row as usize, x.len())?;
         }
         out.resize(rows.len())?;
-        upload(&mut self.gathered, rows)?;
         let args = GatherArgs {
             x: x.address(),
-            rows: self.gathered.address(),
+            rows: self.late.push(&bytes_of(rows))?,
             out: out.address_mut(),
             cols: x.cols() as u32,
             unused: 0,

@@ -28,6 +28,7 @@ pub(super) struct Op<A> {
 
 impl<A: Copy> Op<A> {
     const fn new(name: &'static str, file: &'static str, threads: u32) -> Self {
+        const { assert!(size_of::<A>().is_multiple_of(8), "arguments are kept as words") };
         Self { kernel: Kernel { name, file, threads, args_bytes: size_of::<A>() }, args: PhantomData }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::device::{Buffer, Plain};
-use super::inputs::upload;
+use super::inputs::Staging;
 use super::ops::{SAMPLE, SampleArgs};
 use super::rows::Rows;
 use crate::cpu::{check, need};
@@ -23,7 +23,7 @@ pub(super) const TOP: usize = 8;
 /// Shared memory: a number in f64 of each of 256 threads.
 const SHARED: u32 = 256 * 8;
 
-/// What one [`crate::Backend::sample`] drew, on the device.
+/// What one launch drew, on the device.
 #[derive(Debug)]
 pub(super) struct Drawn {
     drawn: Buffer,
@@ -31,15 +31,6 @@ pub(super) struct Drawn {
     /// Of each draw, whether something is reported, and where its likely tokens begin.
     reports: Vec<(bool, u32)>,
     tops: usize,
-}
-
-/// Buffers that draws are copied to.
-#[derive(Debug)]
-pub(super) struct Draws {
-    pub(super) draws: Buffer,
-    pub(super) edits: Buffer,
-    pub(super) allowed: Buffer,
-    pub(super) weights: Buffer,
 }
 
 /// Draws as the kernel takes them.
@@ -102,30 +93,53 @@ impl Cuda {
             return Ok(());
         }
         let vocab = logits.cols();
-        let packed = Packed::new(draws, vocab);
-        upload(&mut self.draws.draws, &packed.draws)?;
-        upload(&mut self.draws.edits, &packed.edits)?;
-        upload(&mut self.draws.allowed, &packed.allowed)?;
-        self.draws.weights.reserve(draws.len().min(ROWS) * vocab * 4)?;
-        let (drawn, top) = (self.memory.zeroed(draws.len() * DRAWN)?, self.memory.zeroed(packed.tops * TOP)?);
-        for first in (0..draws.len()).step_by(ROWS) {
-            let args = SampleArgs {
-                logits: logits.address() + (first * vocab * 4) as u64,
-                weights: self.draws.weights.address(),
-                draws: self.draws.draws.address() + (first * DRAW) as u64,
-                edits: self.draws.edits.address(),
-                allowed: self.draws.allowed.address(),
-                drawn: drawn.address() + (first * DRAWN) as u64,
-                top: top.address(),
-                slots: self.tokens.address(),
-                vocab: vocab as u32,
-                unused: 0,
-            };
-            self.launch(&SAMPLE, [ROWS.min(draws.len() - first) as u32, 1, 1], SHARED, &args)?;
+        self.weights.reserve(draws.len().min(ROWS) * vocab * 4)?;
+        let mut first = 0;
+        while first < draws.len() {
+            let count = at_once(&draws[first..], vocab);
+            self.sample_at_once(logits, first, &draws[first..first + count])?;
+            first += count;
         }
+        Ok(())
+    }
+
+    /// Draws from rows of `logits` from `first` on, with one launch.
+    fn sample_at_once(&mut self, logits: &Rows, first: usize, draws: &[Draw]) -> Result<(), KernelError> {
+        let vocab = logits.cols();
+        let packed = Packed::new(draws, vocab);
+        let mut staging = Staging::default();
+        staging.push(packed.draws);
+        let edits = staging.push(packed.edits);
+        let allowed = staging.push(packed.allowed);
+        let at = self.late.push(&staging.bytes)?;
+        let (drawn, top) = (self.memory.zeroed(draws.len() * DRAWN)?, self.memory.zeroed(packed.tops * TOP)?);
+        let args = SampleArgs {
+            logits: logits.address() + (first * vocab * 4) as u64,
+            weights: self.weights.address(),
+            draws: at,
+            edits: at + edits,
+            allowed: at + allowed,
+            drawn: drawn.address(),
+            top: top.address(),
+            slots: self.tokens.address(),
+            vocab: vocab as u32,
+            unused: 0,
+        };
+        self.launch(&SAMPLE, [draws.len() as u32, 1, 1], SHARED, &args)?;
         self.drawn.push(Drawn { drawn, top, reports: packed.reports, tops: packed.tops });
         Ok(())
     }
+}
+
+/// How many of these draws one launch takes: at least one, and no more bytes than [`DRAWS_BYTES`] where that is so.
+fn at_once(draws: &[Draw], vocab: usize) -> usize {
+    let words = |draw: &Draw| draw.allowed.as_ref().map_or(0, |words| words.len().min(vocab.div_ceil(64)));
+    let mut bytes = 4 * 16;
+    let fits = |draw: &&Draw| {
+        bytes += DRAW + draw.edits.len() * EDIT + words(draw) * 8;
+        bytes <= DRAWS_BYTES
+    };
+    draws.iter().take(ROWS).take_while(fits).count().max(1)
 }
 
 impl Drawn {
@@ -162,6 +176,24 @@ impl Drawn {
 mod tests {
     use super::*;
     use crate::Edit;
+
+    #[test]
+    fn a_launch_takes_no_more_draws_than_there_is_room_for() {
+        let edits =
+            |count| Draw { edits: vec![Edit { token: 3, repetition: 2.0, add: 1.0 }; count], ..Draw::greedy(0, 0) };
+        let allowed = Draw { allowed: Some(vec![0; 1 << 20].into()), ..Draw::greedy(0, 0) };
+        assert_eq!(at_once(&vec![edits(0); ROWS + 1], 100), ROWS);
+        assert_eq!(at_once(&[edits(100_000), edits(200_000), edits(100_000)], 100), 2);
+        // One is drawn whatever its size.
+        assert_eq!(at_once(&[edits(1_000_000), edits(0)], 100), 1);
+        // Words beyond the vocabulary are left out.
+        assert_eq!(at_once(&vec![allowed.clone(); 4], 100), 4);
+        assert_eq!(at_once(&vec![allowed; 4], 64 << 18), 1);
+        for draws in [vec![edits(100_000), edits(200_000)], vec![edits(7); ROWS]] {
+            let packed = Packed::new(&draws, 100);
+            assert!(packed.draws.len() + packed.edits.len() + packed.allowed.len() * 8 + 4 * 16 <= DRAWS_BYTES);
+        }
+    }
 
     #[test]
     fn draws_are_packed_as_the_kernel_reads_them() {

@@ -1,7 +1,9 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
+use super::arena::ALIGNMENT;
 use super::choose::PARTIALS_BYTES_MAX;
-use super::device::{ALIGNMENT, grown};
+use super::device::grown;
+use super::inputs::STRIDE;
 use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP};
 use super::status;
 use crate::{BLOCK_SIZE, SEGMENT};
@@ -45,7 +47,7 @@ impl ScratchShape {
     /// Bytes of a step's inputs.
     pub(super) fn inputs(&self) -> usize {
         let row = 4 * 4 + 2 * 2 * 4 + 2 * (self.head_dim / 2) * 4;
-        let table = self.positions.div_ceil(BLOCK_SIZE) * 4;
+        let table = self.positions.div_ceil(BLOCK_SIZE).next_multiple_of(STRIDE) * 4;
         // Every part begins at a multiple of 16.
         self.rows * row + self.pools * (self.sequences * table + 16) + 8 * 16
     }
@@ -53,7 +55,7 @@ impl ScratchShape {
     /// Bytes of draws that wait to be drawn: those of a launch, or of the largest one.
     pub(super) fn draws(&self) -> usize {
         let words = self.vocab.div_ceil(64);
-        DRAWS_BYTES.max(DRAW + self.edits.min(self.vocab) * EDIT + words * 8 + 4 * 16).max(self.logits_rows * 4 + 16)
+        DRAWS_BYTES.max(DRAW + self.edits * EDIT + words * 8 + 4 * 16).max(self.logits_rows * 4 + 16)
     }
 
     /// Bytes of router logits.
@@ -78,7 +80,8 @@ impl ScratchShape {
 #[must_use]
 pub fn scratch_bytes(shape: &ScratchShape) -> u64 {
     let reserved = [
-        shape.inputs() + shape.draws(),
+        shape.inputs(),
+        shape.draws(),
         shape.router_logits(),
         shape.partials(),
         shape.weights(),

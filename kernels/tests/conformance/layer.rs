@@ -1,17 +1,19 @@
 //! A small model of two layers, one sliding and one full, made of every op.
 
 use phalanx_kernels::DenseUse::{Projection, Router};
-use phalanx_kernels::{ExpertShape, KvLayer, KvShape, PoolShape, RopeTable, Stack, StepInputs, TokenSource};
+use phalanx_kernels::{
+    Draw, ExpertShape, KvLayer, KvShape, PoolShape, RopeTable, Sampled, Stack, StepInputs, TokenSource,
+};
 
 use crate::data::{Expert, Random, Tensor, rope_table};
 use crate::{Make, Tested};
 
-const HIDDEN: usize = 96;
+pub(crate) const HIDDEN: usize = 96;
 const INTERMEDIATE: usize = 64;
-const HEADS: usize = 6;
+pub(crate) const HEADS: usize = 6;
 const KV_HEADS: usize = 2;
-const DIM: usize = 24;
-const EXPERTS: usize = 5;
+pub(crate) const DIM: usize = 24;
+pub(crate) const EXPERTS: usize = 5;
 const TOP_K: usize = 3;
 pub(crate) const VOCAB: usize = 100;
 const WINDOW: u32 = 20;
@@ -52,7 +54,7 @@ impl Weights {
 
 /// The model on a backend, with the KV memory of a few sequences.
 pub(crate) struct Layers<B: Tested> {
-    backend: B,
+    pub(crate) backend: B,
     embedding: B::Embedding,
     norm: B::Vector,
     qkv: B::Dense,
@@ -64,7 +66,40 @@ pub(crate) struct Layers<B: Tested> {
     places: B::Places,
     rope: RopeTable,
     kv: B::Kv,
-    rows: usize,
+    buffers: Buffers<B>,
+}
+
+/// What a step works in.
+struct Buffers<B: Tested> {
+    x: B::Rows,
+    normed: B::Rows,
+    qkv: B::Rows,
+    heads: B::Rows,
+    last: B::Rows,
+    logits: B::Rows,
+    routes: B::Routes,
+    work: B::Work,
+    there: B::Parts,
+    back: B::Parts,
+}
+
+impl<B: Tested> Buffers<B> {
+    /// Room for steps of up to `rows` rows.
+    fn new(b: &mut B, rows: usize) -> Self {
+        let bytes = rows * b.dispatch_record(TOP_K, HIDDEN).max(TOP_K * b.combine_record(HIDDEN));
+        Self {
+            x: b.rows(rows, HIDDEN),
+            normed: b.rows(rows, HIDDEN),
+            qkv: b.rows(rows, (HEADS + 2 * KV_HEADS) * DIM),
+            heads: b.rows(rows, HEADS * DIM),
+            last: b.rows(rows, HIDDEN),
+            logits: b.rows(rows, VOCAB),
+            routes: b.routes(rows, TOP_K),
+            work: b.work(rows, TOP_K, ExpertShape { hidden: HIDDEN, intermediate: INTERMEDIATE, limit: 7.0 }),
+            there: b.parts(1, bytes),
+            back: b.parts(1, bytes),
+        }
+    }
 }
 
 /// A row of a step: sequence, position and token.
@@ -102,14 +137,43 @@ impl<B: Tested> Layers<B> {
             places: b.places(&places),
             rope: rope_table(DIM),
             kv,
-            rows,
+            buffers: Buffers::new(&mut b, rows),
             backend: b,
         }
     }
 
-    /// Logits of a step's rows, `[T, V]`. Sequence `s` has the blocks `8s..8s + 8`.
+    /// Logits of a step's rows, `[T, V]`.
     pub(crate) fn step(&mut self, rows: &[Row]) -> Vec<f32> {
+        self.forward(rows);
+        let (b, m) = (&mut self.backend, &mut self.buffers);
+        b.project(&m.normed, &self.unembedding, &mut m.logits);
+        let logits = b.read(&m.logits);
+        b.finish().unwrap();
+        logits
+    }
+
+    /// A step and what is drawn from its rows: a draw for each of the first ones.
+    pub(crate) fn draw(&mut self, rows: &[Row], draws: &[Draw]) -> Vec<Sampled> {
+        self.forward(rows);
+        let (b, m) = (&mut self.backend, &mut self.buffers);
+        b.gather(&m.normed, &(0..draws.len() as u32).collect::<Vec<_>>(), &mut m.last);
+        b.project(&m.last, &self.unembedding, &mut m.logits);
+        b.sample(&m.logits, draws);
+        let sampled = b.sampled();
+        b.finish().unwrap();
+        sampled
+    }
+
+    /// Gives back some of what a step of one row works in, after others of the same kind were made.
+    pub(crate) fn move_buffers(&mut self) {
         let b = &mut self.backend;
+        let made = (b.rows(1, HEADS * DIM), b.rows(1, VOCAB));
+        (self.buffers.heads, self.buffers.logits) = made;
+    }
+
+    /// Runs the layers. Sequence `s` has the blocks `8s..8s + 8`.
+    fn forward(&mut self, rows: &[Row]) {
+        let (b, m) = (&mut self.backend, &mut self.buffers);
         let table = |sequence: u32| (8 * sequence..8 * sequence + 8).rev().collect::<Vec<u32>>();
         let inputs = StepInputs {
             tokens: rows.iter().map(|row| TokenSource::Given(row.2)).collect(),
@@ -118,36 +182,23 @@ impl<B: Tested> Layers<B> {
             // A step without rows has no tables.
             tables: if rows.is_empty() { Vec::new() } else { vec![(0..8).map(table).collect(); 2] },
         };
-        let mut x = b.rows(self.rows, HIDDEN);
-        let mut normed = b.rows(self.rows, HIDDEN);
-        let mut qkv = b.rows(self.rows, (HEADS + 2 * KV_HEADS) * DIM);
-        let mut heads = b.rows(self.rows, HEADS * DIM);
-        let mut logits = b.rows(self.rows, VOCAB);
-        let mut routes = b.routes(self.rows, TOP_K);
-        let mut work = b.work(self.rows, TOP_K, ExpertShape { hidden: HIDDEN, intermediate: INTERMEDIATE, limit: 7.0 });
-        let bytes = self.rows * b.dispatch_record(TOP_K, HIDDEN).max(TOP_K * b.combine_record(HIDDEN));
-        let (mut there, mut back) = (b.parts(1, bytes), b.parts(1, bytes));
         b.begin(&inputs, &self.rope);
-        b.embed(&self.embedding, &mut x);
+        b.embed(&self.embedding, &mut m.x);
         for (pool, window) in [(0, Some(WINDOW)), (1, None)] {
             let layer = KvLayer { pool, layer: 0 };
-            b.norm(&x, &self.norm, 1e-5, &mut normed);
-            b.project(&normed, &self.qkv, &mut qkv);
-            b.rotate_and_store(&mut qkv, &mut self.kv, layer);
-            b.attend(&qkv, &self.kv, layer, &self.sinks, window, &mut heads);
-            b.project_add(&heads, &self.out, &mut x);
-            b.norm(&x, &self.norm, 1e-5, &mut normed);
-            b.route(&normed, &self.router, &mut routes);
-            b.dispatch(&normed, &routes, &self.places, &mut there);
-            b.receive(&there, &self.experts, &mut work);
-            b.gate_up(&self.experts, &mut work);
-            b.down(&self.experts, &work, &mut back);
-            b.combine(&back, &routes, &self.places, &mut x);
+            b.norm(&m.x, &self.norm, 1e-5, &mut m.normed);
+            b.project(&m.normed, &self.qkv, &mut m.qkv);
+            b.rotate_and_store(&mut m.qkv, &mut self.kv, layer);
+            b.attend(&m.qkv, &self.kv, layer, &self.sinks, window, &mut m.heads);
+            b.project_add(&m.heads, &self.out, &mut m.x);
+            b.norm(&m.x, &self.norm, 1e-5, &mut m.normed);
+            b.route(&m.normed, &self.router, &mut m.routes);
+            b.dispatch(&m.normed, &m.routes, &self.places, &mut m.there);
+            b.receive(&m.there, &self.experts, &mut m.work);
+            b.gate_up(&self.experts, &mut m.work);
+            b.down(&self.experts, &m.work, &mut m.back);
+            b.combine(&m.back, &m.routes, &self.places, &mut m.x);
         }
-        b.norm(&x, &self.norm, 1e-5, &mut normed);
-        b.project(&normed, &self.unembedding, &mut logits);
-        let logits = b.read(&logits);
-        b.finish().unwrap();
-        logits
+        b.norm(&m.x, &self.norm, 1e-5, &mut m.normed);
     }
 }

@@ -12,6 +12,7 @@ mod contract;
 mod data;
 mod experts;
 mod faults;
+mod graphs;
 mod hostile;
 mod layer;
 mod memory;

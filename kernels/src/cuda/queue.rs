@@ -1,0 +1,303 @@
+//! Ops are recorded and submitted together: what a step enqueues becomes graphs of the device, so that the host's work
+//! between two kernels is an entry in a list.
+//!
+//! What is recorded is submitted when something must be waited for or copied from the host, and whenever enough has come
+//! together for the device to begin. A submission that is seen again, kernel for kernel, becomes a graph; later ones of the
+//! same structure change only the nodes that differ, by comparing all of their bytes, and launch it. So every submission
+//! does what its launches one by one would do, whatever memory was freed or moved in between.
+
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::device::{Device, Graph, Launch};
+use super::sequence::{Node, Sequence};
+use crate::KernelError;
+
+/// Nodes of a submission, at most: the device begins with the first layers while the host records the next ones.
+const NODES_MAX: usize = 256;
+/// Fewer nodes are launched one by one.
+const NODES_MIN: usize = 4;
+/// Graphs that are kept, and their nodes in all.
+const GRAPHS_MAX: usize = 256;
+const GRAPH_NODES_MAX: usize = 32 << 10;
+/// Structures that are remembered after their first sight.
+const SEEN_MAX: usize = 64;
+
+/// What a backend's queue has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Copies from the host.
+    pub uploads: u64,
+    /// Copies to the host; the host waited for each.
+    pub downloads: u64,
+    /// Sequences of launches, device copies and zeros that were submitted.
+    pub submissions: u64,
+    /// Of these, how many as a graph.
+    pub graphs: u64,
+    /// Nodes in all submissions.
+    pub nodes: u64,
+    /// Graphs made.
+    pub instantiated: u64,
+    /// Nodes of graphs that were changed before a launch.
+    pub updated: u64,
+    /// Graphs given up for others.
+    pub evicted: u64,
+}
+
+/// The order of a device's stream, recorded.
+#[derive(Debug)]
+pub(super) struct Queue {
+    /// Declared first: graphs go before the device that made them.
+    state: Mutex<State>,
+    device: Arc<dyn Device>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    recorded: Sequence,
+    /// The last launched comes last.
+    graphs: Vec<Kept>,
+    seen: VecDeque<u64>,
+    /// The device makes no graphs.
+    plain: bool,
+    /// Why, until it was told.
+    warning: Option<KernelError>,
+    counts: Counts,
+}
+
+/// A graph and what its nodes are.
+#[derive(Debug)]
+struct Kept {
+    graph: Box<dyn Graph>,
+    nodes: Sequence,
+    structure: u64,
+}
+
+impl Queue {
+    pub(super) fn new(device: Arc<dyn Device>) -> Self {
+        Self { state: Mutex::default(), device }
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic halfway leaves at worst a graph whose nodes are not what is noted of them; so none is used after it.
+        self.state.lock().unwrap_or_else(|poisoned| {
+            let mut state = PoisonError::into_inner(poisoned);
+            state.graphs.clear();
+            state
+        })
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        self.state().counts
+    }
+
+    /// What a graph failed with first, after which nodes are launched one by one; told once.
+    pub(super) fn take_warning(&self) -> Option<KernelError> {
+        self.state().warning.take()
+    }
+
+    fn record(&self, push: impl FnOnce(&mut Sequence)) -> Result<(), KernelError> {
+        let mut state = self.state();
+        push(&mut state.recorded);
+        if state.recorded.len() < NODES_MAX { Ok(()) } else { state.submit(&*self.device) }
+    }
+
+    /// Submits what is recorded.
+    pub(super) fn submit(&self) -> Result<(), KernelError> {
+        self.state().submit(&*self.device)
+    }
+
+    /// Records a launch.
+    ///
+    /// # Safety
+    /// As [`Device::launch`] when it is submitted, and the arguments have no padding and a multiple of 8 bytes.
+    pub(super) unsafe fn launch(
+        &self,
+        launch: Launch<'_>,
+        args: *const c_void,
+        args_bytes: usize,
+    ) -> Result<(), KernelError> {
+        // SAFETY: as the caller promises.
+        self.record(|recorded| unsafe { recorded.push_launch(launch, args, args_bytes) })
+    }
+
+    /// Records a copy.
+    ///
+    /// # Safety
+    /// As [`Device::copy`]; `bytes` is not 0.
+    pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
+        self.record(|recorded| recorded.push(Node::Copy { from, to, bytes }))
+    }
+
+    /// Records that bytes are set to zero.
+    ///
+    /// # Safety
+    /// As [`Device::zero`]; `bytes` is not 0.
+    pub(super) unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
+        self.record(|recorded| recorded.push(Node::Zero { to, bytes }))
+    }
+
+    /// Copies to the device, behind what is recorded.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+        self.submit()?;
+        // SAFETY: as the caller promises.
+        unsafe { self.upload_ahead(from, to) }
+    }
+
+    /// Copies to the device, ahead of what is recorded and not yet submitted.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload_ahead(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+        self.state().counts.uploads += 1;
+        // SAFETY: as the caller promises.
+        unsafe { self.device.upload(from, to) }
+    }
+
+    /// Copies from the device, behind what is recorded, and waits.
+    ///
+    /// # Safety
+    /// As [`Device::download`].
+    pub(super) unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
+        self.submit()?;
+        self.state().counts.downloads += 1;
+        // SAFETY: as the caller promises.
+        unsafe { self.device.download(from, to) }
+    }
+
+    /// Gives an allocation back, behind what is recorded.
+    ///
+    /// # Safety
+    /// As [`Device::free`].
+    pub(super) unsafe fn free(&self, address: u64, bytes: usize) {
+        // An error here is the device's, which says so again at the next call.
+        let _ = self.submit();
+        // SAFETY: as the caller promises; nothing recorded uses it any more.
+        unsafe { self.device.free(address, bytes) };
+    }
+}
+
+impl State {
+    fn submit(&mut self, device: &dyn Device) -> Result<(), KernelError> {
+        if self.recorded.is_empty() {
+            return Ok(());
+        }
+        let mut nodes = std::mem::take(&mut self.recorded);
+        self.counts.submissions += 1;
+        self.counts.nodes += nodes.len() as u64;
+        let submitted = match self.graph_of(device, &mut nodes) {
+            Some(mut kept) => {
+                // SAFETY: whoever recorded the nodes promised that they may run, and the graph's are these.
+                let launched = unsafe { kept.graph.launch() };
+                self.counts.graphs += 1;
+                self.graphs.push(kept);
+                launched
+            }
+            // SAFETY: whoever recorded a node promised that it may run.
+            None => nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) }),
+        };
+        nodes.clear();
+        self.recorded = nodes;
+        submitted
+    }
+
+    /// A graph of these nodes, which it takes in exchange for others; `None` if they are to be launched one by one.
+    fn graph_of(&mut self, device: &dyn Device, nodes: &mut Sequence) -> Option<Kept> {
+        if self.plain || nodes.len() < NODES_MIN {
+            return None;
+        }
+        let structure = nodes.structure();
+        let Some((index, differences)) = self.nearest(structure, nodes) else {
+            if self.seen.contains(&structure) {
+                return self.instantiate(device, nodes, structure);
+            }
+            self.seen.truncate(SEEN_MAX - 1);
+            self.seen.push_front(structure);
+            return None;
+        };
+        // Where most nodes differ, it is a step of another size or another layer, which will come again too.
+        let room = self.graphs.len() < GRAPHS_MAX && self.held() + nodes.len() <= GRAPH_NODES_MAX;
+        if differences.len() > nodes.len() / 2 && room {
+            return self.instantiate(device, nodes, structure);
+        }
+        let mut kept = self.graphs.remove(index);
+        match kept.update(nodes, &differences) {
+            Ok(()) => {
+                self.counts.updated += differences.len() as u64;
+                Some(kept)
+            }
+            // What the graph would do now is not known.
+            Err(error) => {
+                drop(kept);
+                self.warning.get_or_insert(error);
+                self.instantiate(device, nodes, structure)
+            }
+        }
+    }
+
+    /// The graph of this structure with the fewest nodes to change, and which these are.
+    fn nearest(&self, structure: u64, nodes: &Sequence) -> Option<(usize, Vec<usize>)> {
+        let mut nearest: Option<(usize, Vec<usize>)> = None;
+        let like = |kept: &Kept| kept.structure == structure && kept.nodes.is_like(nodes);
+        for (index, kept) in self.graphs.iter().enumerate().rev().filter(|(_, kept)| like(kept)) {
+            let most = nearest.as_ref().map_or(nodes.len(), |(_, differences)| differences.len());
+            let differences: Vec<usize> = kept.nodes.differences(nodes).take(most + 1).collect();
+            // Among equals the one not used for longest.
+            if differences.len() <= most {
+                nearest = Some((index, differences));
+            }
+            if nearest.as_ref().is_some_and(|(_, differences)| differences.len() <= nodes.len() / 4) {
+                break;
+            }
+        }
+        nearest
+    }
+
+    fn instantiate(&mut self, device: &dyn Device, nodes: &mut Sequence, structure: u64) -> Option<Kept> {
+        while self.graphs.len() >= GRAPHS_MAX || self.held() + nodes.len() > GRAPH_NODES_MAX {
+            self.graphs.remove(0);
+            self.counts.evicted += 1;
+        }
+        match device.graph(nodes) {
+            Ok(graph) => {
+                self.counts.instantiated += 1;
+                Some(Kept { graph, nodes: std::mem::take(nodes), structure })
+            }
+            Err(error) => {
+                self.plain = true;
+                self.graphs.clear();
+                self.warning.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    /// Nodes of all graphs.
+    fn held(&self) -> usize {
+        self.graphs.iter().map(|kept| kept.nodes.len()).sum()
+    }
+}
+
+impl Kept {
+    /// Makes it a graph of `nodes`, which are like its own and differ from them at `differences`; takes them in exchange.
+    fn update(&mut self, nodes: &mut Sequence, differences: &[usize]) -> Result<(), KernelError> {
+        for &at in differences {
+            let node = nodes.node(at);
+            // SAFETY: the node is like the one at this place, and may run by the promise of whoever recorded it.
+            unsafe { self.graph.update(at, node)? };
+        }
+        std::mem::swap(&mut self.nodes, nodes);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
