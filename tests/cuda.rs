@@ -11,7 +11,7 @@ use std::sync::Arc;
 use phalanx::local::{CellOptions, LocalCell};
 use phalanx_kernels::Backend;
 use phalanx_kernels::KernelError;
-use phalanx_kernels::cuda::{self, Emulated, Meter};
+use phalanx_kernels::cuda::{self, Emulated, Family, Meter};
 use phalanx_model::packed::{PackedFile, Stored};
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::{Engine, EngineConfig, Event, Want};
@@ -36,8 +36,10 @@ struct EmulatedGpus {
     free: Bytes,
 }
 
-static GPUS: EmulatedGpus =
-    EmulatedGpus { device: Emulated { fault: None, largest: None, meter: None }, free: Bytes(8 << 30) };
+static GPUS: EmulatedGpus = EmulatedGpus {
+    device: Emulated { fault: None, largest: None, meter: None, family: Family::Mma },
+    free: Bytes(8 << 30),
+};
 
 impl Gpus for EmulatedGpus {
     fn look(&self, index: u32) -> Result<GpuReport, KernelError> {

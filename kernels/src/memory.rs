@@ -109,6 +109,22 @@ fn release_pages(map: &[u8], bytes: &[u8]) {
 #[cfg(not(unix))]
 fn release_pages(_map: &[u8], _bytes: &[u8]) {}
 
+/// What is worth reading ahead.
+const AHEAD_BYTES: usize = 1 << 20;
+
+/// Bytes that will be read soon: pages of a file are brought in meanwhile. The system may decline.
+pub(crate) fn will_need(bytes: &[u8]) {
+    #[cfg(unix)]
+    if bytes.len() >= AHEAD_BYTES {
+        const PAGE: usize = 4096;
+        let before = bytes.as_ptr().addr() % PAGE;
+        let first = bytes.as_ptr().wrapping_sub(before).cast_mut();
+        // SAFETY: pages of live bytes; reading them in changes none.
+        let _declined =
+            unsafe { rustix::mm::madvise(first.cast(), before + bytes.len(), rustix::mm::Advice::WillNeed) };
+    }
+}
+
 /// `len` zeroed elements whose pages exist from now on, so that memory planned is memory held.
 #[must_use]
 pub fn resident<T: Copy + Default>(len: usize) -> Vec<T> {
@@ -179,6 +195,13 @@ impl Packed {
             };
         }
         self
+    }
+
+    /// Gives pages of a file back to the system after they have been read; see [`Source::release`].
+    pub(crate) fn release(&self) {
+        if let PackedMemory::File(file) = &self.memory {
+            Source { bytes: self, map: Some(&file.map) }.release();
+        }
     }
 
     /// A part of the bytes.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use phalanx_kernels::cuda::compile::{ARCHS, FILE_COUNT, build};
+use phalanx_kernels::cuda::compile::{ARCHS, build, files};
 use phalanx_worker::device::kernel_cache;
 use serde_json::json;
 
@@ -46,7 +46,7 @@ pub fn run(command: &KernelsCommand) -> Result<ExitCode> {
     let style = ProgressStyle::with_template("compiling [{bar:30}] {pos}/{len} {msg}")
         .expect("the template is well formed")
         .progress_chars("=> ");
-    let bar = ProgressBar::new((archs.len() * FILE_COUNT) as u64).with_style(style);
+    let bar = ProgressBar::new(archs.iter().map(|arch| files(arch).count() as u64).sum()).with_style(style);
     let built = build(&archs, &folder, |built| {
         bar.set_message(format!("{} for sm_{}", built.file, built.arch));
         bar.inc(1);

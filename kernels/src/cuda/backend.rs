@@ -35,7 +35,7 @@ impl Backend for Cuda {
     }
 
     fn work(&mut self, received: usize, choices: usize, shape: ExpertShape) -> Work {
-        let made = Work::new(&self.memory, self.precision, received, choices, shape);
+        let made = Work::new(&self.memory, self.precision, self.family(), received, choices, shape);
         self.made(made, |memory| Work::nothing(memory, shape))
     }
 
@@ -75,7 +75,9 @@ impl Backend for Cuda {
 
     fn hold_dense(&mut self, _used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
         need("a packed matrix", packed.len(), dense_bytes(rows, cols))?;
-        Ok(Dense { buffer: self.memory.filled(&packed)?, rows, cols })
+        let buffer = self.memory.filled(&packed)?;
+        packed.release();
+        Ok(Dense { buffer, rows, cols })
     }
 
     fn embedding(&mut self, cols: usize, table: EmbeddingSource) -> Result<Embedding, KernelError> {
@@ -99,7 +101,9 @@ impl Backend for Cuda {
     }
 
     fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
-        experts.hold(&self.memory, slot, &packed)
+        experts.hold(&self.memory, slot, &packed)?;
+        packed.release();
+        Ok(())
     }
 
     fn clear_expert(&mut self, experts: &mut Experts, slot: usize) {

@@ -14,31 +14,41 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
+    ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
 ];
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
+    (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
+    (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),
 ];
-
-/// How many files [`build`] makes for each architecture.
-pub const FILE_COUNT: usize = FILES.len();
 
 /// Nothing is fused that the source does not fuse: the emulation's bits are the device's.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 
 /// What the kernels are built for: Ampere, Ada, Hopper and Blackwell, with each one's own instructions from sm_90 on.
 pub const ARCHS: [&str; 7] = ["80", "86", "89", "90a", "100a", "103a", "120a"];
+
+/// Whether a file of kernels is for this architecture: what needs Hopper's own instructions is for Hopper alone.
+fn is_for(file: &str, arch: &str) -> bool {
+    !file.ends_with("_wgmma.cu") || arch == "90a"
+}
+
+/// The files of kernels that are for this architecture: (name, source).
+pub fn files(arch: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    FILES.into_iter().filter(move |(file, _)| is_for(file, arch))
+}
 
 /// Why there is no machine code.
 #[derive(Debug, thiserror::Error)]
@@ -133,11 +143,11 @@ impl Cache {
         arch: &str,
         on_progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Vec<(&'static str, Vec<u8>)>, CompileError> {
-        let total = FILES.iter().map(|(_, text)| text.len() as u64).sum();
+        let total = files(arch).map(|(_, text)| text.len() as u64).sum();
         let mut done = 0;
-        let mut cubins = Vec::with_capacity(FILES.len());
+        let mut cubins = Vec::new();
         on_progress(done, total);
-        for (file, text) in FILES {
+        for (file, text) in files(arch) {
             cubins.push((file, self.cubin(file, arch)?));
             done += text.len() as u64;
             on_progress(done, total);
@@ -148,7 +158,7 @@ impl Cache {
     /// Whether all kernels are there, so that nothing needs to be compiled.
     #[must_use]
     pub fn has_all(&self, arch: &str) -> bool {
-        FILES.iter().all(|(file, text)| self.find(file, text, arch).1.is_some())
+        files(arch).all(|(file, text)| self.find(file, text, arch).1.is_some())
     }
 
     /// Where the machine code of a file is or may be, and what is there.
@@ -199,8 +209,8 @@ pub struct Built {
     pub cubin: Vec<u8>,
 }
 
-/// Compiles every kernel for every architecture into `folder`, as a [`Cache`] finds it. Needs NVRTC, and neither a driver
-/// nor a device. `done` is called after each file.
+/// Compiles every kernel for every architecture that it is for into `folder`, as a [`Cache`] finds it. Needs NVRTC, and
+/// neither a driver nor a device. `done` is called after each file.
 ///
 /// # Errors
 /// [`CompileError`].
@@ -208,7 +218,7 @@ pub fn build(archs: &[&str], folder: &Path, mut done: impl FnMut(&Built)) -> Res
     let cache = Cache::new(folder);
     let mut all = Vec::new();
     for arch in archs {
-        for (file, _) in FILES {
+        for (file, _) in files(arch) {
             let cubin = match cache.find_or_make(file, arch)? {
                 Made::Kept(cubin) => cubin,
                 Made::New(path, cubin) => {
@@ -364,7 +374,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("phalanx-cubins-{}", std::process::id()));
         let cache = Cache::new(&folder);
         let version = version().map_or_else(|| "12.9".to_owned(), |(major, minor)| format!("{major}.{minor}"));
-        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(FILES[6].1, "80")));
+        let rope = FILES.iter().find(|(file, _)| *file == "rope.cu").unwrap().1;
+        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(rope, "80")));
         let mut cubin = b"\x7fELF".to_vec();
         cubin.resize(64, 7);
         cubin[18..20].copy_from_slice(&[190, 0]);

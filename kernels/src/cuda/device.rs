@@ -22,11 +22,32 @@ pub struct Launch<'a> {
     pub shared: u32,
 }
 
+/// By what a device multiplies: kernels of one family add in one order, those of another may not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Family {
+    /// `mma.sync`, everywhere.
+    #[default]
+    Mma,
+    /// `wgmma` for the experts in fast precision, on Hopper.
+    Wgmma,
+}
+
+impl Family {
+    /// The family of a compute capability.
+    #[must_use]
+    pub const fn of(capability: (i32, i32)) -> Self {
+        if matches!(capability, (9, 0)) { Self::Wgmma } else { Self::Mma }
+    }
+}
+
 /// A device with one stream: calls take effect in their order, and only [`Device::download`] and
 /// [`Device::synchronize`] wait. Addresses are the device's own.
 pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Multiprocessors: blocks that run side by side, at least.
     fn multiprocessors(&self) -> u32;
+
+    /// By what it multiplies.
+    fn family(&self) -> Family;
 
     /// Memory of undefined content; `bytes` is not 0.
     ///
@@ -97,6 +118,33 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// [`KernelError::Device`].
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError>;
+
+    /// Host memory that the device reads while the host goes on; `bytes` is not 0.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError>;
+}
+
+/// Pinned host memory and the last copy out of it.
+pub trait Pinned: fmt::Debug + Send {
+    /// The memory. What was sent from it changes with it until it was waited for.
+    fn bytes(&mut self) -> &mut [u8];
+
+    /// Enqueues a copy of the first `bytes` to the device.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// As many bytes at `to` are allocated.
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError>;
+
+    /// Waits until what was sent has been read.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn wait(&mut self) -> Result<(), KernelError>;
 }
 
 /// Nodes that a device launches as one, each after the one before. Those in flight outlive it when it is dropped.
@@ -257,6 +305,14 @@ impl Buffer {
             // What was there goes first: both together are never held.
             *self = self.memory.nothing();
             *self = self.memory.zeroed(grown(bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Makes it at least `bytes` long and no longer; what it held is lost if it grows.
+    pub(super) fn reserve_exactly(&mut self, bytes: usize) -> Result<(), KernelError> {
+        if bytes > self.bytes {
+            *self = self.memory.zeroed(bytes)?;
         }
         Ok(())
     }

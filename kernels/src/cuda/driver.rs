@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::choose::SHARED_MAX;
 use super::compile::Cache;
-use super::device::{Device, Graph, Launch};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::graph::Chain;
 use super::ops::KERNELS;
+use super::page_locked::PageLocked;
 use super::sequence::Sequence;
 use crate::KernelError;
 
@@ -25,6 +27,7 @@ pub struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     arch: String,
+    family: Family,
     multiprocessors: u32,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<Module>,
@@ -93,14 +96,15 @@ impl Driver {
         let open = failed("be opened");
         let context = CudaContext::new(ordinal).map_err(&open)?;
         let stream = context.new_stream().map_err(&open)?;
-        let arch = arch_of(context.compute_capability().map_err(&open)?);
+        let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
         keep_freed_memory(&context).map_err(&open)?;
         let mut driver = Self {
             context,
             stream,
-            arch,
+            arch: arch_of(capability),
+            family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
             functions: HashMap::new(),
             modules: Vec::new(),
@@ -129,6 +133,12 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
+                if self.family == Family::Wgmma {
+                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
+                        .map_err(&load)?;
+                }
                 self.functions.insert(kernel.name, function);
             }
         }
@@ -167,6 +177,10 @@ impl Drop for Driver {
 impl Device for Driver {
     fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    fn family(&self) -> Family {
+        self.family
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
@@ -251,6 +265,10 @@ impl Device for Driver {
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
         Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
+    }
+
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        Ok(Box::new(PageLocked::new(&self.context, &self.stream, bytes)?))
     }
 }
 

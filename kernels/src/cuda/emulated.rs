@@ -1,16 +1,17 @@
 //! A device that runs the kernels on the CPU, compiled by the C++ compiler from the same sources; for tests.
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::device::{Device, Graph, Launch};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::ops::Kernel;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
 unsafe extern "C" {
     fn phalanx_emu_find(name: *const c_char, args_bytes: *mut usize, threads: *mut u32) -> bool;
+    fn phalanx_emu_broken() -> *const c_char;
     fn phalanx_emu_launch(
         name: *const c_char,
         args: *const c_void,
@@ -36,6 +37,20 @@ pub enum Fault {
     NoGraphs,
     /// Graphs stay as they were made.
     Stale,
+    /// Hopper's experts do not wait for a stage of their ring.
+    Wait,
+    /// They wait for the phase before.
+    Phase,
+    /// They read the next stage.
+    Stage,
+    /// They read items by a descriptor with another stride.
+    Stride,
+    /// They begin products without a fence.
+    Fence,
+    /// They decode into registers that a product under way reads.
+    Registers,
+    /// They give a stage back before its products are done.
+    Early,
 }
 
 /// What emulated devices hold, and when they break.
@@ -86,6 +101,8 @@ pub struct Emulated {
     pub fault: Option<Fault>,
     /// The largest allocation that succeeds.
     pub largest: Option<usize>,
+    /// Kernels of this family.
+    pub family: Family,
     /// Watches all devices that have it.
     pub meter: Option<&'static Meter>,
 }
@@ -100,6 +117,13 @@ impl Emulated {
             Fault::Window => "window",
             Fault::Nibbles => "nibbles",
             Fault::NoGraphs | Fault::Stale => return plain,
+            Fault::Wait => "wait",
+            Fault::Phase => "phase",
+            Fault::Stage => "stage",
+            Fault::Stride => "stride",
+            Fault::Fence => "fence",
+            Fault::Registers => "registers",
+            Fault::Early => "early",
         };
         let planted = CString::new(format!("{}!{suffix}", kernel.name)).expect("no zero either");
         if find(&planted).is_some() { planted } else { plain }
@@ -122,6 +146,10 @@ impl Device for Emulated {
     // Few, so that small tests take either way to walk attention's segments.
     fn multiprocessors(&self) -> u32 {
         16
+    }
+
+    fn family(&self) -> Family {
+        self.family
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
@@ -184,6 +212,11 @@ impl Device for Emulated {
         let done = unsafe {
             phalanx_emu_launch(name.as_ptr(), args, args_bytes, launch.grid.as_ptr(), launch.shared as usize)
         };
+        if done == 5 {
+            // SAFETY: the text is a constant of the emulation.
+            let rule = unsafe { CStr::from_ptr(phalanx_emu_broken()) };
+            return Err(failed("run a kernel", format!("{}: {}", launch.kernel.name, rule.to_string_lossy())));
+        }
         let why = match done {
             0 => return Ok(()),
             1 => "there is no such kernel",
@@ -199,6 +232,10 @@ impl Device for Emulated {
         Ok(())
     }
 
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        Ok(Box::new(EmulatedPinned(vec![0; bytes])))
+    }
+
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         if self.fault == Some(Fault::NoGraphs) {
             return Err(failed("make a graph", format!("none of {} nodes", nodes.len())));
@@ -210,6 +247,25 @@ impl Device for Emulated {
             own.push(one);
         }
         Ok(Box::new(EmulatedGraph { device: *self, nodes: own }))
+    }
+}
+
+/// Memory of the host, read at once.
+#[derive(Debug)]
+struct EmulatedPinned(Vec<u8>);
+
+impl Pinned for EmulatedPinned {
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that the destination is allocated.
+        unsafe { Emulated::default().upload(&self.0[..bytes], to) }
+    }
+
+    fn wait(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 }
 
@@ -262,6 +318,7 @@ mod tests {
             (Fault::Barrier, "attention_f32!barrier"),
             (Fault::Window, "attention_segments_bf16_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
+            (Fault::Stride, "gate_up_wgmma_32!stride"),
         ] {
             let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::angles::Angles;
 use super::choose::TILE_ROWS;
 use super::device::{Buffer, Memory, Plain};
 use super::sample::DRAWS_BYTES;
@@ -25,6 +26,7 @@ pub(super) struct Inputs {
     pub(super) sequences: Offset,
     pub(super) cos: Offset,
     pub(super) sin: Offset,
+    angles: Angles,
     /// Half of `D`, by the rope table.
     pub(super) half: usize,
     /// For each of [`TILE_ROWS`]: (first row, rows) of one sequence at consecutive positions, at most as many.
@@ -96,6 +98,7 @@ impl Inputs {
             sequences: 0,
             cos: 0,
             sin: 0,
+            angles: Angles::default(),
             half: 0,
             tiles: Default::default(),
             tables: Vec::new(),
@@ -144,14 +147,9 @@ impl Inputs {
         self.sampled = staging.push(sampled);
         self.positions = staging.push(self.step.positions.iter().copied());
         self.sequences = staging.push(self.step.sequences.iter().copied());
-        let angles: Vec<(f64, f64)> = self
-            .step
-            .positions
-            .iter()
-            .flat_map(|&position| rope.inv_freq.iter().map(move |f| libm::sincos(f64::from(position) * f)))
-            .collect();
-        self.cos = staging.push(angles.iter().map(|(_, cos)| (cos * rope.scale) as f32));
-        self.sin = staging.push(angles.iter().map(|(sin, _)| (sin * rope.scale) as f32));
+        let [cos, sin] = self.angles.of(&self.step.positions, rope);
+        self.cos = staging.push(cos);
+        self.sin = staging.push(sin);
         for (tiles, rows_max) in self.tiles.iter_mut().zip(TILE_ROWS) {
             tiles.tiles = tiles_of(&self.step.sequences, &self.step.positions, rows_max);
             tiles.at = staging.push(tiles.tiles.as_flattened().iter().copied());
@@ -256,7 +254,10 @@ impl Late {
 
     /// Makes room for `bytes` at once.
     pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), KernelError> {
-        self.buffer.reserve(bytes)
+        self.buffer.reserve(bytes)?;
+        // What is recorded may still use memory that this was made from: what comes next goes behind it.
+        self.used = self.buffer.bytes();
+        Ok(())
     }
 
     /// A step begins, and nothing is recorded of the last one.
@@ -267,6 +268,9 @@ impl Late {
     /// Copies bytes to the device and says where they are, until as many have come after them as there is room for.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<u64, KernelError> {
         let at = self.used.next_multiple_of(16);
+        if bytes.is_empty() {
+            return Ok(self.buffer.address());
+        }
         if at + bytes.len() <= self.buffer.bytes() {
             // What is recorded reads only what was pushed before in this step.
             self.buffer.upload_ahead(at, bytes)?;

@@ -5,6 +5,7 @@
 //! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
+mod angles;
 mod arena;
 mod backend;
 pub mod ceiling;
@@ -20,6 +21,8 @@ mod inputs;
 pub mod libraries;
 mod ops;
 mod pack;
+mod page_locked;
+mod pinned;
 mod queue;
 mod rows;
 mod sample;
@@ -29,7 +32,7 @@ mod status;
 
 use std::sync::Arc;
 
-pub use device::{Device, Graph, Launch};
+pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, Parts, Places, Work};
@@ -147,6 +150,15 @@ impl Cuda {
     /// Why the device makes no graphs, if it does not; told once. Steps are as right without, and slower.
     pub fn take_warning(&mut self) -> Option<KernelError> {
         self.memory.queue.take_warning()
+    }
+
+    /// By what it multiplies, where that is not the same on every device: devices that answer alike give the same bits.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        match self.precision {
+            Precision::Exact => Family::Mma,
+            Precision::Fast => self.memory.queue.device().family(),
+        }
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).

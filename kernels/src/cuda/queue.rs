@@ -11,6 +11,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::device::{Device, Graph, Launch};
+use super::pinned::Ferry;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
@@ -48,7 +49,7 @@ pub struct Counts {
 /// The order of a device's stream, recorded.
 #[derive(Debug)]
 pub(super) struct Queue {
-    /// Declared first: graphs go before the device that made them.
+    /// Declared first: graphs and pinned memory go before the device that made them.
     state: Mutex<State>,
     device: Arc<dyn Device>,
 }
@@ -64,6 +65,7 @@ struct State {
     /// Why, until it was told.
     warning: Option<KernelError>,
     counts: Counts,
+    ferry: Ferry,
 }
 
 /// A graph and what its nodes are.
@@ -157,9 +159,10 @@ impl Queue {
     /// # Safety
     /// As [`Device::upload`].
     pub(super) unsafe fn upload_ahead(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
-        self.state().counts.uploads += 1;
+        let mut state = self.state();
+        state.counts.uploads += 1;
         // SAFETY: as the caller promises.
-        unsafe { self.device.upload(from, to) }
+        unsafe { state.ferry.upload(&*self.device, from, to) }
     }
 
     /// Copies from the device, behind what is recorded, and waits.

@@ -214,6 +214,22 @@ fn scratch_stays_within_its_bound() {
     }
 }
 
+/// What is copied ahead of what is recorded never goes to memory that this still uses.
+#[test]
+fn room_made_within_a_step_is_written_behind_it() {
+    let mut b = make_arena(Precision::Exact, None).backend();
+    let (mut x, mut first, mut second) = (b.rows(3, 8), b.rows(3, 8), b.rows(3, 8));
+    let values: Vec<f32> = (0..24).map(|i| i as f32).collect();
+    b.write(&mut x, &values);
+    // Recorded from here on: the room is set to zero, and gathers read their rows there.
+    b.reserve(&scratch(100)).unwrap();
+    b.gather(&x, &[2, 0], &mut first);
+    b.gather(&x, &[1, 2], &mut second);
+    assert_eq!(b.read(&first), [&values[16..], &values[..8]].concat());
+    assert_eq!(b.read(&second), values[8..]);
+    b.finish().unwrap();
+}
+
 /// More than was taken is refused, and says what there is; what fits is not.
 #[test]
 fn one_allocation_is_all_there_is() {

@@ -19,7 +19,7 @@ use serde_json::json;
 use self::cases::{Arithmetic, Case, DIM, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Sequences, VOCAB, norm, sample};
 use self::machine::{Ceiling, Machine, median};
 use crate::cli::DeviceArgs;
-use crate::commands::{note, say, say_json};
+use crate::commands::{advance, byte_bar, note, say, say_json};
 
 /// Arguments of `bench kernels`.
 #[derive(Debug, Args)]
@@ -91,7 +91,9 @@ pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
             report(args, &what, &measured)?;
         }
         Processor::Cuda { first, .. } => {
-            let mut cuda = device.cuda(&mut |_, _| ())?;
+            let bar = byte_bar("compiling kernels");
+            let mut cuda = device.cuda(&mut |done, total| advance(&bar, done, total))?;
+            bar.finish_and_clear();
             let mut yardstick = cuda::ceiling::Yardstick::new(first as usize)?;
             let arithmetic = (Arithmetic::Bf16, Arithmetic::Bf16);
             let measured = measure_all(args, &mut cuda, arithmetic, |_| Ceiling::of_gpu(&mut yardstick))?;

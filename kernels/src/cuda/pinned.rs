@@ -1,0 +1,229 @@
+//! Copies from the host by way of pinned memory: while the device reads one piece, the host fills the next.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::device::{Device, Pinned};
+use crate::KernelError;
+use crate::memory::will_need;
+
+/// Bytes of a piece.
+const PIECE_BYTES: usize = 8 << 20;
+/// Pieces that are filled and read at the same time.
+const PIECES: usize = 4;
+/// Threads that fill a whole piece: one alone does not read a mapped file as fast as a disk gives it.
+const READERS: usize = 4;
+/// What a thread is worth starting for.
+const READER_BYTES: usize = 1 << 20;
+
+/// Pinned memory in pieces, used in turn.
+#[derive(Debug, Default)]
+pub(super) struct Ferry {
+    pieces: Vec<Box<dyn Pinned>>,
+    next: usize,
+    /// The device has no pinned memory: bytes go to it as they are.
+    none: bool,
+}
+
+impl Ferry {
+    /// Copies bytes to the device; they may change as soon as this returns.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload(&mut self, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
+        self.upload_in(PIECE_BYTES, device, from, to)
+    }
+
+    fn upload_in(&mut self, bytes: usize, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
+        // The system reads ahead of the pieces that are copied.
+        let ahead = |piece: usize| from.chunks(bytes).nth(piece).into_iter().for_each(will_need);
+        (0..PIECES).for_each(ahead);
+        for (i, piece) in from.chunks(bytes).enumerate() {
+            ahead(i + PIECES);
+            let to = to + (i * bytes) as u64;
+            let Some(pinned) = self.next(device, bytes) else {
+                // SAFETY: a part of what the caller promises.
+                unsafe { device.upload(piece, to)? };
+                continue;
+            };
+            // What was sent from there before has been read.
+            pinned.wait()?;
+            fill(&mut pinned.bytes()[..piece.len()], piece);
+            // SAFETY: a part of what the caller promises; the memory is written again only after `wait`.
+            unsafe { pinned.send(piece.len(), to)? };
+        }
+        Ok(())
+    }
+
+    /// The piece whose turn it is.
+    fn next(&mut self, device: &dyn Device, bytes: usize) -> Option<&mut Box<dyn Pinned>> {
+        if self.pieces.len() < PIECES && !self.none {
+            match device.pin(bytes) {
+                Ok(pinned) => self.pieces.push(pinned),
+                // With fewer pieces, or none, it is slower and as right.
+                Err(_) => self.none = true,
+            }
+            self.next = self.pieces.len().saturating_sub(1);
+        } else if !self.pieces.is_empty() {
+            self.next = (self.next + 1) % self.pieces.len();
+        }
+        self.pieces.get_mut(self.next)
+    }
+}
+
+/// Copies by several threads where that is worth it.
+fn fill(to: &mut [u8], from: &[u8]) {
+    let share = from.len().div_ceil(READERS).max(READER_BYTES);
+    let done = [const { AtomicBool::new(false) }; READERS];
+    std::thread::scope(|scope| {
+        let shares = to.chunks_mut(share).zip(from.chunks(share)).zip(&done);
+        for ((to, from), done) in shares.skip(1) {
+            // A thread that does not start leaves its share to this one.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, move || {
+                to.copy_from_slice(from);
+                done.store(true, Ordering::Release);
+            });
+        }
+    });
+    let shares = to.chunks_mut(share).zip(from.chunks(share)).zip(&done);
+    for ((to, from), _) in shares.filter(|(_, done)| !done.load(Ordering::Acquire)) {
+        to.copy_from_slice(from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::cuda::{Family, Graph, Launch, Sequence};
+
+    /// A device that reads pinned memory as late as it may: when it is waited for.
+    #[derive(Debug)]
+    struct Late {
+        memory: Arc<Mutex<Vec<u8>>>,
+        /// Pieces that can be had.
+        pieces: Mutex<usize>,
+        /// Planted: waiting is left out.
+        waits: bool,
+    }
+
+    #[derive(Debug)]
+    struct Piece {
+        bytes: Vec<u8>,
+        sent: Option<(usize, usize)>,
+        memory: Arc<Mutex<Vec<u8>>>,
+        waits: bool,
+    }
+
+    impl Pinned for Piece {
+        fn bytes(&mut self) -> &mut [u8] {
+            &mut self.bytes
+        }
+        unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+            // Without waiting, the device has not read what was sent before.
+            if let Some((bytes, to)) = self.sent.replace((bytes, to as usize)) {
+                self.memory.lock().unwrap()[to..to + bytes].copy_from_slice(&self.bytes[..bytes]);
+            }
+            Ok(())
+        }
+        fn wait(&mut self) -> Result<(), KernelError> {
+            if self.waits
+                && let Some((bytes, to)) = self.sent.take()
+            {
+                self.memory.lock().unwrap()[to..to + bytes].copy_from_slice(&self.bytes[..bytes]);
+            }
+            Ok(())
+        }
+    }
+
+    impl Device for Late {
+        fn multiprocessors(&self) -> u32 {
+            1
+        }
+
+        fn family(&self) -> Family {
+            Family::Mma
+        }
+        fn allocate(&self, _bytes: usize) -> Result<u64, KernelError> {
+            Ok(0)
+        }
+        unsafe fn free(&self, _address: u64, _bytes: usize) {}
+        unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+            self.memory.lock().unwrap()[to as usize..to as usize + from.len()].copy_from_slice(from);
+            Ok(())
+        }
+        unsafe fn download(&self, _from: u64, _to: &mut [u8]) -> Result<(), KernelError> {
+            Ok(())
+        }
+        unsafe fn copy(&self, _from: u64, _to: u64, _bytes: usize) -> Result<(), KernelError> {
+            Ok(())
+        }
+        unsafe fn zero(&self, _to: u64, _bytes: usize) -> Result<(), KernelError> {
+            Ok(())
+        }
+        unsafe fn launch(&self, _launch: Launch<'_>, _args: *const c_void, _bytes: usize) -> Result<(), KernelError> {
+            Ok(())
+        }
+        fn synchronize(&self) -> Result<(), KernelError> {
+            Ok(())
+        }
+        fn graph(&self, _nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
+            Err(KernelError::Device { what: "make a graph", why: String::new() })
+        }
+        fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+            let mut left = self.pieces.lock().unwrap();
+            *left = left.checked_sub(1).ok_or(KernelError::Device { what: "pin memory", why: String::new() })?;
+            let memory = Arc::clone(&self.memory);
+            Ok(Box::new(Piece { bytes: vec![0; bytes], sent: None, memory, waits: self.waits }))
+        }
+    }
+
+    /// What is on the device after uploads of many sizes, and what should be.
+    fn upload(pieces: usize, waits: bool) -> (Vec<u8>, Vec<u8>, usize) {
+        const BYTES: usize = 100;
+        let expected: Vec<u8> = (0..5000u32).map(|i| (i * 7 % 251) as u8).collect();
+        let memory = Arc::new(Mutex::new(vec![0; expected.len()]));
+        let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits };
+        let mut ferry = Ferry::default();
+        let mut at = 0;
+        for size in [1, 99, 100, 101, 0, 350, 3000, 7, 1342] {
+            ferry.upload_in(BYTES, &device, &expected[at..at + size], at as u64).unwrap();
+            at += size;
+        }
+        assert_eq!(at, expected.len());
+        ferry.pieces.iter_mut().for_each(|piece| {
+            piece.wait().unwrap();
+            // What is still under way without waiting.
+            // SAFETY: no bytes.
+            unsafe { piece.send(0, 0) }.unwrap();
+        });
+        let got = memory.lock().unwrap().clone();
+        (expected, got, ferry.pieces.len())
+    }
+
+    #[test]
+    fn bytes_arrive_in_any_number_of_pieces() {
+        for (pieces, made) in [(0, 0), (1, 1), (2, 2), (9, PIECES)] {
+            let (expected, got, pieces) = upload(pieces, true);
+            assert_eq!(pieces, made);
+            assert!(expected == got, "{pieces} pieces");
+        }
+    }
+
+    #[test]
+    fn a_piece_that_is_filled_before_it_was_read_is_seen() {
+        let (expected, got, _) = upload(9, false);
+        assert!(expected != got);
+    }
+
+    #[test]
+    fn several_threads_fill_every_byte_once() {
+        for bytes in [0, 1, READER_BYTES, READER_BYTES + 1, READERS * READER_BYTES + 77] {
+            let from: Vec<u8> = (0..bytes).map(|i| (i % 253) as u8).collect();
+            let mut to = vec![255; bytes];
+            fill(&mut to, &from);
+            assert!(from == to, "{bytes} bytes");
+        }
+    }
+}
