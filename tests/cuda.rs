@@ -151,6 +151,9 @@ fn packed_weights_give_the_same_bits() {
     assert!(given[0].len() == 9 * config.vocab as usize && given[0] == given[1]);
 }
 
+/// What is planned for attention of single segments, of which so small a model needs hardly any.
+const ATTENTION: u64 = 256 << 20;
+
 #[test]
 fn no_more_memory_is_held_than_planned_and_little_less() {
     for (name, precision, workers) in [("tiny-a", Precision::Exact, 1), ("tiny-b", Precision::Fast, 2)] {
@@ -167,13 +170,11 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
         let backend = options.device.look(&checkpoint).unwrap().backend;
         let plans = layout.ranks().map(|rank| {
             let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, &backend);
-            plan.total().0 - backend.process_base.0 - backend.scratch.fixed.0
+            plan.total().0 - backend.process_base.0 - ATTENTION
         });
-        // Most of the fixed part is for attention over long pasts, which there is none of here.
-        let fixed = u64::from(workers) * backend.scratch.fixed.0;
         let (planned, held) = (plans.sum::<u64>(), meter.peak());
-        println!("{name}: {held} bytes held, {planned} planned and {} for each rank", backend.scratch.fixed.0);
-        assert!(held <= planned + fixed / 16 && held > planned / 2, "{name}: {held} of {planned} bytes");
+        println!("{name}: {held} bytes held, {planned} planned without attention's segments");
+        assert!(held <= planned && held > planned / 2, "{name}: {held} of {planned} bytes");
         assert!(backend.scratch.fixed.0 < 300 << 20);
     }
 }

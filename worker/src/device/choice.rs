@@ -195,7 +195,10 @@ fn cuda(index: Option<u32>, probe: &Probe) -> Result<Choice, Vec<Lack>> {
         && (chosen.is_empty() || uncompiled.is_some())
     {
         let of = uncompiled.map_or_else(String::new, |gpu| format!(" for GPU {} (sm_{})", gpu.index, gpu.arch()));
-        lack(in_short(missing), format!("{missing}; there are no compiled kernels{of} either"));
+        lack(
+            in_short(missing),
+            format!("{missing}; nor are there compiled kernels{of}, as `phalanx kernels build` makes them"),
+        );
     }
     match chosen {
         [gpu, ..] if lacks.is_empty() => {
@@ -298,10 +301,7 @@ mod tests {
         let one = || Probe { compiler: compiler(), compiled: vec![1], ..good() };
         assert!(choose_device(DeviceRequest::Cuda(Some(1)), one).is_ok());
         let error = choose_device(ALL, one).unwrap_err().to_string();
-        assert!(
-            error.contains("libnvrtc.so.13") && error.contains("no compiled kernels for GPU 0 (sm_90a)"),
-            "{error}"
-        );
+        assert!(error.contains("libnvrtc.so.13") && error.contains("compiled kernels for GPU 0 (sm_90a)"), "{error}");
         let both = || Probe { compiler: compiler(), compiled: vec![0, 1], ..good() };
         assert_eq!(choose_device(ALL, both).unwrap().processor, Processor::Cuda { first: 0, count: 2 });
     }
@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn all_that_is_missing_is_said_at_once() {
         let error = choose_device(ALL, nothing).unwrap_err().to_string();
-        for words in ["libcuda.so.1", "libnvrtc.so.13", "no compiled kernels"] {
+        for words in ["libcuda.so.1", "libnvrtc.so.13", "compiled kernels"] {
             assert!(error.contains(words), "{words}: {error}");
         }
         let error = choose_device(DeviceRequest::Cuda(Some(2)), good).unwrap_err().to_string();
