@@ -37,7 +37,7 @@ impl Children {
             let mut command = Command::new(&program);
             command
                 .args(["worker", "--child", "--model", model])
-                .args(["--device", &device.processor.of_worker(worker).to_string()])
+                .args(["--device", &device.processor.to_string()])
                 .args(["--precision", &device.precision.to_string(), "--dense", &device.dense.to_string()])
                 .args(["--threads", &device.threads.to_string()])
                 .env("PHALANX_CLUSTER_TOKEN", token.reveal())

@@ -10,7 +10,9 @@ use phalanx_model::{CheckpointError, LoadError};
 use phalanx_planner::EngineConfig;
 use phalanx_proto::{ConfigError, DenseType, Limits, MemoryRefused, ModelConfig, NumericsId, Precision};
 use phalanx_wire::{ClusterToken, TokenError};
-use phalanx_worker::device::{Choice, Device, DeviceError, DeviceRequest, Probe, choose_device, cores};
+use phalanx_worker::device::{
+    Choice, Device, DeviceError, DeviceRequest, DriverGpus, Probe, Processor, choose_device, cores,
+};
 use sha2::{Digest, Sha256};
 
 use crate::children::WorkerExited;
@@ -49,6 +51,9 @@ pub enum Command {
     Verify(commands::verify::VerifyArgs),
     /// Say what this machine offers, and what is missing
     Doctor(commands::doctor::DoctorArgs),
+    /// Make the machine code of the CUDA kernels
+    #[command(subcommand)]
+    Kernels(commands::kernels::KernelsCommand),
     /// Measure speed
     #[command(subcommand)]
     Bench(commands::bench::BenchCommand),
@@ -90,10 +95,18 @@ impl From<DenseArg> for DenseType {
     }
 }
 
-/// Exact means that nothing is rounded.
+/// Dense weights cannot be held in q8.
 #[derive(Debug, thiserror::Error)]
-#[error("--dense q8 (or PHALANX_DENSE) rounds weights, which --precision exact rules out; leave one of them out")]
-pub struct ExactQ8;
+pub enum NoQ8 {
+    /// Exact means that nothing is rounded.
+    #[error("--dense q8 (or PHALANX_DENSE) rounds weights, which --precision exact rules out; leave one of them out")]
+    Exact,
+    /// GPUs have kernels for bf16 only.
+    #[error(
+        "--dense q8 (or PHALANX_DENSE) is for CPUs, GPUs hold dense weights in bf16; leave it out or give --device cpu"
+    )]
+    Gpu,
+}
 
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -130,13 +143,13 @@ pub struct DeviceArgs {
     /// How much is rounded on the way
     #[arg(long, env = "PHALANX_PRECISION", value_enum, default_value = "fast")]
     pub precision: PrecisionArg,
-    /// How attention and unembedding weights are held [default: q8 with fast, bf16 with exact]
+    /// How attention and unembedding weights are held [default: on CPUs q8 with fast, else bf16]
     #[arg(long, env = "PHALANX_DENSE", value_enum)]
     pub dense: Option<DenseArg>,
-    /// Threads in all, divided among the workers of this machine [default: all cores]
+    /// On CPUs: threads in all, divided among the workers of this machine [default: all cores]
     #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
-    /// Bind each thread to a core, from the one of this number on among those there are to use (and around again)
+    /// On CPUs: bind each thread to a core, from the one of this number on among those there are to use (and around again)
     #[arg(long, env = "PHALANX_PIN", value_name = "FIRST", num_args = 0..=1, require_equals = true,
           default_missing_value = "0",
           value_parser = clap::value_parser!(u32).range(..=4096))]
@@ -144,7 +157,7 @@ pub struct DeviceArgs {
     /// Pack the weights anew at every start, instead of keeping them packed beside the model or in the user's cache
     #[arg(long, env = "PHALANX_NO_WEIGHT_CACHE")]
     pub no_weight_cache: bool,
-    /// Use this instruction set instead of the best there is; the bits are the same
+    /// On CPUs: use this instruction set instead of the best there is; the bits are the same
     #[arg(long, env = "PHALANX_ISA", value_enum)]
     pub isa: Option<IsaArg>,
 }
@@ -171,13 +184,15 @@ impl DeviceArgs {
     /// The device that `workers` workers of this machine share, by a choice made before.
     ///
     /// # Errors
-    /// [`ExactQ8`].
-    pub fn device_on(&self, choice: &Choice, workers: u32) -> Result<Device, ExactQ8> {
+    /// [`NoQ8`].
+    pub fn device_on(&self, choice: &Choice, workers: u32) -> Result<Device, NoQ8> {
         let threads = self.threads.unwrap_or_else(cores);
+        let gpu = choice.processor != Processor::Cpu;
         let dense = match (self.precision, self.dense) {
-            (PrecisionArg::Exact, Some(DenseArg::Q8)) => return Err(ExactQ8),
-            (PrecisionArg::Exact, None) => DenseType::Bf16,
-            (PrecisionArg::Fast, None) => DenseType::Q8,
+            (PrecisionArg::Exact, Some(DenseArg::Q8)) => return Err(NoQ8::Exact),
+            (_, Some(DenseArg::Q8)) if gpu => return Err(NoQ8::Gpu),
+            (PrecisionArg::Fast, None) if !gpu => DenseType::Q8,
+            (_, None) => DenseType::Bf16,
             (_, Some(dense)) => dense.into(),
         };
         Ok(Device {
@@ -188,6 +203,7 @@ impl DeviceArgs {
             pin: self.pin,
             weight_cache: !self.no_weight_cache,
             isa: self.isa.map(Into::into),
+            gpus: &DriverGpus,
         })
     }
 }
@@ -335,6 +351,7 @@ pub fn run() -> ExitCode {
         Command::Model(command) => commands::model::run(command),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Kernels(command) => commands::kernels::run(&command),
         Command::Bench(command) => commands::bench::run(command),
     };
     match done {
@@ -362,7 +379,7 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
         cause.is::<CheckpointError>()
             || cause.is::<ConfigError>()
             || cause.is::<MemoryRefused>()
-            || cause.is::<ExactQ8>()
+            || cause.is::<NoQ8>()
             || cause.is::<DeviceError>()
             || cause.is::<phalanx_planner::Refused>()
             || cause.downcast_ref::<LoadError>().is_some()

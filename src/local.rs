@@ -1,20 +1,20 @@
 //! A cell whose ranks are threads of this process, driven by the same plans as any other.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
-use phalanx_kernels::cpu::Cpu;
-use phalanx_model::packed::Stored;
-use phalanx_model::{Checkpoint, GptOss};
+use phalanx_model::Checkpoint;
 use phalanx_planner::{Engine, EngineConfig, Event, Request};
 use phalanx_proto::{
     ExchangeCounters, Fence, Layout, Limits, MemoryPlan, PhaseTimes, Placement, Rank, StepPlan, StepResult,
 };
 use phalanx_worker::collectives::local::{self, Local};
-use phalanx_worker::device::{Device, memory_available};
-use phalanx_worker::runner::{Runner, StepError};
+use phalanx_worker::device::{Device, DeviceReport};
+use phalanx_worker::rank::{LoadedModel, LoadedRank, Share};
+use phalanx_worker::runner::StepError;
 
 /// How a cell is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -63,10 +63,11 @@ impl LocalCell {
         let layout = Layout::new(options.workers, 0)?;
         let layers = u32::try_from(config.layers.len()).context("too many layers")?;
         let placement = Arc::new(Placement::contiguous(layers, config.experts, layout));
-        let report = options.device.report(checkpoint);
-        let mut memory = memory_available();
+        let mut left = BTreeMap::new();
         for rank in layout.ranks() {
-            let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, &report).fit(memory)?;
+            let DeviceReport { backend, memory_pool, .. } = options.device.of(rank.0).look(checkpoint)?;
+            let memory = left.entry(memory_pool).or_insert(backend.memory);
+            let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, &backend).fit(*memory)?;
             memory.0 -= plan.total().0;
         }
 
@@ -85,9 +86,9 @@ impl LocalCell {
             };
             let answer = answer.clone();
             let body = move || {
-                let Some(mut runner) = load.run(collectives) else { return };
+                let Some(mut loaded) = load.run(collectives) else { return };
                 for plan in planned {
-                    if answer.send((rank, runner.run(&plan, &()))).is_err() {
+                    if answer.send((rank, loaded.run(&plan, &()))).is_err() {
                         return;
                     }
                 }
@@ -200,28 +201,22 @@ struct Load {
 }
 
 impl Load {
-    fn run(self, collectives: Local) -> Option<Runner<Cpu, Local>> {
-        let rank = self.rank;
-        let loaded = self.loaded.clone();
+    fn run(self, collectives: Local) -> Option<Box<dyn LoadedRank>> {
+        let Self { rank, checkpoint, placement, options, loaded } = self;
         // Nobody listens any more when another rank has failed.
         let say = |message| drop(loaded.send(message));
-        match self.model(&mut |done, total| say(Loading::Read { rank, done, total })) {
+        let (ranks, limits) = (options.workers, options.limits);
+        let share = Share { checkpoint: &checkpoint, placement: &placement, rank, ranks, limits };
+        let mut on_stage = |_, done, total| say(Loading::Read { rank, done, total });
+        match LoadedModel::load(&options.device.of(rank.0), share, &mut on_stage) {
             Ok(model) => {
                 say(Loading::Ready);
-                Some(Runner::new(model, collectives, self.options.limits, Fence::default()))
+                Some(model.join(collectives, limits, Fence::default()))
             }
             Err(error) => {
-                say(Loading::Failed { rank, why: format!("{error:#}") });
+                say(Loading::Failed { rank, why: error.to_string() });
                 None
             }
         }
-    }
-
-    fn model(&self, on_progress: &mut dyn FnMut(u64, u64)) -> Result<GptOss<Cpu>> {
-        let mut backend = self.options.device.of(self.rank.0).backend()?;
-        let packed = self.options.device.packed(&mut backend, &self.checkpoint, on_progress)?;
-        let (ranks, limits) = (self.options.workers, &self.options.limits);
-        let stored = Stored { checkpoint: &self.checkpoint, packed: packed.as_ref() };
-        Ok(GptOss::load(backend, stored, &self.placement, self.rank, ranks, limits, on_progress)?)
     }
 }

@@ -134,3 +134,27 @@ fn what_goes_wrong_is_counted_by_kind() {
         }
     }
 }
+
+#[test]
+fn kernels_are_measured_beside_what_the_machine_can_do() {
+    let mut command = Command::new(server::paths::binary());
+    command.args(["bench", "kernels", "--device", "cpu", "--threads", "1", "--rounds", "1", "--rows", "1,3"]);
+    let out = command.args(["--only", "attend", "--context", "200", "--json"]).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let ops = report["ops"].as_array().unwrap();
+    let named: Vec<_> = ops.iter().map(|op| (op["op"].as_str().unwrap(), op["rows"].as_u64().unwrap())).collect();
+    assert_eq!(named, [("attend-full", 1), ("attend-full", 3), ("attend-window", 1), ("attend-window", 3)]);
+    for op in ops {
+        let share = |of: &str| op[of].as_f64().unwrap();
+        assert!(
+            op["seconds"].as_f64().unwrap() > 0.0 && share("read_share") > 0.0 && share("peak_share") > 0.0,
+            "{op}"
+        );
+    }
+    // Two for each multiplication of 200 (or, in a window, 128) keys and values by 64 heads of 64.
+    assert_eq!(ops[0]["operations"], 200 * 4 * 64 * 64);
+    assert_eq!(ops[3]["operations"], 3 * 128 * 4 * 64 * 64);
+    let none = Command::new(server::paths::binary()).args(["bench", "kernels", "--only", "nothing"]).output().unwrap();
+    assert!(!none.status.success() && String::from_utf8_lossy(&none.stderr).contains("no op's name contains"));
+}

@@ -67,6 +67,7 @@ const DRIVER: &str = r#"
     int cuDeviceGetAttribute(int *value, int attribute, int device) {
         *value = attribute == 75 ? 9 : attribute == 76 ? device - 40 : -1; return 0; }
     int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)80 << 30; return 0; }
+    int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, device, 16); return 0; }
     static int current, contexts;
     int cuDevicePrimaryCtxRetain(void **context, int device) { contexts++; *context = &contexts; return device == 41; }
     int cuDevicePrimaryCtxRelease_v2(int device) { contexts--; return 0; }
@@ -150,8 +151,27 @@ fn libraries_and_gpus_that_are_there_are_named() {
     assert_eq!(gpus[0]["memory_bytes"], 80_u64 << 30);
     assert_eq!(gpus[0]["free_bytes"], 7_u64 << 30);
     assert_eq!(gpus[1]["free_bytes"], Value::Null, "no context can be made on it");
-    assert_eq!(said["device"]["chosen"], "cpu");
-    assert!(said["device"]["why"].as_str().unwrap().contains("this build computes on CPUs only"), "{said}");
+    assert_eq!(said["device"]["chosen"], "cuda");
+    assert!(said["device"]["why"].as_str().unwrap().ends_with("xxx and 1 more"), "{said}");
+    let (said, code) = doctor(folder.path(), &["--device", "cuda:3"]);
+    let missing = said["device"]["missing"][0].as_str().unwrap();
+    assert_eq!((code, missing), (Some(1), "there is no GPU 3, the driver shows 2: number them from 0"));
+
+    // Weights in q8 are for CPUs, and kernels are measured on them.
+    for (args, words) in [
+        (vec!["worker", "--dense", "q8"], "GPUs hold dense weights in bf16"),
+        (vec!["bench", "kernels", "--device", "cuda"], "measures CPUs"),
+    ] {
+        let out = phalanx(folder.path(), &args);
+        let error = String::from_utf8(out.stderr).unwrap();
+        assert!(!out.status.success() && error.contains(words), "{args:?}: {error}");
+    }
+
+    // Without a compiler, kernels must be compiled already.
+    plant(folder.path(), "libnvrtc.so", "int nvrtcOther(void) { return 0; }");
+    let (said, _) = doctor(folder.path(), &["--device", "cuda:0"]);
+    let missing = said["device"]["missing"].to_string();
+    assert!(missing.contains("NVRTC has no function") && missing.contains("GPU 0 (sm_90a)"), "{missing}");
 }
 
 #[test]

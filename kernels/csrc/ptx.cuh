@@ -12,6 +12,13 @@ DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two products of bf16, each rounded to the nearest; denormal numbers count.
+DEVICE u32 multiply_bf16x2(u32 a, u32 b) {
+  u32 out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+  return out;
+}
+
 // Four 8x8 matrices of bf16 from shared memory; lane 8m + r gives the address of row r of matrix m.
 DEVICE void ldmatrix_x4(u32 (&out)[4], const u16* row) {
   u32 address = (u32)__cvta_generic_to_shared(row);

@@ -20,6 +20,10 @@ pub struct BackendReport {
     pub kv_bytes: u32,
     /// Bytes of a number on the wire.
     pub wire_bytes: u32,
+    /// Bytes of 32 numbers of a row as the experts read them.
+    pub operand_block_bytes: u32,
+    /// What it makes for itself.
+    pub scratch: Scratch,
     /// Threads that load and compute.
     pub threads: u32,
     /// Memory of a worker process before it holds anything: program, runtimes, connections.
@@ -28,6 +32,26 @@ pub struct BackendReport {
     pub embedding_mapped: bool,
     /// Memory that may be used.
     pub memory: Bytes,
+}
+
+/// What a backend makes for itself when a step first needs it, at most: beside weights, keys and values, activations and
+/// rows on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scratch {
+    /// Whatever the limits.
+    pub fixed: Bytes,
+    /// Bytes for each row of a step.
+    pub row: u32,
+    /// Bytes for each sequence and KV block that it may have.
+    pub stretch: u32,
+}
+
+impl Scratch {
+    /// Bytes by these limits.
+    fn of(&self, limits: &Limits) -> u64 {
+        let stretches = u64::from(limits.seqs_max) * u64::from(limits.context.div_ceil(limits.block_size));
+        self.fixed.0 + u64::from(self.row) * u64::from(limits.step_rows_max) + u64::from(self.stretch) * stretches
+    }
 }
 
 /// What memory is used for.
@@ -43,7 +67,7 @@ pub enum Use {
     KvFull,
     /// Keys and values of sliding layers.
     KvWindow,
-    /// Activations and logits.
+    /// Activations and logits, and what the backend makes for itself.
     Workspace,
     /// Rows on their way between ranks, and the experts' intermediate rows.
     Exchange,
@@ -109,7 +133,7 @@ impl std::error::Error for MemoryRefused {}
 const ROUTER_BLOCK_BYTES: u64 = 64;
 
 /// Bytes of 32 numbers of a row rounded to int8, with scale and sums.
-const INT8_BLOCK_BYTES: u64 = 48;
+pub const INT8_BLOCK_BYTES: u32 = 48;
 
 /// Rows whose logits are held at once; more are worked on in turns.
 pub const LOGITS_ROWS_MAX: u32 = 32;
@@ -163,22 +187,28 @@ impl MemoryPlan {
         let rows = n(limits.step_rows_max);
         // Rows rounded to int8 for a dense product, where weights are.
         let rounded = if n(backend.dense_block_bytes) < ROUTER_BLOCK_BYTES {
-            let row = |cols: u64| cols.div_ceil(32) * INT8_BLOCK_BYTES;
+            let row = |cols: u64| cols.div_ceil(32) * n(INT8_BLOCK_BYTES);
             (rows * row(h.max(attention))).max(n(LOGITS_ROWS_MAX) * row(h))
         } else {
             0
         };
-        let workspace =
-            rounded + rows * (2 * h + n(config.qkv_width()) + attention) * 4 + n(LOGITS_ROWS_MAX) * (h + v) * 4;
+        let workspace = rounded
+            + rows * ((2 * h + n(config.qkv_width()) + attention) * 4 + n(config.top_k) * 8)
+            + n(LOGITS_ROWS_MAX) * (h + v) * 4
+            + backend.scratch.of(limits);
 
         let received = rows * n(layout.ep);
         let slots = n(config.top_k).min(n(placement.slots_used(rank)));
         let wire = h * n(backend.wire_bytes);
-        // Experts read 32 numbers at a time: as f32 where rows travel so, else as int8.
-        let operand = |numbers: u64| numbers / 32 * if backend.wire_bytes == 4 { 128 } else { INT8_BLOCK_BYTES };
+        // Experts read 32 numbers at a time.
+        let operand = |numbers: u64| numbers / 32 * n(backend.operand_block_bytes);
+        // A record begins with a slot for each choice; a row's and an item's place in lists.
+        let heads = 4 * n(config.top_k);
+        let (of_row, of_item) = (heads + 8, 12);
         let exchange =
             if slots == 0 { 0 } else { received * slots * (operand(i) + wire) + received * (operand(h) + wire) }
-                + rows * n(config.top_k).min(n(layout.ep)) * wire
+                + received * (slots * of_item + of_row)
+                + rows * n(config.top_k).min(n(layout.ep)) * (wire + heads)
                 + rows * n(config.top_k) * wire;
 
         // Each thread packs one piece of the checkpoint at a time.

@@ -99,7 +99,6 @@ impl Machine {
             },
             "memory": {"available_bytes": self.memory},
             "cuda": {
-                "backend": self.probe.backend,
                 "libraries": libraries.collect::<serde_json::Map<_, _>>(),
                 "gpus": gpus.collect::<Vec<_>>(),
                 "missing": self.probe.gpus.as_ref().err().map(ToString::to_string),

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod coordinator;
 pub mod doctor;
+pub mod kernels;
 pub mod model;
 pub mod serve;
 pub mod verify;

@@ -164,8 +164,8 @@ fn inspect(args: &InspectArgs) -> Result<ExitCode> {
     };
     let config = checkpoint.config();
     let limits = args.limits.limits(config);
-    let report = args.device.device(args.workers)?.report(&checkpoint);
-    let plans = memory_plans(config, args.workers, &limits, &report)?;
+    let report = args.device.device(args.workers)?.look(&checkpoint)?;
+    let plans = memory_plans(config, args.workers, &limits, &report.backend)?;
     let inspection = Inspection::of(&checkpoint);
     if args.json {
         let mut value = serde_json::to_value(&inspection)?;

@@ -9,12 +9,12 @@ use clap::Args;
 use phalanx_model::{Checkpoint, checkpoint, nano};
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{DenseType, Limits, Precision, Sampling, SeqId};
-use phalanx_worker::device::DeviceRequest;
+use phalanx_worker::device::{Choice, DeviceRequest, Probe, Processor, choose_device};
 use serde_json::json;
 
 use crate::cli::{DenseArg, DeviceArgs, PrecisionArg};
 use crate::commands::model::{LogitsHash, request};
-use crate::commands::{say, say_json, start_cell};
+use crate::commands::{note, say, say_json, start_cell};
 use crate::local::{CellOptions, LocalCell};
 
 /// Arguments of `verify`.
@@ -30,7 +30,10 @@ pub struct VerifyArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Threads in all [default: all cores]
+    /// What to compute on: `auto`, `cpu`, `cuda` or `cuda:N`
+    #[arg(long, env = "PHALANX_DEVICE", value_name = "DEVICE", default_value_t)]
+    device: DeviceRequest,
+    /// On CPUs: threads in all [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
 }
@@ -40,7 +43,7 @@ const PROMPTS: [u32; 4] = [1, 17, 70, 150];
 /// Tokens generated after each.
 const GENERATED: u32 = 12;
 
-/// What may be rounded.
+/// What may be rounded; the last on CPUs only.
 const ARITHMETICS: [(PrecisionArg, DenseArg); 3] =
     [(PrecisionArg::Exact, DenseArg::Bf16), (PrecisionArg::Fast, DenseArg::Bf16), (PrecisionArg::Fast, DenseArg::Q8)];
 
@@ -83,19 +86,22 @@ struct Outcome {
 /// # Errors
 /// The model does not open, or a step fails. A broken promise is exit code 1.
 pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
+    let choice = choose_device(args.device, Probe::take)?;
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let mut broken = 0;
     let mut rows = Vec::new();
     if !args.json {
+        note(&choice);
         say(format_args!(
             "{:<10}{:<6}{:>8}  {:<22}{:>8}{:>8}{:>8}",
             "precision", "dense", "workers", "way", "logits", "greedy", "seeded"
         ))?;
     }
-    for (precision, dense) in ARITHMETICS {
+    let known = |&&(_, dense): &&(_, DenseArg)| dense == DenseArg::Bf16 || choice.processor == Processor::Cpu;
+    for &(precision, dense) in ARITHMETICS.iter().filter(known) {
         let mut base: Option<Outcome> = None;
         for &workers in &args.workers {
-            let mut cell = cell(&checkpoint, workers, precision, dense, args.threads)?;
+            let mut cell = cell(&checkpoint, workers, &choice, precision, dense, args.threads)?;
             let mut next_seq = 0;
             for way in WAYS {
                 let outcome = outcome(&mut cell, checkpoint.config().vocab, way, &mut next_seq)?;
@@ -131,13 +137,14 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
 fn cell(
     checkpoint: &Arc<Checkpoint>,
     workers: u32,
+    choice: &Choice,
     precision: PrecisionArg,
     dense: DenseArg,
     threads: Option<u32>,
 ) -> Result<LocalCell> {
     let tokens: u32 = PROMPTS.iter().map(|prompt| prompt + GENERATED + Limits::BLOCK_SIZE).sum();
     let args = DeviceArgs {
-        device: DeviceRequest::Cpu,
+        device: DeviceRequest::Auto,
         precision,
         dense: Some(dense),
         threads,
@@ -145,7 +152,7 @@ fn cell(
         no_weight_cache: false,
         isa: None,
     };
-    let device = args.device(workers)?;
+    let device = args.device_on(choice, workers)?;
     let seqs_max = u32::try_from(PROMPTS.len()).unwrap_or(u32::MAX);
     let limits = Limits::new(checkpoint.config(), seqs_max, 256, tokens);
     start_cell(checkpoint, &CellOptions { workers, device, limits })

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod golden;
 #[allow(clippy::duplicate_mod, reason = "a test binary may have `server` beside this")]
 mod paths;
 
@@ -13,7 +14,7 @@ use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{DenseType, Limits, Precision, SeqId, TokenId};
-use phalanx_worker::device::{Device, Processor};
+use phalanx_worker::device::{Device, DriverGpus, Processor};
 
 pub(crate) use paths::fixture;
 
@@ -47,6 +48,10 @@ impl Setup {
     }
 
     pub(crate) fn start(self, checkpoint: &Arc<Checkpoint>) -> LocalCell {
+        LocalCell::start(checkpoint, &self.options(checkpoint), |_, _| ()).unwrap()
+    }
+
+    pub(crate) fn options(self, checkpoint: &Checkpoint) -> CellOptions {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
         let device = Device {
             processor: Processor::Cpu,
@@ -56,8 +61,9 @@ impl Setup {
             pin: None,
             weight_cache: false,
             isa: None,
+            gpus: &DriverGpus,
         };
-        LocalCell::start(checkpoint, &CellOptions { workers: self.workers, device, limits }, |_, _| ()).unwrap()
+        CellOptions { workers: self.workers, device, limits }
     }
 }
 

@@ -1,24 +1,30 @@
 //! What this machine offers a worker, and how a worker's backend is made.
 
 mod choice;
+mod gpus;
+mod scratch;
 
 use std::path::PathBuf;
 
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
+use phalanx_kernels::cuda::Cuda;
 use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
-use phalanx_model::packed::PackedFile;
-use phalanx_model::{Checkpoint, LoadError};
-use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision};
+use phalanx_model::Checkpoint;
+use phalanx_proto::memory::INT8_BLOCK_BYTES;
+use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision, Scratch};
 
 pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
+pub use gpus::{DriverGpus, GpuReport, Gpus};
 
-use crate::weight_cache;
+use crate::process::memory_pool;
 
 /// Memory of a worker process before it holds anything.
 const PROCESS_BASE: Bytes = Bytes(24 << 20);
+/// Memory of a GPU that the driver takes for a process before it holds anything: its context and the kernels' code.
+const GPU_PROCESS_BASE: Bytes = Bytes(512 << 20);
 
 /// How a worker computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Device {
     /// What the workers of this machine compute on.
     pub processor: Processor,
@@ -26,7 +32,7 @@ pub struct Device {
     pub precision: Precision,
     /// How projections are held.
     pub dense: DenseType,
-    /// Threads that compute.
+    /// Threads that compute, on CPUs.
     pub threads: u32,
     /// Binds them to cores, from the one of this number on among those that the process may use.
     pub pin: Option<u32>,
@@ -34,27 +40,22 @@ pub struct Device {
     pub weight_cache: bool,
     /// The instruction set, or the best there is.
     pub isa: Option<Isa>,
+    /// Where GPUs come from.
+    pub gpus: &'static dyn Gpus,
 }
 
 impl Device {
-    /// Makes the backend.
+    /// The backend on CPUs, whatever else was chosen.
     ///
     /// # Errors
-    /// The threads cannot be started, the processor lacks the instruction set, or this build has no backend for it.
-    pub fn backend(&self) -> Result<Cpu, KernelError> {
-        if let Processor::Cuda { .. } = self.processor {
-            return Err(KernelError::Processor { processor: "cuda" });
-        }
-        let precision = match self.precision {
-            Precision::Exact => KernelPrecision::Exact,
-            Precision::Fast => KernelPrecision::Fast,
-        };
+    /// The threads cannot be started, or the processor lacks the instruction set.
+    pub fn cpu(&self) -> Result<Cpu, KernelError> {
         let dense = match self.dense {
             DenseType::Bf16 => DenseFormat::Bf16,
             DenseType::Q8 => DenseFormat::Q8,
         };
         Cpu::new(CpuOptions {
-            precision,
+            precision: self.kernel_precision(),
             dense,
             threads: self.threads as usize,
             pin: self.pin.map(|first| first as usize),
@@ -62,39 +63,45 @@ impl Device {
         })
     }
 
-    /// The packed weights of a checkpoint, if they are kept; see [`crate::weight_cache`].
+    /// The backend on the GPU that was chosen. `on_progress` hears the bytes of kernels that are compiled, and all.
     ///
     /// # Errors
-    /// The checkpoint is at fault.
-    pub fn packed(
-        &self,
-        backend: &mut Cpu,
-        checkpoint: &Checkpoint,
-        on_progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Option<PackedFile>, LoadError> {
-        if self.weight_cache { weight_cache::packed(backend, checkpoint, on_progress) } else { Ok(None) }
+    /// The GPU cannot be used, or none was chosen.
+    pub fn cuda(&self, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Cuda, KernelError> {
+        let Processor::Cuda { first, .. } = self.processor else {
+            return Err(KernelError::Processor { processor: "cuda" });
+        };
+        Cuda::new(self.gpus.open(first, on_progress)?, self.kernel_precision())
     }
 
-    /// The device of one of several workers of a machine: each has cores of its own.
+    const fn kernel_precision(&self) -> KernelPrecision {
+        match self.precision {
+            Precision::Exact => KernelPrecision::Exact,
+            Precision::Fast => KernelPrecision::Fast,
+        }
+    }
+
+    /// The device of one of several workers of a machine: each has cores of its own, and GPUs are taken in turn.
     #[must_use]
     pub fn of(&self, worker: u32) -> Self {
-        Self { pin: self.pin.map(|first| first.saturating_add(worker.saturating_mul(self.threads))), ..*self }
+        let processor = self.processor.of_worker(worker);
+        Self {
+            processor,
+            pin: self.pin.map(|first| first.saturating_add(worker.saturating_mul(self.threads))),
+            ..*self
+        }
     }
 
-    /// Which bits this device computes.
-    #[must_use]
-    pub fn numerics(&self) -> NumericsId {
-        NumericsId::new(phalanx_kernels::VERSION, "cpu", self.precision, self.dense)
-    }
-
-    /// Sizes of the backend's formats, and its memory.
-    #[must_use]
-    pub fn report(&self, checkpoint: &Checkpoint) -> BackendReport {
+    /// What a coordinator must know of the device before it computes.
+    ///
+    /// # Errors
+    /// The GPU does not answer.
+    pub fn look(&self, checkpoint: &Checkpoint) -> Result<DeviceReport, KernelError> {
         let float_bytes = match self.precision {
             Precision::Exact => 4,
             Precision::Fast => 2,
         };
-        BackendReport {
+        let report = BackendReport {
             tile_rows: 16,
             dense_block_bytes: match self.dense {
                 DenseType::Bf16 => 64,
@@ -103,12 +110,47 @@ impl Device {
             mxfp4_block_bytes: 17,
             kv_bytes: float_bytes,
             wire_bytes: float_bytes,
+            operand_block_bytes: match self.precision {
+                Precision::Exact => 128,
+                Precision::Fast => INT8_BLOCK_BYTES,
+            },
+            scratch: Scratch::default(),
             threads: self.threads,
             process_base: PROCESS_BASE,
             embedding_mapped: checkpoint.embedding_mapped(),
             memory: memory_available(),
+        };
+        let numerics = |family: &str| NumericsId::new(phalanx_kernels::VERSION, family, self.precision, self.dense);
+        match self.processor {
+            Processor::Cpu => {
+                Ok(DeviceReport { numerics: numerics("cpu"), backend: report, memory_pool: memory_pool() })
+            }
+            Processor::Cuda { first, .. } => {
+                let GpuReport { arch, free, memory_pool } = self.gpus.look(first)?;
+                let backend = BackendReport {
+                    operand_block_bytes: 32 * float_bytes,
+                    scratch: scratch::gpu_scratch(checkpoint.config()),
+                    process_base: GPU_PROCESS_BASE,
+                    threads: 1,
+                    embedding_mapped: false,
+                    memory: free,
+                    ..report
+                };
+                Ok(DeviceReport { numerics: numerics(&format!("cuda-sm{arch}")), backend, memory_pool })
+            }
         }
     }
+}
+
+/// What a device is, for the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceReport {
+    /// Which bits it computes.
+    pub numerics: NumericsId,
+    /// Sizes of the backend's formats, and its memory.
+    pub backend: BackendReport,
+    /// Names the memory: the same for all workers that share it.
+    pub memory_pool: String,
 }
 
 /// Where machine code of GPU kernels is kept: `PHALANX_KERNEL_CACHE`, else `phalanx/kernels` in the user's cache

@@ -4,18 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::cpu::Cpu;
-use phalanx_model::packed::Stored;
-use phalanx_model::{Checkpoint, ForwardError, GptOss};
+use phalanx_kernels::KernelError;
+use phalanx_model::{Checkpoint, ForwardError};
 use phalanx_proto::{BackendReport, StepPlan, StepResult};
 use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
 
 use crate::collectives::GroupId;
-use crate::collectives::tcp::{self, Listener, Tcp};
-use crate::device::Device;
-use crate::process::memory_pool;
+use crate::collectives::tcp::{self, Listener};
+use crate::device::{Device, DeviceReport};
 use crate::progress::ProgressCell;
-use crate::runner::{Runner, StepError};
+use crate::rank::{LoadedModel, LoadedRank, Share};
+use crate::runner::StepError;
 use crate::service::{Host, HostError, NoResult};
 
 /// Longest wait for the other ranks of an epoch to load and connect.
@@ -25,34 +24,48 @@ const GATHER_WAIT: Duration = Duration::from_secs(1800);
 pub struct ModelHost {
     checkpoint: Arc<Checkpoint>,
     device: Device,
+    report: DeviceReport,
     listener: Listener,
     data_address: SocketAddr,
     progress: ProgressCell,
-    runner: Option<Runner<Cpu, Tcp>>,
+    rank: Option<Box<dyn LoadedRank>>,
+}
+
+/// Why there is no host.
+#[derive(Debug, thiserror::Error)]
+pub enum NoHost {
+    /// The listener has no address.
+    #[error("cannot tell where other workers connect: {0}")]
+    Listener(#[from] std::io::Error),
+    /// The device does not answer.
+    #[error(transparent)]
+    Device(#[from] KernelError),
 }
 
 impl ModelHost {
     /// A host whose data connections come in on `listener`.
     ///
     /// # Errors
-    /// The listener has no address.
-    pub fn new(checkpoint: Arc<Checkpoint>, device: Device, listener: Listener) -> std::io::Result<Self> {
+    /// The listener has no address, or the device does not answer.
+    pub fn new(checkpoint: Arc<Checkpoint>, device: Device, listener: Listener) -> Result<Self, NoHost> {
         let data_address = listener.local_addr()?;
+        let report = device.look(&checkpoint)?;
         let progress = ProgressCell::default();
-        Ok(Self { checkpoint, device, listener, data_address, progress, runner: None })
+        Ok(Self { checkpoint, device, report, listener, data_address, progress, rank: None })
     }
 }
 
 impl Host for ModelHost {
     fn describe(&self) -> Description {
+        let DeviceReport { numerics, backend, memory_pool } = self.report.clone();
         Description {
             version: VERSION.to_owned(),
-            numerics: self.device.numerics(),
+            numerics,
             config: self.checkpoint.config().clone(),
             model: self.checkpoint.name().to_owned(),
-            backend: self.device.report(&self.checkpoint),
+            backend,
             data_address: self.data_address,
-            memory_pool: memory_pool(),
+            memory_pool,
         }
     }
 
@@ -64,35 +77,30 @@ impl Host for ModelHost {
         // The old epoch's memory is needed for the new one's.
         self.release();
         let Prepare { fence, cell, rank, layout, placement, limits, peers } = request;
-        let mut on_bytes = |done_bytes, total_bytes| {
-            on_progress(Progress { stage: "loading".to_owned(), done_bytes, total_bytes });
+        let share = Share { checkpoint: &self.checkpoint, placement, rank: *rank, ranks: layout.ep, limits: *limits };
+        let mut on_stage = |stage: &str, done_bytes, total_bytes| {
+            on_progress(Progress { stage: stage.to_owned(), done_bytes, total_bytes });
         };
-        let mut backend = self.device.backend()?;
-        let mut on_packed = |done_bytes, total_bytes| {
-            on_progress(Progress { stage: "packing".to_owned(), done_bytes, total_bytes });
-        };
-        let packed = self.device.packed(&mut backend, &self.checkpoint, &mut on_packed)?;
-        let stored = Stored { checkpoint: &self.checkpoint, packed: packed.as_ref() };
-        let model = GptOss::load(backend, stored, placement, *rank, layout.ep, limits, &mut on_bytes)?;
+        let model = LoadedModel::load(&self.device, share, &mut on_stage)?;
         on_progress(Progress { stage: "connecting".to_owned(), done_bytes: 0, total_bytes: 0 });
         let group = GroupId { cell: *cell, term: fence.term, epoch: fence.epoch };
-        let payload_max = payload_max(request, &self.device.report(&self.checkpoint), &self.checkpoint);
+        let payload_max = payload_max(request, &self.report.backend, &self.checkpoint);
         let deadline = Instant::now() + GATHER_WAIT;
         let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline)?;
         let collectives = collectives.watched_by(self.progress.clone());
-        let runner = Runner::new(model, collectives, *limits, *fence);
-        let allocated = runner.allocated();
-        self.runner = Some(runner);
+        let rank = model.join(collectives, *limits, *fence);
+        let allocated = rank.allocated();
+        self.rank = Some(rank);
         Ok(allocated)
     }
 
     fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
         let fence = plan.header.fence;
-        let Some(runner) = &mut self.runner else {
+        let Some(rank) = &mut self.rank else {
             let message = "this worker has no epoch".to_owned();
             return Err(NoResult::Refused(StepFailure { fence, message, blamed: Vec::new() }));
         };
-        runner.run(plan, &self.progress).map_err(|error| {
+        rank.run(plan, &self.progress).map_err(|error| {
             let blamed = match &error {
                 StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
                 _ => Vec::new(),
@@ -103,7 +111,7 @@ impl Host for ModelHost {
     }
 
     fn release(&mut self) {
-        self.runner = None;
+        self.rank = None;
     }
 }
 

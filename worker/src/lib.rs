@@ -7,6 +7,7 @@ pub mod host;
 mod panics;
 pub mod process;
 pub mod progress;
+pub mod rank;
 pub mod runner;
 pub mod service;
 pub mod weight_cache;

@@ -110,7 +110,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     ///
     /// # Errors
     /// A plan that is refused leaves everything as it was; a failed exchange or constraint ends the epoch.
-    pub fn run(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
+    pub fn run(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
         if let Some(outcome) = self.outcomes.of(plan.header.fence)? {
             return outcome;
         }
@@ -120,7 +120,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         outcome
     }
 
-    fn step(&mut self, plan: &StepPlan, watch: &impl Watch) -> Result<StepResult, StepError> {
+    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);
@@ -150,7 +150,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
-        let sampled = self.model.finish()?;
+        let sampled = self.model.finish(&mut result.phases)?;
         self.keep_sampled(plan, sampled, &mut result);
         result.exchange = self.collectives.counters();
         Ok(result)

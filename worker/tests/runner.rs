@@ -15,7 +15,7 @@ use phalanx_proto::{
 };
 use phalanx_worker::collectives::local::{self, Local};
 use phalanx_worker::constraints::{ConstraintFailure, Refused};
-use phalanx_worker::device::{Device, Processor};
+use phalanx_worker::device::{Device, DriverGpus, Processor};
 use phalanx_worker::runner::{Runner, STEPS_IN_FLIGHT, StepError};
 
 /// splitmix64.
@@ -79,8 +79,9 @@ impl Bench {
             pin: None,
             weight_cache: false,
             isa: None,
+            gpus: &DriverGpus,
         }
-        .backend()
+        .cpu()
         .unwrap();
         let model =
             GptOss::load(backend, Stored { checkpoint, packed: None }, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ())

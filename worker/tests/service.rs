@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use phalanx_proto::{
     BackendReport, Bytes, CellId, Epoch, Fence, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId, Outputs,
-    Placement, Position, Rank, Rope, Rows, SeqId, Start, StepHeader, StepId, StepPlan, StepResult, Term, TokenId,
-    Tokens,
+    Placement, Position, Rank, Rope, Rows, Scratch, SeqId, Start, StepHeader, StepId, StepPlan, StepResult, Term,
+    TokenId, Tokens,
 };
 use phalanx_wire::token::SendToken;
 use phalanx_wire::v1::worker_client::WorkerClient;
@@ -141,6 +141,8 @@ fn description() -> Description {
             wire_bytes: 4,
             threads: 1,
             process_base: Bytes(1 << 20),
+            operand_block_bytes: 128,
+            scratch: Scratch::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),
         },

@@ -1,7 +1,7 @@
 //! What a machine with a GPU needs to run the tests, in one folder: it has neither Rust nor a network.
 //!
-//! Binaries are built here for release and stripped; beside them are the fixtures they read and `run.sh`, which runs
-//! them all and ends with one table. Nothing in the folder is of one machine: tests find their files by `PHALANX_ROOT`
+//! Binaries are built here for release and stripped; beside them are the kernels' machine code, the fixtures they read and
+//! `run.sh`, which runs them all and ends with one table. Nothing in the folder is of one machine: tests find their files by `PHALANX_ROOT`
 //! and `PHALANX_BIN`, which the script sets.
 
 use std::fs;
@@ -10,12 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::House;
-use crate::run::{answers, cargo};
+use crate::python;
+use crate::report::Outcome;
+use crate::run::{answers, cargo, run};
 
 /// Where the pack is made; ignored by Git.
 const FOLDER: &str = ".gpu";
 /// What may be carried.
 const BYTES_MAX: u64 = 60 << 20;
+/// What the kernels are compiled for ahead of time; other devices need NVRTC beside them.
+const ARCHS: &str = "90a";
 const SCRIPT: &str = include_str!("gpu_pack/run.sh");
 
 /// What is built: whatever runs on a GPU, or beside one.
@@ -90,6 +94,8 @@ fn pack(house: &House) -> Result<u64, String> {
     for fixture in FIXTURES {
         copy(&house.root.join(fixture), &folder.join("root").join(fixture)).map_err(at)?;
     }
+    build_kernels(house, &folder)?;
+    compress(&folder).map_err(at)?;
     write_script(&folder).map_err(at)?;
     let mut files = sizes(&folder).map_err(at)?;
     files.sort_unstable_by(|a, b| b.cmp(a));
@@ -159,6 +165,33 @@ fn built(line: &str) -> Option<Built> {
     let (_, profile) = line.split_once("\"profile\":")?;
     let is_test = profile.contains("\"test\":true");
     Some(Built { package: package.to_owned(), target: field("name")?.to_owned(), is_test, executable })
+}
+
+/// Compiles the kernels, as `run.sh` finds them. Without NVRTC the pack is smaller, not wrong.
+fn build_kernels(house: &House, folder: &Path) -> Result<(), String> {
+    let nvrtc = match python::nvrtc(house) {
+        Ok(nvrtc) => nvrtc,
+        Err(reason) => {
+            println!("no kernels are compiled ahead of time: {reason}");
+            return Ok(());
+        }
+    };
+    let mut command = Command::new(folder.join("bin/phalanx"));
+    command.args(["kernels", "build", "--arch", ARCHS, "--out"]).arg(folder.join("cubin"));
+    match run(command.env("LD_LIBRARY_PATH", nvrtc)) {
+        Outcome::Passed(_) => Ok(()),
+        _ => Err("the kernels cannot be compiled: see above".into()),
+    }
+}
+
+/// Makes the executables smaller, to a third; `run.sh` unpacks them. Without `gzip` the pack is larger, not wrong.
+fn compress(folder: &Path) -> io::Result<()> {
+    for part in ["bin", "tests"] {
+        for (_, path) in sizes(&folder.join(part))? {
+            answers(Command::new("gzip").args(["-9", "--force"]).arg(path));
+        }
+    }
+    Ok(())
 }
 
 fn write_script(folder: &Path) -> io::Result<()> {
@@ -231,7 +264,7 @@ mod tests {
     impl Pack {
         fn new(name: &str, tests: &[(&str, &str)]) -> Self {
             let folder = std::env::temp_dir().join(format!("phalanx-gpu-pack-{}-{name}", std::process::id()));
-            for part in ["tests", "root"] {
+            for part in ["tests", "bin", "root"] {
                 fs::create_dir_all(folder.join(part)).unwrap();
             }
             for (name, body) in tests {
@@ -262,6 +295,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn executables_travel_compressed() {
+        let pack = Pack::new("compressed", &[("good", GOOD)]);
+        compress(&pack.0).unwrap();
+        assert!(pack.0.join("tests/good.gz").is_file() && !pack.0.join("tests/good").exists());
+        for _ in 0..2 {
+            let (status, output) = pack.run(None, &[]);
+            assert_eq!(status, Some(0), "{output}");
+            assert!(output.contains("3       0        0  passed"), "{output}");
+        }
+    }
+
     const GOOD: &str = "echo 'test result: ok. 3 passed; 0 failed; 1 ignored'";
 
     #[test]
@@ -284,6 +329,29 @@ mod tests {
         assert!(output.ends_with("FAILED: exit status 101\n"), "{output}");
         assert_eq!(pack.run(None, &["good"]).0, Some(0));
         assert_eq!(pack.run(None, &["nothing"]).0, Some(1));
+    }
+
+    #[test]
+    fn the_script_measures_where_there_is_a_gpu() {
+        let pack = Pack::new("benches", &[("good", GOOD)]);
+        let phalanx = |gpu: &str| {
+            let path = pack.0.join("bin/phalanx");
+            let body = format!(
+                "#!/bin/sh\n[ $1 = doctor ] && exit {gpu}\ncase $* in *120b*64*) exit 3;; esac\necho \"said $*\"\n"
+            );
+            fs::write(&path, body).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        phalanx("1");
+        let (status, output) = pack.run(None, &[]);
+        assert_eq!(status, Some(0), "{output}");
+        assert!(output.ends_with("NOT RUN: no GPU\n"), "{output}");
+        phalanx("0");
+        let (status, output) = pack.run(None, &["benches"]);
+        assert_eq!(status, Some(1), "what fails is a failure: {output}");
+        assert!(output.contains("said bench offline --device cuda:0 --model synth:20b"), "{output}");
+        assert!(output.ends_with("FAILED: exit status 3\n"), "{output}");
+        assert!(!output.contains("== good"), "{output}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use phalanx_coordinator::workers::{
 };
 use phalanx_proto::{
     BackendReport, Bytes, CellId, Epoch, Fence, LayerKind, Layout, Limits, ModelConfig, NumericsId, Position, Rank,
-    Rope, RowsResult, StepHeader, StepId, StepPlan, StepResult, Term, TokenId, Tokens,
+    Rope, RowsResult, Scratch, StepHeader, StepId, StepPlan, StepResult, Term, TokenId, Tokens,
 };
 use phalanx_wire::token::CheckToken;
 use phalanx_wire::v1::worker_server::WorkerServer;
@@ -250,6 +250,8 @@ pub(crate) fn description() -> Description {
             wire_bytes: 4,
             threads: 1,
             process_base: Bytes(1 << 20),
+            operand_block_bytes: 128,
+            scratch: Scratch::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),
         },

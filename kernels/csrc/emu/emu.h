@@ -83,6 +83,11 @@ template <class T>
 inline T __shfl_xor_sync(unsigned, T value, unsigned step) {
   return emu::shuffle(value, (threadIdx.x & 31) ^ step);
 }
+template <class T>
+inline T __shfl_up_sync(unsigned, T value, unsigned step) {
+  unsigned lane = threadIdx.x & 31;
+  return emu::shuffle(value, lane < step ? lane : lane - step);
+}
 inline u32 __ballot_sync(unsigned, bool predicate) { return emu::ballot(predicate); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline u32 __float_as_uint(float x) {
@@ -127,6 +132,11 @@ inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     c[i] = sum;
   }
   emu::warp_release();
+}
+
+inline u32 narrow2(float low, float high);
+inline u32 multiply_bf16x2(u32 a, u32 b) {
+  return narrow2(bf16_half(a, 0) * bf16_half(b, 0), bf16_half(a, 1) * bf16_half(b, 1));
 }
 
 inline void ldmatrix_x4(u32 (&out)[4], const u16* row) {

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../common.cuh"
+#include "../ptx_sm90.cuh"
 
 #if defined(__x86_64__)
 extern "C" void phalanx_emu_switch(void** from, void* to);
@@ -56,11 +57,14 @@ struct Warp {
 struct Block {
   Place place;
   unsigned char* shared;
+  size_t shared_bytes;
   void (*body)(const void*);
   const void* args;
   unsigned current, alive, arrived, generation;
   // Grows whenever a thread could go on: a round without growth is a deadlock.
   unsigned long progress;
+  // The rule that a thread broke.
+  const char* broken;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<char> stacks;
@@ -90,6 +94,12 @@ static void yield() {
 #else
   swapcontext(&fiber.context, &block->host);
 #endif
+}
+
+// Ends the block: nothing that its threads do from here on counts.
+[[noreturn]] static void fail(const char* rule) {
+  block->broken = rule;
+  while (true) yield();
 }
 
 static void open_block_barrier() {
@@ -178,9 +188,18 @@ static void enter(unsigned thread) {
 #endif
 }
 
-// Runs one block; false if its threads wait for each other for ever.
-static bool run_block(unsigned threads, bool backwards) {
+}  // namespace emu
+
+#include "sm90.cc"
+
+namespace emu {
+
+enum { LAUNCHED = 0, UNKNOWN = 1, WRONG_ARGS = 2, WRONG_SIZE = 3, DEADLOCK = 4, BROKEN = 5 };
+
+static int run_block(unsigned threads, bool backwards) {
   block->alive = threads;
+  block->broken = nullptr;
+  begin_async(threads);
   block->arrived = block->generation = 0;
   for (Warp& warp : block->warps) memset(&warp, 0, sizeof warp);
   for (unsigned i = 0; i < threads; i++) {
@@ -192,13 +211,12 @@ static bool run_block(unsigned threads, bool backwards) {
     for (unsigned i = 0; i < threads; i++) {
       unsigned thread = backwards ? threads - 1 - i : i;
       if (!block->fibers[thread].done) enter(thread);
+      if (block->broken) return BROKEN;
     }
-    if (block->progress == before) return false;
+    if (block->progress == before) return DEADLOCK;
   }
-  return true;
+  return LAUNCHED;
 }
-
-enum { LAUNCHED = 0, UNKNOWN = 1, WRONG_ARGS = 2, WRONG_SIZE = 3, DEADLOCK = 4 };
 
 static int launch(const Entry& entry, const void* args, const uint32_t* grid, size_t shared) {
   if (entry.threads > THREADS_MAX || shared > 227 << 10) return WRONG_SIZE;
@@ -212,6 +230,7 @@ static int launch(const Entry& entry, const void* args, const uint32_t* grid, si
   if (block->stacks.size() < threads * STACK_BYTES) block->stacks.resize(threads * STACK_BYTES);
   block->memory.resize(shared + 16);
   block->shared = (unsigned char*)(((uintptr_t)block->memory.data() + 15) & ~(uintptr_t)15);
+  block->shared_bytes = shared;
   block->place.grid = {grid[0], grid[1], grid[2]};
   block->place.block_size = {threads, 1, 1};
   // Also a grid of one block runs backwards every second time.
@@ -221,7 +240,8 @@ static int launch(const Entry& entry, const void* args, const uint32_t* grid, si
       for (unsigned x = 0; x < grid[0]; x++) {
         block->place.block_index = {x, y, z};
         memset(block->shared, 0xff, shared);
-        if (!run_block(threads, count++ % 2 == 1)) return DEADLOCK;
+        int outcome = run_block(threads, count++ % 2 == 1);
+        if (outcome != LAUNCHED) return outcome;
       }
   return LAUNCHED;
 }
@@ -238,6 +258,9 @@ extern "C" bool phalanx_emu_find(const char* name, size_t* args_bytes, uint32_t*
     }
   return false;
 }
+
+// The rule that a kernel broke last on this thread.
+extern "C" const char* phalanx_emu_broken() { return emu::block && emu::block->broken ? emu::block->broken : ""; }
 
 // Runs a kernel to its end.
 extern "C" int phalanx_emu_launch(const char* name, const void* args, size_t args_bytes, const uint32_t* grid,

@@ -16,6 +16,10 @@ namespace kernels {
 #include "../sample.cu"
 }
 
+namespace hopper {
+#include "../experts_wgmma.cu"
+}
+
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!barrier"
 #define PLANT_BARRIER
@@ -39,3 +43,69 @@ namespace with_swapped_nibbles {
 #include "../experts.cu"
 }
 #undef PLANT_NIBBLES
+
+// Of Hopper's kernels those for 32 items alone.
+#define PLANTED
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!nibbles"
+#define PLANT_NIBBLES
+namespace hopper_with_swapped_nibbles {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_NIBBLES
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!wait"
+#define PLANT_WAIT
+namespace hopper_with_wait {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_WAIT
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!phase"
+#define PLANT_PHASE
+namespace hopper_with_phase {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_PHASE
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!stage"
+#define PLANT_STAGE
+namespace hopper_with_stage {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_STAGE
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!stride"
+#define PLANT_STRIDE
+namespace hopper_with_stride {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_STRIDE
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!fence"
+#define PLANT_FENCE
+namespace hopper_with_fence {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_FENCE
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!registers"
+#define PLANT_REGISTERS
+namespace hopper_with_registers {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_REGISTERS
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!early"
+#define PLANT_EARLY
+namespace hopper_with_early {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_EARLY

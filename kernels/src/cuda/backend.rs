@@ -35,7 +35,7 @@ impl Backend for Cuda {
     }
 
     fn work(&mut self, received: usize, choices: usize, shape: ExpertShape) -> Work {
-        let made = Work::new(&self.memory, self.precision, received, choices, shape);
+        let made = Work::new(&self.memory, self.precision, self.family(), received, choices, shape);
         self.made(made, |memory| Work::nothing(memory, shape))
     }
 
@@ -169,6 +169,7 @@ impl Backend for Cuda {
     fn dispatch(&mut self, x: &Rows, routes: &Routes, places: &Places, out: &mut Parts) {
         let result = self.dispatch_rows(x, routes, places, out);
         self.note(result);
+        out.fault.clone_from(&self.error);
     }
 
     fn receive(&mut self, received: &Parts, experts: &Experts, work: &mut Work) {
@@ -184,6 +185,7 @@ impl Backend for Cuda {
     fn down(&mut self, experts: &Experts, work: &Work, out: &mut Parts) {
         let result = self.down_items(experts, work, out);
         self.note(result);
+        out.fault.clone_from(&self.error);
     }
 
     fn combine(&mut self, returned: &Parts, routes: &Routes, places: &Places, residual: &mut Rows) {

@@ -5,7 +5,8 @@
 
 use super::ops::{
     ATTENTION_BF16, ATTENTION_F32, ATTENTION_SEGMENTS_BF16, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32,
-    DENSE_MMA_8, DENSE_MMA_64, DenseArgs, Op,
+    DENSE_MMA_8, DENSE_MMA_64, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32,
+    GATE_UP_WGMMA, Op,
 };
 use crate::{Precision, SEGMENT};
 
@@ -89,17 +90,88 @@ pub(super) fn attention(
     (Choice { op, grid: [blocks, columns, if split { segments } else { 1 }], shared }, split)
 }
 
+/// A matrix of the experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ExpertMatrix {
+    /// `[2 I, H]`
+    GateUp,
+    /// `[H, I]`
+    Down,
+}
+
+/// Shared memory that a block can have on Hopper.
+pub(super) const SHARED_MAX: u32 = 227 << 10;
+
+/// A ring of stages on Hopper, as `csrc/experts_wgmma.cu` has it.
+struct Ring {
+    /// Items of a block.
+    items: u32,
+    /// Row tiles of a block.
+    tiles: u32,
+    /// Blocks of 32 columns of a stage.
+    blocks: u32,
+    stages: u32,
+    /// Blocks of a multiprocessor, by shared memory and registers.
+    resident: u32,
+}
+
+impl Ring {
+    /// Barriers, stages, and the slots' first chunks.
+    const fn shared(&self, slots: u32) -> u32 {
+        let stage = self.blocks * (self.tiles * (256 + 16) + self.items * 64);
+        128 + self.stages * stage + (slots + 1) * 4
+    }
+}
+
+const RINGS: [Ring; 3] = [
+    Ring { items: 8, tiles: 4, blocks: 8, stages: 4, resident: 4 },
+    Ring { items: 32, tiles: 4, blocks: 8, stages: 3, resident: 2 },
+    Ring { items: 128, tiles: 12, blocks: 4, stages: 4, resident: 1 },
+];
+
+/// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
+/// each kernel takes any number, and all add in the same order.
+pub(super) fn experts_wgmma(
+    matrix: ExpertMatrix,
+    rows: u32,
+    slots: u32,
+    items: u32,
+    multiprocessors: u32,
+) -> Choice<ExpertArgs> {
+    // Weights are read once for every `items` of a ring: so a ring holds what most slots have.
+    let ring = match items.div_ceil(slots.max(1)) {
+        0..=4 => 0,
+        5..=32 => 1,
+        _ => 2,
+    };
+    let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
+    // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
+    let units = rows.div_ceil(TILE * tiles) as u64 * (u64::from(slots) + u64::from(items / chunk));
+    let blocks = units.min(u64::from(multiprocessors * resident)) as u32;
+    let op = match matrix {
+        ExpertMatrix::GateUp => GATE_UP_WGMMA[ring],
+        ExpertMatrix::Down => DOWN_WGMMA[ring],
+    };
+    Choice { op, grid: [blocks, 1, 1], shared: RINGS[ring].shared(slots) }
+}
+
 /// Row tiles and warps of a block of the experts' fast kernels.
 const EXPERT_TILES: u32 = 4;
 /// Tokens whose columns are staged, 128 and 8 for padding.
 const EXPERT_STAGED_BYTES: u32 = 32 * (128 + 8) * 2;
 
-/// Blocks and shared memory of an expert matrix of `rows` in `slots` slots.
-pub(super) fn experts(precision: Precision, rows: u32, slots: u32) -> ([u32; 3], u32) {
+/// An expert matrix of `rows` in `slots` slots.
+pub(super) fn experts(precision: Precision, matrix: ExpertMatrix, rows: u32, slots: u32) -> Choice<ExpertArgs> {
     let tiles = rows / TILE;
+    let op = match (precision, matrix) {
+        (Precision::Exact, ExpertMatrix::GateUp) => GATE_UP_F32,
+        (Precision::Exact, ExpertMatrix::Down) => DOWN_F32,
+        (Precision::Fast, ExpertMatrix::GateUp) => GATE_UP_BF16,
+        (Precision::Fast, ExpertMatrix::Down) => DOWN_BF16,
+    };
     match precision {
-        Precision::Exact => ([tiles, slots, 1], 0),
-        Precision::Fast => ([tiles.div_ceil(EXPERT_TILES), slots, 1], EXPERT_STAGED_BYTES),
+        Precision::Exact => Choice { op, grid: [tiles, slots, 1], shared: 0 },
+        Precision::Fast => Choice { op, grid: [tiles.div_ceil(EXPERT_TILES), slots, 1], shared: EXPERT_STAGED_BYTES },
     }
 }
 
@@ -141,8 +213,42 @@ mod tests {
     }
 
     #[test]
+    fn hopper_takes_as_many_items_at_once_as_slots_have() {
+        let choose = |matrix, rows, slots, items| experts_wgmma(matrix, rows, slots, items, 132);
+        for (items, name) in [
+            (0, "gate_up_wgmma_8"),
+            (4, "gate_up_wgmma_8"),
+            (4 * 128, "gate_up_wgmma_8"),
+            (4 * 128 + 1, "gate_up_wgmma_32"),
+            (32 * 128, "gate_up_wgmma_32"),
+            (32_768, "gate_up_wgmma_128"),
+        ] {
+            let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
+            assert_eq!(choice.op.kernel.name, name, "{items}");
+            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 4 && choice.shared <= SHARED_MAX, "{choice:?}");
+        }
+        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_128");
+        // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
+        for ring in &RINGS {
+            assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
+        }
+        // A small matrix has no more blocks than units.
+        assert_eq!(choose(ExpertMatrix::Down, 64, 2, 3).grid, [2, 1, 1]);
+    }
+
+    #[test]
+    fn only_hopper_multiplies_by_warpgroups() {
+        use crate::cuda::Family;
+        assert_eq!(Family::of((9, 0)), Family::Wgmma);
+        for capability in [(8, 0), (8, 6), (8, 9), (10, 0), (10, 3), (12, 0), (12, 1)] {
+            assert_eq!(Family::of(capability), Family::Mma, "{capability:?}");
+        }
+    }
+
+    #[test]
     fn nothing_needs_more_shared_memory_than_every_device_has() {
-        let shared = [dense(true, 1, 1).shared, dense(false, 64, 64).shared, experts(Precision::Fast, 64, 1).1];
+        let experts = experts(Precision::Fast, ExpertMatrix::Down, 64, 1).shared;
+        let shared = [dense(true, 1, 1).shared, dense(false, 64, 64).shared, experts];
         assert!(shared.iter().all(|&bytes| bytes <= 48 << 10), "{shared:?}");
     }
 }

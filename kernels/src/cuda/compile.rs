@@ -11,22 +11,27 @@ use std::path::{Path, PathBuf};
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
+use super::libraries::Library;
+
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
+    ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),
     ("sample.cu", include_str!("../../csrc/sample.cu")),
 ];
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
+    (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
+    (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),
 ];
 
 /// Nothing is fused that the source does not fuse: the emulation's bits are the device's.
@@ -35,13 +40,23 @@ const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 /// What the kernels are built for: Ampere, Ada, Hopper and Blackwell, with each one's own instructions from sm_90 on.
 pub const ARCHS: [&str; 7] = ["80", "86", "89", "90a", "100a", "103a", "120a"];
 
+/// Whether a file of kernels is for this architecture: what needs Hopper's own instructions is for Hopper alone.
+fn is_for(file: &str, arch: &str) -> bool {
+    !file.ends_with("_wgmma.cu") || arch == "90a"
+}
+
+/// The files of kernels that are for this architecture: (name, source).
+pub fn files(arch: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    FILES.into_iter().filter(move |(file, _)| is_for(file, arch))
+}
+
 /// Why there is no machine code.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
     /// NVRTC cannot be loaded, and the folder lacks what is needed.
     #[error(
         "no NVRTC (libnvrtc.so.13) on this machine and no {file} for sm_{arch} in {}; install nvidia-cuda-nvrtc 13.0 or \
-         point the kernel cache to a folder that was filled by `kernels build`", folder.display()
+         point the kernel cache to a folder that was filled by `phalanx kernels build`", folder.display()
     )]
     NoCompiler {
         /// Which kernels.
@@ -77,23 +92,16 @@ pub enum CompileError {
     },
 }
 
-/// Whether NVRTC can be loaded.
+/// Whether NVRTC can be used.
 #[must_use]
 pub fn available() -> bool {
-    // SAFETY: looks for the library by its names and loads it; its initialisers are trusted like any system library's.
-    unsafe { sys::is_culib_present() }
+    version().is_some()
 }
 
-/// NVRTC's version, if there is one.
+/// NVRTC's version, if there is one that works.
 #[must_use]
 pub fn version() -> Option<(i32, i32)> {
-    if !available() {
-        return None;
-    }
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: the library is present, and both numbers outlive the call.
-    let read = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
-    read.result().ok().map(|()| (major, minor))
+    Library::Nvrtc.version().ok().map(|version| (version.major, version.minor))
 }
 
 /// A folder of machine code.
@@ -126,20 +134,55 @@ impl Cache {
         }
     }
 
+    /// The machine code of all kernels: (file, code). `on_progress` hears the bytes of source that are done, and all.
+    ///
+    /// # Errors
+    /// Those of [`Cache::cubin`].
+    pub fn cubins(
+        &self,
+        arch: &str,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Vec<(&'static str, Vec<u8>)>, CompileError> {
+        let total = files(arch).map(|(_, text)| text.len() as u64).sum();
+        let mut done = 0;
+        let mut cubins = Vec::new();
+        on_progress(done, total);
+        for (file, text) in files(arch) {
+            cubins.push((file, self.cubin(file, arch)?));
+            done += text.len() as u64;
+            on_progress(done, total);
+        }
+        Ok(cubins)
+    }
+
+    /// Whether all kernels are there, so that nothing needs to be compiled.
+    #[must_use]
+    pub fn has_all(&self, arch: &str) -> bool {
+        files(arch).all(|(file, text)| self.find(file, text, arch).1.is_some())
+    }
+
+    /// Where the machine code of a file is or may be, and what is there.
+    fn find(&self, file: &str, text: &str, arch: &str) -> (Vec<PathBuf>, Option<Vec<u8>>) {
+        let folder = self.folder.join(format!("sm_{arch}"));
+        let stem = format!("{}-{}-nvrtc", file.trim_end_matches(".cu"), hash(text, arch));
+        let paths = match version() {
+            Some((major, minor)) => vec![folder.join(format!("{stem}{major}.{minor}.cubin"))],
+            None => named(&folder, &stem),
+        };
+        let kept = paths.iter().find_map(|path| std::fs::read(path).ok().filter(|bytes| is_cubin(bytes)));
+        (paths, kept)
+    }
+
     fn find_or_make(&self, file: &str, arch: &str) -> Result<Made, CompileError> {
         let (file, text) = FILES
             .iter()
             .find(|(name, _)| *name == file)
             .ok_or_else(|| CompileError::NoFile { file: file.to_owned() })?;
-        let folder = self.folder.join(format!("sm_{arch}"));
-        let stem = format!("{}-{}-nvrtc", file.trim_end_matches(".cu"), hash(text, arch));
-        let kept = match version() {
-            Some((major, minor)) => vec![folder.join(format!("{stem}{major}.{minor}.cubin"))],
-            None => named(&folder, &stem),
-        };
-        if let Some(cubin) = kept.iter().find_map(|path| std::fs::read(path).ok().filter(|bytes| is_cubin(bytes))) {
+        let (kept, cubin) = self.find(file, text, arch);
+        if let Some(cubin) = cubin {
             return Ok(Made::Kept(cubin));
         }
+        let folder = self.folder.join(format!("sm_{arch}"));
         if !available() {
             return Err(CompileError::NoCompiler { file, arch: arch.to_owned(), folder });
         }
@@ -166,8 +209,8 @@ pub struct Built {
     pub cubin: Vec<u8>,
 }
 
-/// Compiles every kernel for every architecture into `folder`, as a [`Cache`] finds it. Needs NVRTC, and neither a driver
-/// nor a device. `done` is called after each file.
+/// Compiles every kernel for every architecture that it is for into `folder`, as a [`Cache`] finds it. Needs NVRTC, and
+/// neither a driver nor a device. `done` is called after each file.
 ///
 /// # Errors
 /// [`CompileError`].
@@ -175,7 +218,7 @@ pub fn build(archs: &[&str], folder: &Path, mut done: impl FnMut(&Built)) -> Res
     let cache = Cache::new(folder);
     let mut all = Vec::new();
     for arch in archs {
-        for (file, _) in FILES {
+        for (file, _) in files(arch) {
             let cubin = match cache.find_or_make(file, arch)? {
                 Made::Kept(cubin) => cubin,
                 Made::New(path, cubin) => {
@@ -331,7 +374,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("phalanx-cubins-{}", std::process::id()));
         let cache = Cache::new(&folder);
         let version = version().map_or_else(|| "12.9".to_owned(), |(major, minor)| format!("{major}.{minor}"));
-        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(FILES[6].1, "80")));
+        let rope = FILES.iter().find(|(file, _)| *file == "rope.cu").unwrap().1;
+        let path = folder.join(format!("sm_80/rope-{}-nvrtc{version}.cubin", hash(rope, "80")));
         let mut cubin = b"\x7fELF".to_vec();
         cubin.resize(64, 7);
         cubin[18..20].copy_from_slice(&[190, 0]);

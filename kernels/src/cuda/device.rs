@@ -22,11 +22,32 @@ pub struct Launch<'a> {
     pub shared: u32,
 }
 
+/// By what a device multiplies: kernels of one family add in one order, those of another may not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Family {
+    /// `mma.sync`, everywhere.
+    #[default]
+    Mma,
+    /// `wgmma` for the experts in fast precision, on Hopper.
+    Wgmma,
+}
+
+impl Family {
+    /// The family of a compute capability.
+    #[must_use]
+    pub const fn of(capability: (i32, i32)) -> Self {
+        if matches!(capability, (9, 0)) { Self::Wgmma } else { Self::Mma }
+    }
+}
+
 /// A device with one stream: calls take effect in their order, and only [`Device::download`] and
 /// [`Device::synchronize`] wait. Addresses are the device's own.
 pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Multiprocessors: blocks that run side by side, at least.
     fn multiprocessors(&self) -> u32;
+
+    /// By what it multiplies.
+    fn family(&self) -> Family;
 
     /// Memory of undefined content; `bytes` is not 0.
     ///
@@ -284,6 +305,14 @@ impl Buffer {
             // What was there goes first: both together are never held.
             *self = self.memory.nothing();
             *self = self.memory.zeroed(grown(bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Makes it at least `bytes` long and no longer; what it held is lost if it grows.
+    pub(super) fn reserve_exactly(&mut self, bytes: usize) -> Result<(), KernelError> {
+        if bytes > self.bytes {
+            *self = self.memory.zeroed(bytes)?;
         }
         Ok(())
     }

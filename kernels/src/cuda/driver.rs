@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::choose::SHARED_MAX;
 use super::compile::Cache;
-use super::device::{Device, Graph, Launch, Pinned};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::graph::Chain;
 use super::ops::KERNELS;
 use super::page_locked::PageLocked;
@@ -26,6 +27,7 @@ pub struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     arch: String,
+    family: Family,
     multiprocessors: u32,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<Module>,
@@ -51,7 +53,7 @@ pub(super) fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError 
 }
 
 /// The architecture to compile for: with its own instructions where the kernels may use them.
-fn arch_of((major, minor): (i32, i32)) -> String {
+pub(super) fn arch_of((major, minor): (i32, i32)) -> String {
     let own = if matches!((major, minor), (9, 0) | (10, 0 | 3) | (12, 0)) { "a" } else { "" };
     format!("{major}{minor}{own}")
 }
@@ -81,11 +83,11 @@ fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
 }
 
 impl Driver {
-    /// The GPU of this number, with kernels from `cache` or compiled.
+    /// The GPU of this number, with kernels from `cache` or compiled; `on_progress` as in [`Cache::cubins`].
     ///
     /// # Errors
     /// [`KernelError::Device`]: no driver, no such GPU, or no kernels for it.
-    pub fn open(ordinal: usize, cache: &Cache) -> Result<Self, KernelError> {
+    pub fn open(ordinal: usize, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Self, KernelError> {
         let refused = |why: String| KernelError::Device { what: "be used", why };
         let count = devices().ok_or_else(|| refused("there is no CUDA driver (libcuda.so.1)".to_owned()))?;
         if ordinal >= count {
@@ -94,19 +96,20 @@ impl Driver {
         let open = failed("be opened");
         let context = CudaContext::new(ordinal).map_err(&open)?;
         let stream = context.new_stream().map_err(&open)?;
-        let arch = arch_of(context.compute_capability().map_err(&open)?);
+        let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
         keep_freed_memory(&context).map_err(&open)?;
         let mut driver = Self {
             context,
             stream,
-            arch,
+            arch: arch_of(capability),
+            family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
             functions: HashMap::new(),
             modules: Vec::new(),
         };
-        driver.load(cache)?;
+        driver.load(cache, on_progress)?;
         Ok(driver)
     }
 
@@ -116,14 +119,11 @@ impl Driver {
         &self.arch
     }
 
-    fn load(&mut self, cache: &Cache) -> Result<(), KernelError> {
-        let mut files: Vec<&str> = KERNELS.iter().map(|kernel| kernel.file).collect();
-        files.sort_unstable();
-        files.dedup();
-        for file in files {
-            let cubin = cache
-                .cubin(file, &self.arch)
-                .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+    fn load(&mut self, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<(), KernelError> {
+        let cubins = cache
+            .cubins(&self.arch, on_progress)
+            .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+        for (file, cubin) in cubins {
             let load = failed("load its kernels");
             // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
             // own size, and is copied by the driver.
@@ -133,6 +133,12 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
+                if self.family == Family::Wgmma {
+                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
+                        .map_err(&load)?;
+                }
                 self.functions.insert(kernel.name, function);
             }
         }
@@ -171,6 +177,10 @@ impl Drop for Driver {
 impl Device for Driver {
     fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    fn family(&self) -> Family {
+        self.family
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
@@ -267,7 +277,7 @@ impl Device for Driver {
 /// # Errors
 /// [`KernelError::Device`].
 pub fn open(ordinal: usize, folder: &Path, precision: crate::Precision) -> Result<super::Cuda, KernelError> {
-    let driver = Driver::open(ordinal, &Cache::new(folder))?;
+    let driver = Driver::open(ordinal, &Cache::new(folder), &mut |_, _| ())?;
     super::Cuda::new(Arc::new(driver), precision)
 }
 
@@ -284,7 +294,7 @@ mod tests {
     #[test]
     fn a_machine_without_a_driver_says_so() {
         if devices().is_none() {
-            let error = Driver::open(0, &Cache::new(Path::new("unused"))).unwrap_err().to_string();
+            let error = Driver::open(0, &Cache::new(Path::new("unused")), &mut |_, _| ()).unwrap_err().to_string();
             assert!(error.contains("no CUDA driver"), "{error}");
         }
     }

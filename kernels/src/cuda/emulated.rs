@@ -1,15 +1,17 @@
 //! A device that runs the kernels on the CPU, compiled by the C++ compiler from the same sources; for tests.
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::device::{Device, Graph, Launch, Pinned};
+use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::ops::Kernel;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
 unsafe extern "C" {
     fn phalanx_emu_find(name: *const c_char, args_bytes: *mut usize, threads: *mut u32) -> bool;
+    fn phalanx_emu_broken() -> *const c_char;
     fn phalanx_emu_launch(
         name: *const c_char,
         args: *const c_void,
@@ -35,6 +37,61 @@ pub enum Fault {
     NoGraphs,
     /// Graphs stay as they were made.
     Stale,
+    /// Hopper's experts do not wait for a stage of their ring.
+    Wait,
+    /// They wait for the phase before.
+    Phase,
+    /// They read the next stage.
+    Stage,
+    /// They read items by a descriptor with another stride.
+    Stride,
+    /// They begin products without a fence.
+    Fence,
+    /// They decode into registers that a product under way reads.
+    Registers,
+    /// They give a stage back before its products are done.
+    Early,
+}
+
+/// What emulated devices hold, and when they break.
+#[derive(Debug)]
+pub struct Meter {
+    held: AtomicU64,
+    peak: AtomicU64,
+    launches_left: AtomicU64,
+}
+
+impl Meter {
+    /// A meter that lets so many launches pass; all later ones fail.
+    #[must_use]
+    pub const fn new(launches: u64) -> Self {
+        Self { held: AtomicU64::new(0), peak: AtomicU64::new(0), launches_left: AtomicU64::new(launches) }
+    }
+
+    /// The most bytes that were ever held at once.
+    #[must_use]
+    pub fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Lets no more than so many further launches pass.
+    pub fn leave(&self, launches: u64) {
+        self.launches_left.store(launches, Ordering::Relaxed);
+    }
+
+    fn hold(&self, bytes: usize) {
+        let held = self.held.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.peak.fetch_max(held, Ordering::Relaxed);
+    }
+
+    fn free(&self, bytes: usize) {
+        self.held.fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn lets_launch(&self) -> bool {
+        let less = |left: u64| left.checked_sub(1);
+        self.launches_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    }
 }
 
 /// Kernels on the CPU: every call is done when it returns.
@@ -44,6 +101,10 @@ pub struct Emulated {
     pub fault: Option<Fault>,
     /// The largest allocation that succeeds.
     pub largest: Option<usize>,
+    /// Kernels of this family.
+    pub family: Family,
+    /// Watches all devices that have it.
+    pub meter: Option<&'static Meter>,
 }
 
 impl Emulated {
@@ -56,6 +117,13 @@ impl Emulated {
             Fault::Window => "window",
             Fault::Nibbles => "nibbles",
             Fault::NoGraphs | Fault::Stale => return plain,
+            Fault::Wait => "wait",
+            Fault::Phase => "phase",
+            Fault::Stage => "stage",
+            Fault::Stride => "stride",
+            Fault::Fence => "fence",
+            Fault::Registers => "registers",
+            Fault::Early => "early",
         };
         let planted = CString::new(format!("{}!{suffix}", kernel.name)).expect("no zero either");
         if find(&planted).is_some() { planted } else { plain }
@@ -80,6 +148,10 @@ impl Device for Emulated {
         16
     }
 
+    fn family(&self) -> Family {
+        self.family
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
         if self.largest.is_some_and(|largest| bytes > largest) {
             return Err(failed("allocate", format!("no {bytes} bytes")));
@@ -88,10 +160,19 @@ impl Device for Emulated {
             Layout::from_size_align(bytes, ALIGNMENT).map_err(|error| failed("allocate", error.to_string()))?;
         // SAFETY: callers never ask for 0 bytes.
         let memory = unsafe { alloc(layout) };
-        if memory.is_null() { Err(failed("allocate", format!("no {bytes} bytes"))) } else { Ok(memory.addr() as u64) }
+        if memory.is_null() {
+            return Err(failed("allocate", format!("no {bytes} bytes")));
+        }
+        if let Some(meter) = self.meter {
+            meter.hold(bytes);
+        }
+        Ok(memory.addr() as u64)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
+        if let Some(meter) = self.meter {
+            meter.free(bytes);
+        }
         if let Ok(layout) = Layout::from_size_align(bytes, ALIGNMENT) {
             // SAFETY: the caller promises that this is an allocation of this layout.
             unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout) };
@@ -123,11 +204,19 @@ impl Device for Emulated {
     }
 
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
+        if self.meter.is_some_and(|meter| !meter.lets_launch()) {
+            return Err(failed("run a kernel", format!("{}: the device is broken", launch.kernel.name)));
+        }
         let name = self.name(launch.kernel);
         // SAFETY: the caller promises that the arguments are the kernel's; the emulation checks their size.
         let done = unsafe {
             phalanx_emu_launch(name.as_ptr(), args, args_bytes, launch.grid.as_ptr(), launch.shared as usize)
         };
+        if done == 5 {
+            // SAFETY: the text is a constant of the emulation.
+            let rule = unsafe { CStr::from_ptr(phalanx_emu_broken()) };
+            return Err(failed("run a kernel", format!("{}: {}", launch.kernel.name, rule.to_string_lossy())));
+        }
         let why = match done {
             0 => return Ok(()),
             1 => "there is no such kernel",
@@ -144,7 +233,7 @@ impl Device for Emulated {
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Ok(Box::new(EmulatedPinned(vec![0; bytes])))
+        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes] }))
     }
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
@@ -163,16 +252,19 @@ impl Device for Emulated {
 
 /// Memory of the host, read at once.
 #[derive(Debug)]
-struct EmulatedPinned(Vec<u8>);
+struct EmulatedPinned {
+    device: Emulated,
+    bytes: Vec<u8>,
+}
 
 impl Pinned for EmulatedPinned {
     fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.bytes
     }
 
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
         // SAFETY: the caller promises that the destination is allocated.
-        unsafe { Emulated::default().upload(&self.0[..bytes], to) }
+        unsafe { self.device.upload(&self.bytes[..bytes], to) }
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {
@@ -229,8 +321,9 @@ mod tests {
             (Fault::Barrier, "attention_f32!barrier"),
             (Fault::Window, "attention_segments_bf16_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
+            (Fault::Stride, "gate_up_wgmma_32!stride"),
         ] {
-            let device = Emulated { fault: Some(fault), largest: None };
+            let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();
             assert_eq!(device.name(kernel).to_str(), Ok(name));
             assert_eq!(device.name(&KERNELS[0]).to_str(), Ok(KERNELS[0].name));

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::Cuda;
-use super::choose;
-use super::device::{Buffer, Memory, bytes_of};
+use super::choose::{self, Choice, ExpertMatrix};
+use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
-    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DOWN_BF16, DOWN_F32,
-    DispatchArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, ReceiveArgs,
+    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, ExpertArgs,
+    GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
 };
 use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
@@ -20,6 +20,8 @@ const BLOCK_ROWS: usize = 32;
 const PART: usize = 16;
 /// Parts begin at multiples of this.
 const PART_ALIGNMENT: usize = 4;
+/// Items of a tile of wgmma's.
+const ITEM_TILE: usize = 8;
 /// Bytes of an expert's entry in the slot table: six addresses.
 const SLOT: usize = 48;
 
@@ -28,27 +30,34 @@ const SLOT: usize = 48;
 pub struct Parts {
     ranks: usize,
     bytes_max: usize,
+    /// As many bytes as there may be of this step, as far as the host knows.
+    bytes_now: usize,
     bytes: Buffer,
     /// `[ranks]` of (start, bytes)
     places: Buffer,
+    /// Why the bytes are worthless.
+    pub(super) fault: Option<KernelError>,
 }
 
 impl Parts {
     pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
         // Parts of any length may come from other ranks, each on a border.
         let bytes = memory.zeroed(bytes_max + ranks * PART_ALIGNMENT)?;
-        Ok(Self { ranks, bytes_max, bytes, places: memory.zeroed(ranks * PART)? })
+        Ok(Self { ranks, bytes_max, bytes_now: bytes_max, bytes, places: memory.zeroed(ranks * PART)?, fault: None })
     }
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
-        Self { ranks, bytes_max: 0, bytes: memory.nothing(), places: memory.nothing() }
+        Self { ranks, bytes_max: 0, bytes_now: 0, bytes: memory.nothing(), places: memory.nothing(), fault: None }
     }
 
     /// The bytes, on the host; waits.
     ///
     /// # Errors
-    /// [`KernelError::Device`].
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
     pub fn download(&self) -> Result<HostParts, KernelError> {
+        if let Some(error) = &self.fault {
+            return Err(error.clone());
+        }
         let places = self.places.download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         let places: Vec<_> = places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect();
@@ -72,6 +81,8 @@ impl Parts {
             places.extend([bytes.len() as u64, part.len() as u64]);
             bytes.extend_from_slice(part);
         }
+        self.bytes_now = bytes.len();
+        self.fault = None;
         self.bytes.upload(0, &bytes)?;
         self.places.upload(0, &bytes_of(&places))
     }
@@ -164,9 +175,11 @@ pub struct Work {
     items_max: usize,
     /// Ranks of the last receive.
     ranks: usize,
-    /// `[rows, H]` of the wire type
+    /// Items of the last receive, at most, as far as the host knows.
+    items_now: usize,
+    /// `[rows, H]` of the wire type; with wgmma the items' tiles of 8, `[item tiles, H / 8, 8, 8]`
     rows: Buffer,
-    /// `[items, I]`, f32 or bf16
+    /// `[items, I]`, f32 or bf16; with wgmma tiles as well
     activations: Buffer,
     row_source: Buffer,
     item_row: Buffer,
@@ -184,18 +197,22 @@ impl Work {
     pub(super) fn new(
         memory: &Arc<Memory>,
         precision: Precision,
+        family: Family,
         rows: usize,
         choices: usize,
         shape: ExpertShape,
     ) -> Result<Self, KernelError> {
+        // Tiles are made when the number of slots is known.
+        let tiled = family == Family::Wgmma;
         let (items, size) = (rows * choices, wire::bytes(precision));
         Ok(Self {
             shape,
             rows_max: rows,
             items_max: items,
             ranks: 0,
-            rows: memory.zeroed(rows * shape.hidden * size)?,
-            activations: memory.zeroed(items * shape.intermediate * size)?,
+            items_now: items,
+            rows: if tiled { memory.nothing() } else { memory.zeroed(rows * shape.hidden * size)? },
+            activations: if tiled { memory.nothing() } else { memory.zeroed(items * shape.intermediate * size)? },
             row_source: memory.zeroed(rows * 8)?,
             item_row: memory.zeroed(items * 4)?,
             item_slot: memory.zeroed(items * 4)?,
@@ -213,6 +230,7 @@ impl Work {
             rows_max: 0,
             items_max: 0,
             ranks: 0,
+            items_now: 0,
             rows: nothing(),
             activations: nothing(),
             row_source: nothing(),
@@ -224,6 +242,11 @@ impl Work {
             results: nothing(),
         }
     }
+}
+
+/// Tiles of as many items: slot `s` has those from `starts[s] / 8 + s` on.
+const fn item_tiles(items: usize, slots: usize) -> usize {
+    items / ITEM_TILE + slots
 }
 
 impl Cuda {
@@ -242,6 +265,7 @@ impl Cuda {
         if most > out.bytes_max {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
+        out.bytes_now = most;
         let args = DispatchArgs {
             x: x.address(),
             experts: routes.experts(),
@@ -291,15 +315,8 @@ impl Cuda {
             unused: 0,
         };
         self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
-        let copy = CopyRowsArgs {
-            received: received.bytes.address(),
-            row_source: work.row_source.address(),
-            counts: work.counts.address(),
-            rows: work.rows.address(),
-            words: (hidden * size / 2) as u32,
-            unused: 0,
-        };
-        self.launch(&RECEIVE_ROWS, [work.rows_max as u32, 1, 1], 0, &copy)?;
+        let rows_now = (received.bytes_now / args.record_bytes as usize).min(work.rows_max);
+        work.items_now = (rows_now * self.top_k).min(work.items_max);
         let group = GroupArgs {
             item_slot: work.item_slot.address(),
             counts: work.counts.address(),
@@ -308,7 +325,52 @@ impl Cuda {
             slots: experts.slots.len() as u32,
             unused: 0,
         };
-        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)
+        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)?;
+        match self.family() {
+            Family::Mma => {
+                let copy = CopyRowsArgs {
+                    received: received.bytes.address(),
+                    row_source: work.row_source.address(),
+                    counts: work.counts.address(),
+                    rows: work.rows.address(),
+                    words: (hidden * size / 2) as u32,
+                    unused: 0,
+                };
+                self.launch(&RECEIVE_ROWS, [work.rows_max as u32, 1, 1], 0, &copy)
+            }
+            Family::Wgmma => {
+                let tiles = item_tiles(work.items_max, experts.slots.len()) * ITEM_TILE;
+                work.rows.reserve_exactly(tiles * hidden * size)?;
+                work.activations.reserve_exactly(tiles * work.shape.intermediate * size)?;
+                let args = TilesArgs {
+                    received: received.bytes.address(),
+                    row_source: work.row_source.address(),
+                    item_row: work.item_row.address(),
+                    item_slot: work.item_slot.address(),
+                    order: work.order.address(),
+                    starts: work.starts.address(),
+                    counts: work.counts.address(),
+                    tiles: work.rows.address_mut(),
+                    hidden: hidden as u32,
+                    unused: 0,
+                };
+                // What the host knows of the number of items is a guess.
+                let blocks = work.items_now.clamp(1, 8 * self.memory.queue.device().multiprocessors() as usize);
+                self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
+            }
+        }
+    }
+
+    /// The kernel of an expert matrix of `rows`.
+    fn choose_experts(&self, matrix: ExpertMatrix, rows: usize, slots: usize, work: &Work) -> Choice<ExpertArgs> {
+        let (rows, slots) = (rows as u32, slots as u32);
+        match self.family() {
+            Family::Mma => choose::experts(self.precision, matrix, rows, slots),
+            Family::Wgmma => {
+                let multiprocessors = self.memory.queue.device().multiprocessors();
+                choose::experts_wgmma(matrix, rows, slots, work.items_now as u32, multiprocessors)
+            }
+        }
     }
 
     /// The experts' arguments, after a receive.
@@ -325,15 +387,15 @@ impl Cuda {
             hidden: work.shape.hidden as u32,
             intermediate: work.shape.intermediate as u32,
             limit: work.shape.limit,
-            unused: 0,
+            slots_count: experts.slots.len() as u32,
         })
     }
 
     pub(super) fn gate_up_items(&self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
         let args = self.expert_args(experts, work, 0)?;
-        let slots = experts.slots.len() as u32;
-        let (grid, shared) = choose::experts(self.precision, 2 * work.shape.intermediate as u32, slots);
-        self.launch(&self.by_precision(GATE_UP_F32, GATE_UP_BF16), grid, shared, &args)
+        let rows = 2 * work.shape.intermediate;
+        let choice = self.choose_experts(ExpertMatrix::GateUp, rows, experts.slots.len(), work);
+        self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 
     pub(super) fn down_items(&self, experts: &Experts, work: &Work, out: &mut Parts) -> Result<(), KernelError> {
@@ -344,9 +406,8 @@ impl Cuda {
         need("the ranks of results", out.ranks, work.ranks)?;
         out.places.copy_from(&work.results, work.ranks * PART)?;
         let args = self.expert_args(experts, work, out.bytes.address_mut())?;
-        let slots = experts.slots.len() as u32;
-        let (grid, shared) = choose::experts(self.precision, work.shape.hidden as u32, slots);
-        self.launch(&self.by_precision(DOWN_F32, DOWN_BF16), grid, shared, &args)
+        let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
+        self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 
     pub(super) fn combine_rows(

@@ -228,9 +228,18 @@ pub struct Gpu {
     pub capability: (u32, u32),
     /// Bytes of its memory.
     pub memory: u64,
+    /// Its maker's number for it, the same for every process.
+    pub uuid: [u8; 16],
 }
 
 impl Gpu {
+    /// The architecture that kernels are compiled for on it, `90a` for Hopper.
+    #[must_use]
+    pub fn arch(&self) -> String {
+        let number = |n| i32::try_from(n).unwrap_or(i32::MAX);
+        super::driver::arch_of((number(self.capability.0), number(self.capability.1)))
+    }
+
     /// Bytes of its memory that are free. To learn them a context is made on it for a moment.
     ///
     /// # Errors
@@ -263,6 +272,7 @@ struct Driver {
     name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int,
     attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
     total_memory: unsafe extern "C" fn(*mut usize, c_int) -> c_int,
+    uuid: unsafe extern "C" fn(*mut [u8; 16], c_int) -> c_int,
     retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> c_int,
     release: unsafe extern "C" fn(c_int) -> c_int,
     push: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -288,6 +298,7 @@ impl Driver {
                 name: library.function("cuDeviceGetName")?,
                 attribute: library.function("cuDeviceGetAttribute")?,
                 total_memory: library.function("cuDeviceTotalMem_v2")?,
+                uuid: library.function("cuDeviceGetUuid_v2")?,
                 retain: library.function("cuDevicePrimaryCtxRetain")?,
                 release: library.function("cuDevicePrimaryCtxRelease_v2")?,
                 push: library.function("cuCtxPushCurrent_v2")?,
@@ -307,8 +318,9 @@ impl Driver {
     fn gpu(&self, index: c_int) -> Result<Gpu, Missing> {
         let device = self.device(index)?;
         let (mut major, mut minor, mut memory) = (0, 0, 0);
-        let mut name = [0; NAME_BYTES];
-        // SAFETY: each function writes what it is given, and of the name at most the bytes it is told of.
+        let (mut name, mut uuid) = ([0; NAME_BYTES], [0; 16]);
+        // SAFETY: each function writes what it is given, a `CUuuid` is 16 bytes, and of the name at most the bytes it is
+        // told of are written.
         unsafe {
             let named = (self.name)(name.as_mut_ptr(), NAME_BYTES as c_int - 1, device);
             answered(Library::Driver, "cuDeviceGetName", named)?;
@@ -316,12 +328,13 @@ impl Driver {
                 answered(Library::Driver, "cuDeviceGetAttribute", (self.attribute)(number, at, device))?;
             }
             answered(Library::Driver, "cuDeviceTotalMem", (self.total_memory)(&mut memory, device))?;
+            answered(Library::Driver, "cuDeviceGetUuid", (self.uuid)(&mut uuid, device))?;
         }
         // SAFETY: the array outlives the reference, and its last byte is zero whatever the driver wrote.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let index = u32::try_from(index).unwrap_or(u32::MAX);
         let capability = (u32::try_from(major).unwrap_or(0), u32::try_from(minor).unwrap_or(0));
-        Ok(Gpu { index, name, capability, memory: memory as u64 })
+        Ok(Gpu { index, name, capability, memory: memory as u64, uuid })
     }
 
     /// Free bytes, as a context on the device sees them.

@@ -8,6 +8,7 @@
 mod angles;
 mod arena;
 mod backend;
+pub mod ceiling;
 mod choose;
 pub mod compile;
 mod device;
@@ -31,9 +32,9 @@ mod status;
 
 use std::sync::Arc;
 
-pub use device::{Device, Graph, Launch, Pinned};
+pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
-pub use emulated::{Emulated, Fault};
+pub use emulated::{Emulated, Fault, Meter};
 pub use exchange::{Experts, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;
@@ -149,6 +150,15 @@ impl Cuda {
     /// Why the device makes no graphs, if it does not; told once. Steps are as right without, and slower.
     pub fn take_warning(&mut self) -> Option<KernelError> {
         self.memory.queue.take_warning()
+    }
+
+    /// By what it multiplies, where that is not the same on every device: devices that answer alike give the same bits.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        match self.precision {
+            Precision::Exact => Family::Mma,
+            Precision::Fast => self.memory.queue.device().family(),
+        }
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).

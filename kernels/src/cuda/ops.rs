@@ -87,7 +87,12 @@ args! {
     /// experts.cu
     ExpertArgs {
         slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64,
-        hidden: u32, intermediate: u32, limit: f32, unused: u32,
+        hidden: u32, intermediate: u32, limit: f32, slots_count: u32,
+    }
+    /// experts_wgmma.cu
+    TilesArgs {
+        received: u64, row_source: u64, item_row: u64, item_slot: u64, order: u64, starts: u64, counts: u64, tiles: u64,
+        hidden: u32, unused: u32,
     }
     /// sample.cu
     SampleArgs {
@@ -125,10 +130,22 @@ pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.c
 pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts.cu", 128);
 pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
 pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 128);
+/// For 8, 32 and 128 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 3] = [
+    Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
+    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 160),
+    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 512),
+];
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
+    Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
+    Op::new("down_wgmma_32", "experts_wgmma.cu", 160),
+    Op::new("down_wgmma_128", "experts_wgmma.cu", 512),
+];
+pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 28] = [
+pub const KERNELS: [Kernel; 35] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -156,5 +173,12 @@ pub const KERNELS: [Kernel; 28] = [
     GATE_UP_BF16.kernel,
     DOWN_F32.kernel,
     DOWN_BF16.kernel,
+    GATE_UP_WGMMA[0].kernel,
+    GATE_UP_WGMMA[1].kernel,
+    GATE_UP_WGMMA[2].kernel,
+    DOWN_WGMMA[0].kernel,
+    DOWN_WGMMA[1].kernel,
+    DOWN_WGMMA[2].kernel,
+    RECEIVE_TILES.kernel,
     SAMPLE.kernel,
 ];

@@ -11,7 +11,7 @@ use crate::memory::Source;
 use crate::{ExpertShape, ExpertSource, KernelError, Stack, bf16};
 
 /// Changes whenever packed bytes change.
-pub(super) const LAYOUT: u32 = 1;
+pub(super) const LAYOUT: u32 = 2;
 
 /// Rows of a tile, and columns of a tile of a dense matrix.
 const TILE: usize = 16;
@@ -193,14 +193,21 @@ fn pack_matrix(
     Ok(())
 }
 
-/// The codes of a row in a lane's word: registers `row` and `row + 2`, two elements each (low nibble first).
-/// Magnitudes of element `h` of register `i` go to nibble `2i + h`, its sign to bit 3 of nibble `4h + i`.
+/// The codes of a row in a lane's word: registers `row` and `row + 2`, two elements each (low nibble first). Element `h`
+/// goes to half `h`: a register's sign and magnitude to where a bf16 has them, three bits further down for each register
+/// before it; the last register's to the bits that are left.
 fn spread(row: usize, pairs: [u8; 2]) -> u32 {
     let mut word = 0;
     for (register, pair) in [row, row + 2].into_iter().zip(pairs) {
         for element in 0..2 {
             let code = u32::from(pair) >> (4 * element) & 15;
-            word |= (code & 7) << (4 * (2 * register + element)) | (code >> 3) << (4 * (4 * element + register) + 3);
+            let (sign, magnitude) = (code >> 3, code & 7);
+            let half = if register < 3 {
+                sign << (15 - 3 * register) | magnitude << (6 - 3 * register)
+            } else {
+                sign << 14 | magnitude >> 1 << 10 | (magnitude & 1) << 13
+            };
+            word |= half << (16 * element);
         }
     }
     word
@@ -238,9 +245,15 @@ mod tests {
     #[test]
     fn codes_of_a_lane_lie_as_the_kernel_reads_them() {
         // Row g: codes 1 and 10 (magnitude 2, negative) at columns 2t, 2t + 1; 3 and 4 eight columns further.
-        assert_eq!(spread(0, [0xa1, 0x43]), 0x0043_0021 | 1 << 19);
-        // Row g + 8: registers 1 and 3; negative first elements.
-        assert_eq!(spread(1, [0x9f, 0x18]), 0x1000_1700 | 1 << 7 | 1 << 23 | 1 << 15);
+        assert_eq!(spread(0, [0xa1, 0x43]), 1 << 6 | 3 | (1 << 15 | 2 << 6 | 4) << 16);
+        // Row g + 8: registers 1 and 3; 15 and 9 there, 8 and 1 eight columns further.
+        assert_eq!(spread(1, [0x9f, 0x18]), 1 << 12 | 7 << 3 | 1 << 14 | (1 << 12 | 1 << 3 | 1 << 13) << 16);
+    }
+
+    #[test]
+    fn codes_of_a_word_do_not_overlap() {
+        let words = [0, 1].map(|row| spread(row, [0xff, 0xff]));
+        assert_eq!((words[0] & words[1], words[0] | words[1]), (0, u32::MAX));
     }
 
     #[test]

@@ -96,7 +96,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::cuda::{Graph, Launch, Sequence};
+    use crate::cuda::{Family, Graph, Launch, Sequence};
 
     /// A device that reads pinned memory as late as it may: when it is waited for.
     #[derive(Debug)]
@@ -140,6 +140,9 @@ mod tests {
     impl Device for Late {
         fn multiprocessors(&self) -> u32 {
             1
+        }
+        fn family(&self) -> Family {
+            Family::Mma
         }
         fn allocate(&self, _bytes: usize) -> Result<u64, KernelError> {
             Ok(0)

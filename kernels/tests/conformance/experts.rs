@@ -1,7 +1,9 @@
 //! Routing, exchange and the experts.
 
 use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
-use phalanx_kernels::{DenseUse, ExpertShape, HostParts, NO_SLOT, Precision, Stack, StepInputs, TokenSource};
+use phalanx_kernels::{
+    DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Precision, Stack, StepInputs, TokenSource,
+};
 
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
@@ -154,6 +156,17 @@ pub(crate) fn work<B: Tested>(
     top_k: usize,
     received: &HostParts,
 ) -> HostParts {
+    try_work(make, shape, experts, top_k, received).unwrap()
+}
+
+/// The same where it may fail.
+pub(crate) fn try_work<B: Tested>(
+    make: &Make<B>,
+    shape: ExpertShape,
+    experts: &[Option<&Expert>],
+    top_k: usize,
+    received: &HostParts,
+) -> Result<HostParts, KernelError> {
     let mut b = make.backend();
     let rows = received.by_rank.iter().map(|part| part.len() / b.dispatch_record(top_k, shape.hidden)).sum();
     let ranks = received.by_rank.len();
@@ -171,8 +184,8 @@ pub(crate) fn work<B: Tested>(
     b.receive(&received, &loaded, &mut work);
     b.gate_up(&loaded, &mut work);
     b.down(&loaded, &work, &mut out);
-    b.finish().unwrap();
-    b.download(&out)
+    b.finish()?;
+    Ok(b.download(&out))
 }
 
 pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
@@ -211,6 +224,36 @@ pub(crate) fn works_for_every_rank<B: Tested>(make: &Make<B>) {
             let [expected, got] = [expected, got].map(|bytes| exchange::from_wire(make.precision, bytes));
             close(&what, hidden, &expected, &got, tolerances::expert(make.precision)).unwrap();
         }
+    }
+}
+
+/// A row's result is the same bits beside any number of others, alone in its slot or not: kernels for few and for many
+/// rows, chunks that are full and such that are not. A block of columns is left over at the end, or not.
+pub(crate) fn works_on_any_number_of_rows<B: Tested>(make: &Make<B>) {
+    for (hidden, intermediate) in [(96, 64), (1184, 32)] {
+        let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
+        let mut random = Random(15);
+        let made = [(); 2].map(|()| Expert::random(&mut random, hidden, intermediate));
+        let experts = [Some(&made[0]), None, Some(&made[1])];
+        let most = if hidden == 96 { 261 } else { 33 };
+        let rows = random.numbers(most * hidden);
+        let run = |rows: &[f32]| {
+            // Every third row goes to the other expert.
+            let slots: Vec<Vec<u32>> =
+                (0..rows.len() / hidden).map(|row| vec![if row % 3 == 2 { 2 } else { 0 }]).collect();
+            let mut received = HostParts::new(1);
+            received.by_rank[0] = records(make.precision, &slots, rows);
+            let got = work(make, shape, &experts, 1, &received);
+            exchange::from_wire(make.precision, &got.by_rank[0])
+        };
+        let all = run(&rows);
+        for count in [1, 2, 3, 11, 12, 13, 33, 96, 97, 192, 193, 200].into_iter().filter(|&count| count < most) {
+            let what = format!("{}, {hidden} to {intermediate}, {count} of {most} rows", make.name);
+            same(&what, hidden, &all[..count * hidden], &run(&rows[..count * hidden])).unwrap();
+        }
+        let row = exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &rows[..hidden]));
+        let expected = expected_expert(make.expert, &made[0], 7.0, &row);
+        close(&make.name, hidden, &expected, &all[..hidden], tolerances::expert(make.precision)).unwrap();
     }
 }
 

@@ -6,8 +6,8 @@ use phalanx_kernels::{DenseFormat, ExpertShape, HostParts, Isa, Precision};
 use crate::attention::Sequence;
 use crate::compare::close;
 use crate::data::{Expert, Random};
-use crate::experts::{expected_expert, records, work};
-use crate::{Make, Tested, make_cpu, make_cuda, tolerances};
+use crate::experts::{expected_expert, records, try_work, work};
+use crate::{HOPPER, Make, Tested, make_cpu, make_cuda, tolerances};
 
 /// A name and what it does.
 type Fault<T> = (&'static str, fn(&mut T));
@@ -97,7 +97,7 @@ fn compare_attention(device: Emulated, precision: Precision, window: Option<u32>
 /// Kernels with a fault in them fail the checks that the right ones pass.
 #[test]
 fn faults_in_kernels_are_seen() {
-    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault), largest: None });
+    let (right, planted) = (Emulated::default(), |fault| Emulated { fault: Some(fault), ..Emulated::default() });
     for precision in crate::PRECISIONS {
         let experts = |device| compare_experts(&make_cuda(device, precision), |_| (), 7.0);
         experts(right).unwrap();
@@ -109,5 +109,45 @@ fn faults_in_kernels_are_seen() {
         }
         let window = compare_attention(planted(Planted::Window), precision, Some(20));
         assert!(window.is_err(), "{precision:?}: a window longer by one is not seen");
+    }
+}
+
+/// Experts on Hopper as wide as several turns of a ring; what breaks a rule of an instruction is an error, and the rest
+/// makes other numbers.
+fn hopper_experts(device: Emulated) -> Result<(), String> {
+    let (hidden, intermediate) = (1184, 64);
+    let make = make_cuda(device, Precision::Fast);
+    let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
+    let mut random = Random(62);
+    let expert = Expert::random(&mut random, hidden, intermediate);
+    let rows = random.numbers(9 * hidden);
+    let mut received = HostParts::new(1);
+    received.by_rank[0] = records(Precision::Fast, &vec![vec![0]; 9], &rows);
+    // As many rows for a slot as the kernels for 32 items take, in which faults are planted.
+    let got = try_work(&make, shape, &[Some(&expert)], 1, &received).map_err(|error| error.to_string())?;
+    let wire = |bytes: &[u8]| phalanx_kernels::reference::exchange::from_wire(Precision::Fast, bytes);
+    let expected: Vec<f32> = rows
+        .chunks(hidden)
+        .flat_map(|row| expected_expert(make.expert, &expert, 7.0, &make.expert.round_f32(row)))
+        .collect();
+    close("experts", hidden, &expected, &wire(&got.by_rank[0]), tolerances::expert(Precision::Fast))
+}
+
+#[test]
+fn faults_in_hoppers_kernels_are_seen() {
+    hopper_experts(HOPPER).unwrap();
+    for fault in [
+        Planted::Nibbles,
+        Planted::Wait,
+        Planted::Phase,
+        Planted::Stage,
+        Planted::Stride,
+        Planted::Fence,
+        Planted::Registers,
+        Planted::Early,
+    ] {
+        let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER });
+        assert!(seen.is_err(), "{fault:?} is not seen");
+        println!("{fault:?}: {}", seen.unwrap_err());
     }
 }

@@ -26,7 +26,7 @@ mod widths;
 use std::sync::Arc;
 
 use operand::Operand;
-use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::cuda::{Emulated, Family};
 use phalanx_kernels::{Backend, Cpu, CpuOptions, Cuda, DenseFormat, HostParts, Isa, Precision, Reference};
 
 /// A backend whose exchange buffers the host can read and write.
@@ -123,11 +123,14 @@ fn make_cpu(isa: Isa, kind: (Precision, DenseFormat), threads: usize) -> Make<Cp
     }
 }
 
+/// A device with Hopper's own instructions.
+const HOPPER: Emulated = Emulated { fault: None, largest: None, family: Family::Wgmma, meter: None };
+
 /// The CUDA kernels on the CPU.
 fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
     let operand = Operand::of_cuda(precision);
     Make {
-        name: format!("cuda {precision:?}, emulated"),
+        name: format!("cuda {precision:?} by {:?}, emulated", device.family),
         precision,
         dense: DenseFormat::Bf16,
         projection: operand,
@@ -151,7 +154,8 @@ fn gpus() -> Option<[Make<Cuda>; 2]> {
 
 fn cudas() -> Vec<Make<Cuda>> {
     let emulated = PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision));
-    emulated.into_iter().chain(gpus().into_iter().flatten()).collect()
+    let hopper = make_cuda(HOPPER, Precision::Fast);
+    emulated.into_iter().chain([hopper]).chain(gpus().into_iter().flatten()).collect()
 }
 
 fn cpus() -> Vec<Make<Cpu>> {
@@ -193,6 +197,7 @@ conformance!(
     experts::routes,
     experts::dispatches,
     experts::works_for_every_rank,
+    experts::works_on_any_number_of_rows,
     experts::clamps,
     experts::scales_at_both_ends,
     experts::combines,

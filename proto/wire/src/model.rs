@@ -1,6 +1,8 @@
 //! The model's shape, who holds what, and how much there may be.
 
-use phalanx_proto::{BackendReport, Bytes, ExpertSlot, LayerKind, Layout, Limits, ModelConfig, Placement, Rank, Rope};
+use phalanx_proto::{
+    BackendReport, Bytes, ExpertSlot, LayerKind, Layout, Limits, ModelConfig, Placement, Rank, Rope, Scratch,
+};
 
 use crate::error::{WireError, at_most, counted, known, present};
 use crate::v1;
@@ -12,6 +14,8 @@ pub const PLACES_MAX: usize = 1 << 20;
 const SLOTS_MAX: u64 = 1 << 26;
 /// Most bytes that anything may claim to have or use: 1 PiB.
 const MEMORY_MAX: u64 = 1 << 50;
+/// Most bytes that a backend makes for itself for each row, or for each block of a sequence.
+const SCRATCH_MAX: u32 = 1 << 18;
 /// Most rows of a step and most sequences of a rank.
 const ROWS_MAX: u32 = 1 << 20;
 /// Most blocks of a pool, and the longest context.
@@ -124,6 +128,8 @@ impl From<BackendReport> for v1::BackendReport {
             process_base,
             embedding_mapped,
             memory,
+            operand_block_bytes,
+            scratch: Scratch { fixed, row, stretch },
         } = report;
         Self {
             tile_rows,
@@ -135,6 +141,8 @@ impl From<BackendReport> for v1::BackendReport {
             process_base: process_base.0,
             embedding_mapped,
             memory: memory.0,
+            operand_block_bytes,
+            scratch: Some(v1::Scratch { fixed: fixed.0, row, stretch }),
         }
     }
 }
@@ -143,6 +151,7 @@ impl TryFrom<v1::BackendReport> for BackendReport {
     type Error = WireError;
 
     fn try_from(report: v1::BackendReport) -> Result<Self, WireError> {
+        let v1::Scratch { fixed, row, stretch } = present("scratch", report.scratch)?;
         Ok(Self {
             tile_rows: counted("tile_rows", report.tile_rows, 4096)?,
             dense_block_bytes: counted("dense_block_bytes", report.dense_block_bytes, 256)?,
@@ -153,6 +162,12 @@ impl TryFrom<v1::BackendReport> for BackendReport {
             process_base: Bytes(at_most("process_base", report.process_base, MEMORY_MAX)?),
             embedding_mapped: report.embedding_mapped,
             memory: Bytes(at_most("memory", report.memory, MEMORY_MAX)?),
+            operand_block_bytes: counted("operand_block_bytes", report.operand_block_bytes, 256)?,
+            scratch: Scratch {
+                fixed: Bytes(at_most("scratch.fixed", fixed, MEMORY_MAX)?),
+                row: at_most("scratch.row", row, SCRATCH_MAX)?,
+                stretch: at_most("scratch.stretch", stretch, SCRATCH_MAX)?,
+            },
         })
     }
 }

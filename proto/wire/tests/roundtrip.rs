@@ -5,8 +5,8 @@
 use phalanx_proto::{
     Admission, BackendReport, BlockAddress, BlockGrant, BlockId, Bytes, CellId, ConstraintStart, ConstraintTable,
     Epoch, ExchangeCounters, Fence, History, KvOp, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId,
-    Outputs, PhaseTimes, Placement, Pool, Position, Rank, Rope, Rows, RowsResult, Sampling, SeqId, Start, StepHeader,
-    StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
+    Outputs, PhaseTimes, Placement, Pool, Position, Rank, Rope, Rows, RowsResult, Sampling, Scratch, SeqId, Start,
+    StepHeader, StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
 };
 use phalanx_wire::{
     Description, Health, Join, Prepare, PrepareEvent, Progress, StepFailure, StepProgress, StepReply, WireError,
@@ -189,6 +189,8 @@ fn description() -> Description {
             wire_bytes: 4,
             threads: 2,
             process_base: Bytes(1 << 24),
+            operand_block_bytes: 128,
+            scratch: Scratch { fixed: Bytes(1 << 20), row: 700, stretch: 20 },
             embedding_mapped: true,
             memory: Bytes(1 << 34),
         },

@@ -1,6 +1,7 @@
 //! `phalanx bench kernels`: the dear ops at gpt-oss's true widths, beside what this machine can do at most.
 
 mod cases;
+mod machine;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -8,15 +9,17 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use phalanx_kernels::cpu::ceiling::{Ceilings, Yardstick};
-use phalanx_kernels::{Backend, Cpu};
+use phalanx_kernels::cpu::ceiling::Yardstick;
+use phalanx_kernels::cuda;
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{DenseType, Precision};
+use phalanx_worker::device::Processor;
 use serde_json::json;
 
 use self::cases::{Arithmetic, Case, DIM, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Sequences, VOCAB, norm, sample};
+use self::machine::{Ceiling, Machine, median};
 use crate::cli::DeviceArgs;
-use crate::commands::{note, say, say_json};
+use crate::commands::{advance, byte_bar, note, say, say_json};
 
 /// Arguments of `bench kernels`.
 #[derive(Debug, Args)]
@@ -26,7 +29,7 @@ pub struct KernelsArgs {
     shape: Shape,
     /// Rows of a step
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32,64,512", value_name = "T",
-          value_parser = clap::value_parser!(u32).range(1..=4096))]
+          value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
     /// Only ops whose name contains this: norm, qkv, attend-full, attend-window, attention-out, experts, unembed, sample
     #[arg(long, value_name = "TEXT", default_value = "")]
@@ -72,116 +75,146 @@ struct NoOp(String);
 /// Runs `phalanx bench kernels`.
 ///
 /// # Errors
-/// The threads cannot be started, or an op fails.
+/// The device cannot be used, or an op fails.
 pub fn run(args: &KernelsArgs) -> Result<ExitCode> {
     let device = args.device.device(1)?;
-    let mut cpu = device.backend()?;
-    let yardstick = Yardstick::new();
-    let arithmetic = match device.dense {
-        DenseType::Q8 => Arithmetic::Q8,
-        DenseType::Bf16 => Arithmetic::F32,
-    };
-    let experts = match device.precision {
-        Precision::Fast => Arithmetic::Mxfp4,
-        Precision::Exact => Arithmetic::F32,
-    };
+    let exact = device.precision == Precision::Exact;
+    let what = format!("{}, dense {}", device.precision, device.dense);
+    match device.processor {
+        Processor::Cpu => {
+            let mut cpu = device.cpu()?;
+            let dense = if device.dense == DenseType::Q8 { Arithmetic::Q8 } else { Arithmetic::F32 };
+            let experts = if exact { Arithmetic::F32 } else { Arithmetic::Mxfp4 };
+            let what = format!("{what}, {}, {} threads", cpu.isa().name(), device.threads);
+            let yardstick = Yardstick::new();
+            let measured = measure_all(args, &mut cpu, (dense, experts), |cpu| Ok(Ceiling::of_cpu(&yardstick, cpu)))?;
+            report(args, &what, &measured)?;
+        }
+        Processor::Cuda { first, .. } => {
+            let bar = byte_bar("compiling kernels");
+            let mut cuda = device.cuda(&mut |done, total| advance(&bar, done, total))?;
+            bar.finish_and_clear();
+            let mut yardstick = cuda::ceiling::Yardstick::new(first as usize)?;
+            let arithmetic = (Arithmetic::Bf16, Arithmetic::Bf16);
+            let measured = measure_all(args, &mut cuda, arithmetic, |_| Ceiling::of_gpu(&mut yardstick))?;
+            report(args, &format!("{what}, {}", device.processor), &measured)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What was measured of an op at a number of rows.
+struct Measured {
+    name: &'static str,
+    rows: usize,
+    bytes: u64,
+    operations: u64,
+    arithmetic: Arithmetic,
+    /// Seconds of each round.
+    seconds: Vec<f64>,
+}
+
+/// Measures ops and ceilings in turn. Dense weights and experts are multiplied by these arithmetics.
+fn measure_all<B: Machine>(
+    args: &KernelsArgs,
+    backend: &mut B,
+    (dense, experts): (Arithmetic, Arithmetic),
+    mut ceiling: impl FnMut(&B) -> Result<Ceiling>,
+) -> Result<(Vec<Measured>, Ceiling)> {
+    let mut cases = cases(args, backend, dense, experts)?;
+    let bar = ProgressBar::new(u64::from(args.rounds) * cases.len() as u64)
+        .with_style(ProgressStyle::with_template("measuring [{bar:30}] {pos}/{len} {msg}")?.progress_chars("=> "));
+    let (mut ceilings, mut seconds) = (Vec::new(), vec![Vec::new(); cases.len()]);
+    for round in 0..=args.rounds {
+        for (case, seconds) in cases.iter_mut().zip(&mut seconds) {
+            bar.set_message(case.name);
+            let once = measure(backend, case)?;
+            // The first round warms up.
+            if round > 0 {
+                seconds.push(once);
+                bar.inc(1);
+            }
+        }
+        if round > 0 {
+            ceilings.push(ceiling(backend)?);
+        }
+    }
+    bar.finish_and_clear();
+    let measured = cases.into_iter().zip(seconds).map(|(case, seconds)| {
+        let Case { name, rows, bytes, operations, arithmetic, .. } = case;
+        Measured { name, rows, bytes, operations, arithmetic, seconds }
+    });
+    Ok((measured.collect(), Ceiling::median(&ceilings)))
+}
+
+/// The ops that are wanted, with the memory that they work on.
+fn cases<B: Machine>(
+    args: &KernelsArgs,
+    backend: &mut B,
+    dense: Arithmetic,
+    experts: Arithmetic,
+) -> Result<Vec<Case<B>>> {
     let wanted = |name: &str| name.contains(&args.only);
     let rows = || args.rows.iter().map(|&rows| rows as usize);
     // Logits of more rows than are ever held at once teach nothing.
     let few = || rows().filter(|&rows| rows <= LOGITS_ROWS_MAX as usize);
     let mut cases = Vec::new();
     if wanted("norm") {
-        cases.extend(rows().map(|rows| norm(&mut cpu, rows)).collect::<Result<Vec<_>>>()?);
+        cases.extend(rows().map(|rows| norm(backend, rows)).collect::<Result<Vec<_>>>()?);
     }
     if wanted("qkv") {
-        let matrices = Matrices::new(&mut cpu, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, arithmetic)?;
-        cases.extend(rows().map(|rows| matrices.case(&mut cpu, rows)));
+        let matrices = Matrices::new(backend, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, dense)?;
+        cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
     for (name, window) in [("attend-full", None), ("attend-window", Some(128))] {
         if wanted(name) {
-            let sequences = Sequences::new(&mut cpu, name, args.context, window)?;
-            cases.extend(rows().map(|rows| sequences.case(&mut cpu, rows)));
+            let sequences = Sequences::new(backend, name, args.context, window)?;
+            cases.extend(rows().map(|rows| sequences.case(backend, rows)));
         }
     }
     if wanted("attention-out") {
-        let matrices = Matrices::new(&mut cpu, "attention-out", HIDDEN, HEADS * DIM, arithmetic)?;
-        cases.extend(rows().map(|rows| matrices.case(&mut cpu, rows)));
+        let matrices = Matrices::new(backend, "attention-out", HIDDEN, HEADS * DIM, dense)?;
+        cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
     if wanted("experts") {
-        let layer = Layer::new(&mut cpu, args.shape.experts(), experts)?;
-        cases.extend(rows().map(|rows| layer.case(&mut cpu, rows)));
+        let layer = Layer::new(backend, args.shape.experts(), experts)?;
+        cases.extend(rows().map(|rows| layer.case(backend, rows)).collect::<Result<Vec<_>>>()?);
     }
     if wanted("unembed") {
-        let matrices = Matrices::new(&mut cpu, "unembed", VOCAB, HIDDEN, arithmetic)?;
-        cases.extend(few().map(|rows| matrices.case(&mut cpu, rows)));
+        let matrices = Matrices::new(backend, "unembed", VOCAB, HIDDEN, dense)?;
+        cases.extend(few().map(|rows| matrices.case(backend, rows)));
     }
     if wanted("sample") {
-        cases.extend(few().map(|rows| sample(&mut cpu, rows)));
+        cases.extend(few().map(|rows| sample(backend, rows)));
     }
-    if cases.is_empty() {
-        return Err(NoOp(args.only.clone()).into());
-    }
-    let bar = ProgressBar::new(u64::from(args.rounds) * cases.len() as u64)
-        .with_style(ProgressStyle::with_template("measuring [{bar:30}] {pos}/{len} {msg}")?.progress_chars("=> "));
-    let mut ceilings = Vec::new();
-    for round in 0..=args.rounds {
-        for case in &mut cases {
-            bar.set_message(case.name);
-            let seconds = measure(&mut cpu, case)?;
-            // The first round warms up.
-            if round > 0 {
-                case.seconds.push(seconds);
-                bar.inc(1);
-            }
-        }
-        if round > 0 {
-            ceilings.push(yardstick.measure(&cpu));
-        }
-    }
-    bar.finish_and_clear();
-    let ceiling = Ceilings {
-        read: median(ceilings.iter().map(|c| c.read)),
-        mxfp4: median(ceilings.iter().map(|c| c.mxfp4)),
-        q8: median(ceilings.iter().map(|c| c.q8)),
-        f32: median(ceilings.iter().map(|c| c.f32)),
-    };
-    report(args, &cpu, &cases, ceiling, device.threads, &device.dense.to_string())?;
-    Ok(ExitCode::SUCCESS)
+    // What there was no memory for is said here, not in a round.
+    backend.finish().context("making what is measured")?;
+    if cases.is_empty() { Err(NoOp(args.only.clone()).into()) } else { Ok(cases) }
 }
 
-/// Seconds of one op: as many in a row as take a while.
-fn measure(cpu: &mut Cpu, case: &mut Case) -> Result<f64> {
+/// Seconds of one op: as many in a row as take a while, since a device may have only been told of them when they return.
+fn measure<B: Machine>(backend: &mut B, case: &mut Case<B>) -> Result<f64> {
     const WHILE: f64 = 0.03;
-    let begun = Instant::now();
-    let mut times = 0;
+    let mut times = 1_u32;
     loop {
-        (case.run)(cpu);
-        times += 1;
+        let begun = Instant::now();
+        for time in 0..times {
+            (case.run)(backend, time == 0);
+        }
+        backend.finish().with_context(|| format!("{} with {} rows", case.name, case.rows))?;
         let spent = begun.elapsed().as_secs_f64();
-        if spent >= WHILE {
-            cpu.finish().with_context(|| format!("{} with {} rows", case.name, case.rows))?;
+        if spent >= WHILE || times >= 1 << 16 {
             return Ok(spent / f64::from(times));
         }
+        times = times.saturating_mul(if spent < WHILE / 16.0 { 8 } else { 2 });
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn report(args: &KernelsArgs, cpu: &Cpu, cases: &[Case], ceiling: Ceilings, threads: u32, dense: &str) -> Result<()> {
-    let (isa, precision) = (cpu.isa().name(), Precision::from(args.device.precision).to_string());
+fn report(args: &KernelsArgs, what: &str, (cases, ceiling): &(Vec<Measured>, Ceiling)) -> Result<()> {
     if !args.json {
-        note(format_args!("{precision}, dense {dense}, {isa}, {threads} threads"));
-        note(format_args!(
-            "at most {:.1} GB/s read, {:.0} GOP/s mxfp4, {:.0} GOP/s q8, {:.0} GFLOP/s f32",
-            ceiling.read / 1e9,
-            ceiling.mxfp4 / 1e9,
-            ceiling.q8 / 1e9,
-            ceiling.f32 / 1e9
-        ));
+        note(what);
+        let peaks = ceiling.peaks.iter().map(|(of, peak)| format!(", {:.0} GOP/s {}", peak / 1e9, of.name()));
+        note(format_args!("at most {:.1} GB/s{}", ceiling.read / 1e9, peaks.collect::<String>()));
         say(format_args!(
             "{:<14}{:>6}{:>12}{:>11}{:>11}{:>9}{:>9}{:>8}{:>8}",
             "op", "rows", "us", "MB", "MOP", "GB/s", "GOP/s", "% read", "% peak"
@@ -191,11 +224,7 @@ fn report(args: &KernelsArgs, cpu: &Cpu, cases: &[Case], ceiling: Ceilings, thre
     for case in cases {
         let seconds = median(case.seconds.iter().copied());
         let (bytes, operations) = (case.bytes as f64, case.operations as f64);
-        let peak = match case.arithmetic {
-            Arithmetic::Mxfp4 => ceiling.mxfp4,
-            Arithmetic::Q8 => ceiling.q8,
-            Arithmetic::F32 => ceiling.f32,
-        };
+        let peak = ceiling.peak(case.arithmetic);
         let (read, compute) = (bytes / seconds / ceiling.read, operations / seconds / peak);
         if args.json {
             rows.push(json!({
@@ -220,11 +249,11 @@ fn report(args: &KernelsArgs, cpu: &Cpu, cases: &[Case], ceiling: Ceilings, thre
         }
     }
     if args.json {
-        say_json(&json!({
-            "isa": isa, "threads": threads, "precision": precision, "dense": dense, "context": args.context,
-            "ceilings": {"read_bytes_s": ceiling.read, "mxfp4_ops_s": ceiling.mxfp4, "q8_ops_s": ceiling.q8, "f32_ops_s": ceiling.f32},
-            "ops": rows,
-        }))?;
+        let mut ceilings = json!({"read_bytes_s": ceiling.read});
+        for (of, peak) in &ceiling.peaks {
+            ceilings[format!("{}_ops_s", of.name())] = json!(peak);
+        }
+        say_json(&json!({"device": what, "context": args.context, "ceilings": ceilings, "ops": rows}))?;
     }
     Ok(())
 }

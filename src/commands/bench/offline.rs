@@ -21,7 +21,8 @@ use crate::local::CellOptions;
 /// Arguments of `bench offline`.
 #[derive(Debug, Args)]
 pub struct OfflineArgs {
-    /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache
+    /// `nano`, a checkpoint directory, a model id in the local Hugging Face cache, or `synth:20b`, `synth:120b` for random
+    /// weights made in memory (`synth:20b:4` for 4 layers)
     #[arg(long, default_value = nano::SPEC)]
     model: String,
     /// Tokens of each prompt

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use phalanx_kernels::KernelError;
 use phalanx_proto::{ExchangeCounters, Fence, LayerIdx, Rank};
 
 /// What is exchanged.
@@ -67,6 +68,14 @@ pub enum CollectiveError {
         /// What does not hold.
         what: &'static str,
     },
+    /// The device that holds the rows of this rank failed.
+    #[error("rank {rank} cannot exchange rows: {error}")]
+    Device {
+        /// This rank.
+        rank: Rank,
+        /// What the backend says.
+        error: KernelError,
+    },
     /// The communicator failed before and takes part in nothing any more.
     #[error("the communicator failed earlier; it serves no further step of this epoch")]
     Broken,
@@ -82,9 +91,10 @@ impl CollectiveError {
     #[must_use]
     pub fn blamed(&self) -> &[Rank] {
         match self {
-            Self::Lost { rank, .. } | Self::Fence { rank, .. } | Self::Corrupt { rank, .. } => {
-                std::slice::from_ref(rank)
-            }
+            Self::Lost { rank, .. }
+            | Self::Fence { rank, .. }
+            | Self::Corrupt { rank, .. }
+            | Self::Device { rank, .. } => std::slice::from_ref(rank),
             Self::Deadline { waiting_for, .. } => waiting_for,
             Self::Broken => &[],
         }
@@ -116,6 +126,15 @@ pub trait Collectives<P>: Send + 'static {
     /// # Errors
     /// A rank is lost, late, out of step, or sent damaged bytes. Nothing received is then used.
     fn finish(&mut self, exchange: Exchange, received: &mut P) -> Result<(), CollectiveError>;
+
+    /// Starts an exchange and finishes it.
+    ///
+    /// # Errors
+    /// Those of either.
+    fn exchange(&mut self, exchange: Exchange, send: &mut P, received: &mut P) -> Result<(), CollectiveError> {
+        self.start(exchange, send)?;
+        self.finish(exchange, received)
+    }
 
     /// What was sent and received since [`Collectives::begin`].
     fn counters(&self) -> ExchangeCounters;

@@ -12,8 +12,8 @@ pub enum LoadError {
     /// The checkpoint is at fault.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// The backend refuses a tensor.
-    #[error("the backend refuses a tensor: {0}")]
+    /// The backend cannot be made, or refuses a tensor.
+    #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The backend refuses an expert.
     #[error("layer {layer} expert {expert}: {error}")]

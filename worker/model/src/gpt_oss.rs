@@ -60,7 +60,7 @@ pub struct GptOss<B: Backend> {
 }
 
 /// One step's surroundings.
-pub struct Step<'a, W: Watch> {
+pub struct Step<'a, W: Watch + ?Sized> {
     /// Which step it is.
     pub fence: Fence,
     /// When waiting becomes a failure.
@@ -107,6 +107,8 @@ impl<B: Backend> GptOss<B> {
         let buffers = Buffers::new(&mut backend, &config, ranks, slots, limits);
         let weights = Weights::load(&mut backend, stored, placement, rank, on_progress)?;
         let rope = rope::table(&config.rope, config.head_dim);
+        // Memory that could not be had is known now.
+        backend.finish()?;
         Ok(Self { config, rope, backend, weights, kv, buffers })
     }
 
@@ -131,7 +133,7 @@ impl<B: Backend> GptOss<B> {
     ///
     /// # Errors
     /// An exchange failed: the step is worthless and the communicator broken.
-    pub fn forward<C: Collectives<B::Parts>, W: Watch>(
+    pub fn forward<C: Collectives<B::Parts>, W: Watch + ?Sized>(
         &mut self,
         inputs: &StepInputs,
         collectives: &mut C,
@@ -164,8 +166,7 @@ impl<B: Backend> GptOss<B> {
             step.watch.at(index, Phase::Dispatch);
             let dispatch = Exchange { layer: index, kind: ExchangeKind::Dispatch, row_bytes: dispatch_bytes };
             b.dispatch(&m.normed, &m.routes, &layer.places, &mut m.outgoing);
-            collectives.start(dispatch, &mut m.outgoing)?;
-            collectives.finish(dispatch, &mut m.incoming)?;
+            collectives.exchange(dispatch, &mut m.outgoing, &mut m.incoming)?;
             laps.lap(Phase::Dispatch);
 
             step.watch.at(index, Phase::Experts);
@@ -176,8 +177,7 @@ impl<B: Backend> GptOss<B> {
 
             step.watch.at(index, Phase::Combine);
             let combine = Exchange { layer: index, kind: ExchangeKind::Combine, row_bytes: combine_bytes };
-            collectives.start(combine, &mut m.outgoing)?;
-            collectives.finish(combine, &mut m.incoming)?;
+            collectives.exchange(combine, &mut m.outgoing, &mut m.incoming)?;
             b.combine(&m.incoming, &m.routes, &layer.places, &mut m.x);
             laps.lap(Phase::Combine);
         }
@@ -220,13 +220,16 @@ impl<B: Backend> GptOss<B> {
         self.backend.set_token(slot, token);
     }
 
-    /// Waits for the step and returns what was sampled, in the order it was asked for.
+    /// Waits for the step and returns what was sampled, in the order it was asked for. A device that runs behind the host
+    /// is waited for here, so that most of its time is told as that of sampling.
     ///
     /// # Errors
     /// An op of the step failed.
-    pub fn finish(&mut self) -> Result<Vec<Sampled>, ForwardError> {
+    pub fn finish(&mut self, phases: &mut PhaseTimes) -> Result<Vec<Sampled>, ForwardError> {
+        let mut laps = Laps { phases, last: Instant::now() };
         let tokens = self.backend.sampled();
         self.backend.finish()?;
+        laps.lap(Phase::Sample);
         Ok(tokens)
     }
 }

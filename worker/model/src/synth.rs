@@ -15,7 +15,7 @@ use phalanx_proto::ModelConfig;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::names::{self, Expected};
-use crate::checkpoint::{CheckpointError, header, parse_config, read_json};
+use crate::checkpoint::{Checkpoint, CheckpointError, Image, header, parse_config, read_json};
 
 /// Bytes of a published file of weights, at most.
 const SHARD_BYTES_MAX: u64 = 4_800_000_000;
@@ -31,6 +31,9 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The vocabulary of the published models, whose end tokens these are.
 const PUBLISHED_VOCAB: u32 = 201_088;
 const PUBLISHED_EOS: [u32; 3] = [200_002, 199_999, 200_012];
+
+/// Begins the name of a model that is made in memory, before its shape.
+pub const PREFIX: &str = "synth:";
 
 /// The shape of a model to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +106,40 @@ pub fn write(
     write_json(dir, GENERATION, &generation(&config))?;
     // Last, because without it the directory is no checkpoint yet.
     write_json(dir, CONFIG, &config_json)
+}
+
+/// A checkpoint in memory, to measure without a download and without a disk: `20b`, `120b` or a `config.json`, and after
+/// another colon a number of layers. Every layer has the same weights: what is computed costs what it costs in a true
+/// model, and the checkpoint holds one layer and the two tables.
+///
+/// # Errors
+/// The shape is impossible.
+pub(crate) fn checkpoint(spec: &str) -> Result<Checkpoint, CheckpointError> {
+    let (shape, layers) = match spec.rsplit_once(':').map(|(shape, layers)| (shape, layers.parse())) {
+        Some((shape, Ok(layers))) => (shape, Some(layers)),
+        _ => (spec, None),
+    };
+    let shape = shape.parse().unwrap_or_else(|error: std::convert::Infallible| match error {});
+    let (config_json, config) = configuration(&shape, layers)?;
+    // The embedding is used in place and keeps its file alive.
+    let kept = names::expected(&config).into_iter();
+    let kept = kept.filter(|tensor| names::in_first_layer(&tensor.name).is_none_or(|first| first == tensor.name));
+    let (table, rest): (Vec<_>, Vec<_>) = kept.partition(|tensor| tensor.name == names::EMBEDDING);
+    let images = [("embedding.safetensors", table), ("model.safetensors", rest)].map(|(name, tensors)| {
+        let plan = ShardPlan { name: name.to_owned(), tensors };
+        let mut bytes = plan.header();
+        bytes.reserve_exact(plan.tensors.iter().map(|tensor| tensor.bytes() as usize).sum());
+        for tensor in &plan.tensors {
+            let made = fill(tensor, 1, |piece| {
+                bytes.extend_from_slice(piece);
+                Ok(())
+            });
+            made.expect("writing to memory succeeds");
+        }
+        Image { name, bytes }
+    });
+    let texts = [config_json, generation(&config)].map(|json| json.to_string());
+    Checkpoint::of_repeated_layer(&format!("{PREFIX}{spec}"), &texts[0], &texts[1], images.into())
 }
 
 /// `config.json` as it will stand in the directory, and what it means.

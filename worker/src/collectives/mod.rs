@@ -1,11 +1,12 @@
-//! How ranks exchange rows: [`local`] between threads of one process, [`tcp`] between processes on any hosts, [`nccl`]
-//! between GPUs.
+//! How ranks exchange rows: [`local`] between threads of one process, [`tcp`] between processes on any hosts, [`staged`]
+//! between GPUs over either, [`nccl`] between GPUs.
 //!
 //! All move bytes and never add. All are bounded by the step's deadline, name the rank that is to blame
 //! when an exchange fails, tell the other ranks so, and are broken for the rest of the epoch afterwards.
 
 pub mod local;
 pub mod nccl;
+pub mod staged;
 mod step;
 pub mod tcp;
 

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use phalanx_kernels::cuda::compile::Cache;
 use phalanx_kernels::cuda::libraries::{Gpu, Library, Missing, Version, gpus};
 
-/// Whether this build can compute on GPUs.
-const CUDA_BACKEND: bool = false;
+use super::kernel_cache;
+
 /// The oldest compute capability with the instructions that the kernels need.
 const CAPABILITY_MIN: (u32, u32) = (8, 0);
 
@@ -90,15 +91,18 @@ pub struct Probe {
     pub gpus: Result<Vec<Gpu>, Missing>,
     /// What compiles the kernels.
     pub compiler: Result<Version, Missing>,
-    /// Whether this build can compute on GPUs.
-    pub backend: bool,
+    /// The GPUs whose kernels are compiled already, by number.
+    pub compiled: Vec<u32>,
 }
 
 impl Probe {
     /// Asks this machine.
     #[must_use]
     pub fn take() -> Self {
-        Self { gpus: gpus(), compiler: Library::Nvrtc.version(), backend: CUDA_BACKEND }
+        let (gpus, cache) = (gpus(), kernel_cache().map(|folder| Cache::new(&folder)));
+        let has_all = |gpu: &&Gpu| cache.as_ref().is_some_and(|cache| cache.has_all(&gpu.arch()));
+        let compiled = gpus.iter().flatten().filter(has_all).map(|gpu| gpu.index).collect();
+        Self { gpus, compiler: Library::Nvrtc.version(), compiled }
     }
 }
 
@@ -185,12 +189,13 @@ fn cuda(index: Option<u32>, probe: &Probe) -> Result<Choice, Vec<Lack>> {
             ),
         );
     }
-    if let Err(missing) = &probe.compiler {
-        lack(in_short(missing), missing.to_string());
-    }
-    if !probe.backend {
-        let in_short = "this build computes on CPUs only";
-        lack(in_short.to_owned(), format!("{in_short}: it has no CUDA backend"));
+    // Kernels that are compiled already need no compiler.
+    let uncompiled = chosen.iter().find(|gpu| !probe.compiled.contains(&gpu.index));
+    if let Err(missing) = &probe.compiler
+        && (chosen.is_empty() || uncompiled.is_some())
+    {
+        let of = uncompiled.map_or_else(String::new, |gpu| format!(" for GPU {} (sm_{})", gpu.index, gpu.arch()));
+        lack(in_short(missing), format!("{missing}; there are no compiled kernels{of} either"));
     }
     match chosen {
         [gpu, ..] if lacks.is_empty() => {
@@ -219,18 +224,18 @@ mod tests {
     use super::*;
 
     fn gpu(index: u32, capability: (u32, u32)) -> Gpu {
-        Gpu { index, name: "NVIDIA H100".to_owned(), capability, memory: 80 << 30 }
+        Gpu { index, name: "NVIDIA H100".to_owned(), capability, memory: 80 << 30, uuid: [0; 16] }
     }
 
     /// Two good GPUs and all that is needed.
     fn good() -> Probe {
         let compiler = Ok(Version { major: 13, minor: 0, patch: None });
-        Probe { gpus: Ok(vec![gpu(0, (9, 0)), gpu(1, (9, 0))]), compiler, backend: true }
+        Probe { gpus: Ok(vec![gpu(0, (9, 0)), gpu(1, (9, 0))]), compiler, compiled: Vec::new() }
     }
 
     fn nothing() -> Probe {
         let compiler = Err(Missing::Library(Library::Nvrtc));
-        Probe { gpus: Err(Missing::Library(Library::Driver)), compiler, backend: false }
+        Probe { gpus: Err(Missing::Library(Library::Driver)), compiler, compiled: Vec::new() }
     }
 
     const ALL: DeviceRequest = DeviceRequest::Cuda(None);
@@ -268,7 +273,7 @@ mod tests {
 
     #[test]
     fn whatever_is_missing_auto_computes_on_cpus_and_says_why() {
-        let cases: [(Probe, &str); 6] = [
+        let cases: [(Probe, &str); 5] = [
             (nothing(), "there is no CUDA driver"),
             (Probe { gpus: Err(Missing::Devices), ..good() }, "finds no GPU"),
             (Probe { gpus: Ok(vec![gpu(0, (7, 5))]), ..good() }, "GPU 0 (NVIDIA H100) is too old"),
@@ -277,7 +282,6 @@ mod tests {
                 Probe { gpus: Err(Missing::Call { library: Library::Driver, name: "cuInit", code: 999 }), ..good() },
                 "CUDA driver does not work",
             ),
-            (Probe { backend: false, ..good() }, "this build computes on CPUs only"),
         ];
         for (probe, why) in cases {
             let choice = choose_device(DeviceRequest::Auto, || probe.clone()).unwrap();
@@ -289,9 +293,23 @@ mod tests {
     }
 
     #[test]
+    fn compiled_kernels_need_no_compiler() {
+        let compiler = || Err(Missing::Library(Library::Nvrtc));
+        let one = || Probe { compiler: compiler(), compiled: vec![1], ..good() };
+        assert!(choose_device(DeviceRequest::Cuda(Some(1)), one).is_ok());
+        let error = choose_device(ALL, one).unwrap_err().to_string();
+        assert!(
+            error.contains("libnvrtc.so.13") && error.contains("no compiled kernels for GPU 0 (sm_90a)"),
+            "{error}"
+        );
+        let both = || Probe { compiler: compiler(), compiled: vec![0, 1], ..good() };
+        assert_eq!(choose_device(ALL, both).unwrap().processor, Processor::Cuda { first: 0, count: 2 });
+    }
+
+    #[test]
     fn all_that_is_missing_is_said_at_once() {
         let error = choose_device(ALL, nothing).unwrap_err().to_string();
-        for words in ["libcuda.so.1", "libnvrtc.so.13", "no CUDA backend"] {
+        for words in ["libcuda.so.1", "libnvrtc.so.13", "no compiled kernels"] {
             assert!(error.contains(words), "{words}: {error}");
         }
         let error = choose_device(DeviceRequest::Cuda(Some(2)), good).unwrap_err().to_string();

@@ -7,11 +7,17 @@
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export GPU_REQUIRED=${GPU_REQUIRED:-1} RUST_BACKTRACE=${RUST_BACKTRACE:-1}
+# Kernels that were compiled with the pack; what is missing there is compiled by NVRTC and kept.
+export PHALANX_KERNEL_CACHE=${PHALANX_KERNEL_CACHE:-$here/cubin}
 export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
 # One test at a time: they share one GPU. A test that hangs ends here.
 limit=${LIMIT_SECONDS:-120}
 logs=${OUT:-$here}/logs
 mkdir -p "$logs"
+
+for packed in "$here"/bin/*.gz "$here"/tests/*.gz; do
+    [ -e "$packed" ] && gzip --decompress --force "$packed"
+done
 
 packages=$(python3 -c 'import glob, sys
 print(":".join(f for p in sys.path if p for f in sorted(glob.glob(p + "/nvidia/*/lib"))))' 2>/dev/null)
@@ -51,6 +57,32 @@ for test in "$here"/tests/*; do
     skipped=$(grep -c '^NOT RUN ' "$logs/$name.log")
     rows+=("$(printf '%-34s %7s %7s %8s  %s' "$name" "$(($(count passed) - skipped))" "$(count failed)" "$skipped" "$outcome")")
 done
+
+# Speed, where there is a GPU: ops beside what this GPU can do at most, then whole models of random weights.
+measure() {
+    local name=$1
+    shift
+    echo
+    echo "== $name: phalanx $*"
+    timeout --kill-after=10 "${BENCH_SECONDS:-300}" "$PHALANX_BIN" "$@" 2>&1 | tee "$logs/$name.log"
+    case ${PIPESTATUS[0]} in
+        0) rows+=("$(printf '%-34s %25s  %s' "$name" '' measured)") ;;
+        *) failed=1 rows+=("$(printf '%-34s %25s  %s' "$name" '' "FAILED: exit status ${PIPESTATUS[0]}")") ;;
+    esac
+}
+if wanted benches "$@" && [ -x "$PHALANX_BIN" ]; then
+    if "$PHALANX_BIN" doctor --device cuda:0 >/dev/null 2>&1; then
+        measure kernels-120b bench kernels --device cuda:0 --shape 120b --rows 1,8,64,256,1024,8192 --context 8192 --rounds 3
+        for shape in 20b 120b; do
+            for batch in 1 64; do
+                measure "$shape-$batch" bench offline --device cuda:0 --model "synth:$shape" --prompt-len 1024 \
+                    --gen-len 128 --batch "$batch" --step-rows 8192
+            done
+        done
+    else
+        rows+=("$(printf '%-34s %25s  %s' benches '' 'NOT RUN: no GPU')")
+    fi
+fi
 
 echo
 printf '%-34s %7s %7s %8s  %s\n' suite passed failed 'not run' outcome

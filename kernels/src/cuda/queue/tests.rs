@@ -1,7 +1,7 @@
 //! The queue over a device that shows what it did.
 
 use super::*;
-use crate::cuda::{KERNELS, Pinned};
+use crate::cuda::{Family, KERNELS, Pinned};
 
 /// A device of a few hundred words that does one thing at once: a launch of kernel `k` on the word at `args[0]` makes
 /// it `10 * word + k + args[1]`, so that order and arguments show.
@@ -28,6 +28,9 @@ fn refused() -> KernelError {
 impl Device for Fake {
     fn multiprocessors(&self) -> u32 {
         1
+    }
+    fn family(&self) -> Family {
+        Family::Mma
     }
     fn allocate(&self, _bytes: usize) -> Result<u64, KernelError> {
         Ok(0)

@@ -72,6 +72,23 @@ pub struct BackendReport {
     pub embedding_mapped: bool,
     #[prost(uint64, tag = "9")]
     pub memory: u64,
+    #[prost(uint32, tag = "10")]
+    pub operand_block_bytes: u32,
+    #[prost(message, optional, tag = "11")]
+    pub scratch: ::core::option::Option<Scratch>,
+}
+/// What a backend makes for itself, at most.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Scratch {
+    /// Bytes whatever the limits.
+    #[prost(uint64, tag = "1")]
+    pub fixed: u64,
+    /// Bytes for each row of a step.
+    #[prost(uint32, tag = "2")]
+    pub row: u32,
+    /// Bytes for each sequence and KV block that it may have.
+    #[prost(uint32, tag = "3")]
+    pub stretch: u32,
 }
 /// How a cell divides a model.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -3,12 +3,13 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use phalanx_kernels::cpu::{Dense, Experts, Kv, Vector};
 use phalanx_kernels::memory::{Packed, Source};
 use phalanx_kernels::{
-    BLOCK_SIZE, Backend, Cpu, DenseUse, Draw, ExpertShape, HostParts, KernelError, KvLayer, KvShape, PoolShape,
-    RopeTable, StepInputs, TokenSource,
+    BLOCK_SIZE, Backend, DenseUse, Draw, ExpertShape, KernelError, KvLayer, KvShape, PoolShape, RopeTable, StepInputs,
+    TokenSource,
 };
+
+use super::machine::Machine;
 
 /// Bytes of weights, or of keys and values, that an op goes through before it meets the same again: beyond any cache.
 const COLD_BYTES: usize = 256 << 20;
@@ -33,6 +34,8 @@ pub(super) enum Arithmetic {
     /// q8 weights with int8.
     Q8,
     F32,
+    /// bf16 in matrix units, also for widened MXFP4 codes.
+    Bf16,
 }
 
 impl Arithmetic {
@@ -41,12 +44,15 @@ impl Arithmetic {
             Self::Mxfp4 => "mxfp4",
             Self::Q8 => "q8",
             Self::F32 => "f32",
+            Self::Bf16 => "bf16",
         }
     }
 }
 
+type Run<B> = Box<dyn FnMut(&mut B, bool)>;
+
 /// An op at a number of rows: how to do it once, and what must move and be done for it.
-pub(super) struct Case {
+pub(super) struct Case<B> {
     pub(super) name: &'static str,
     pub(super) rows: usize,
     /// Bytes that must move: each weight once, keys and values, rows in and out.
@@ -54,9 +60,8 @@ pub(super) struct Case {
     /// Two for each multiplication.
     pub(super) operations: u64,
     pub(super) arithmetic: Arithmetic,
-    pub(super) run: Box<dyn FnMut(&mut Cpu)>,
-    /// Seconds of each round.
-    pub(super) seconds: Vec<f64>,
+    /// Does it once; says whether it is the first time since another op was measured.
+    pub(super) run: Run<B>,
 }
 
 /// Bytes that look random and are always the same.
@@ -90,52 +95,51 @@ fn packed(len: usize, seed: u64) -> Result<Packed, KernelError> {
     })
 }
 
-pub(super) fn norm(cpu: &mut Cpu, rows: usize) -> Result<Case> {
+pub(super) fn norm<B: Machine>(backend: &mut B, rows: usize) -> Result<Case<B>> {
     let weight = vec![0x3f; HIDDEN * 2];
-    let weight = cpu.vector(Source::memory(&weight))?;
-    let (mut x, mut out) = (cpu.rows(rows, HIDDEN), cpu.rows(rows, HIDDEN));
-    cpu.write(&mut x, &numbers(rows * HIDDEN));
+    let weight = backend.vector(Source::memory(&weight))?;
+    let (mut x, mut out) = (backend.rows(rows, HIDDEN), backend.rows(rows, HIDDEN));
+    backend.write(&mut x, &numbers(rows * HIDDEN));
     Ok(Case {
         name: "norm",
         rows,
         bytes: (rows * HIDDEN * 8) as u64,
         operations: (rows * HIDDEN * 4) as u64,
-        arithmetic: Arithmetic::F32,
-        run: Box::new(move |cpu| cpu.norm(&x, &weight, 1e-5, &mut out)),
-        seconds: Vec::new(),
+        arithmetic: B::FLOATS,
+        run: Box::new(move |backend, _| backend.norm(&x, &weight, 1e-5, &mut out)),
     })
 }
 
 /// Copies of a dense matrix, to be gone through one after the other.
-pub(super) struct Matrices {
+pub(super) struct Matrices<B: Backend> {
     name: &'static str,
     height: usize,
     cols: usize,
     arithmetic: Arithmetic,
     /// Bytes of a copy.
     bytes: usize,
-    copies: Rc<[Dense]>,
+    copies: Rc<[B::Dense]>,
 }
 
-impl Matrices {
+impl<B: Machine> Matrices<B> {
     pub(super) fn new(
-        cpu: &mut Cpu,
+        backend: &mut B,
         name: &'static str,
         height: usize,
         cols: usize,
         arithmetic: Arithmetic,
     ) -> Result<Self, KernelError> {
-        let bytes = cpu.dense_bytes(DenseUse::Projection, height, cols);
+        let bytes = backend.dense_bytes(DenseUse::Projection, height, cols);
         let copies = (0..COLD_BYTES.div_ceil(bytes))
-            .map(|i| cpu.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
+            .map(|i| backend.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
             .collect::<Result<_, KernelError>>()?;
         Ok(Self { name, height, cols, arithmetic, bytes, copies })
     }
 
-    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+    pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
         let Self { name, height, cols, arithmetic, bytes, .. } = *self;
-        let (mut x, mut out) = (cpu.rows(rows, cols), cpu.rows(rows, height));
-        cpu.write(&mut x, &numbers(rows * cols));
+        let (mut x, mut out) = (backend.rows(rows, cols), backend.rows(rows, height));
+        backend.write(&mut x, &numbers(rows * cols));
         let (copies, mut next) = (Rc::clone(&self.copies), 0);
         Case {
             name,
@@ -143,48 +147,47 @@ impl Matrices {
             bytes: (bytes + rows * (cols + height) * 4) as u64,
             operations: 2 * (rows * height * cols) as u64,
             arithmetic,
-            run: Box::new(move |cpu| {
+            run: Box::new(move |backend, _| {
                 next = (next + 1) % copies.len();
-                cpu.project(&x, &copies[next], &mut out);
+                backend.project(&x, &copies[next], &mut out);
             }),
-            seconds: Vec::new(),
         }
     }
 }
 
 /// Keys and values of sequences, each `context` tokens long, to be gone through one after the other.
-pub(super) struct Sequences {
+pub(super) struct Sequences<B: Backend> {
     name: &'static str,
     window: Option<u32>,
     tokens: u32,
     sequences: usize,
-    kv: Rc<Kv>,
-    sinks: Rc<Vector>,
+    kv: Rc<B::Kv>,
+    sinks: Rc<B::Vector>,
 }
 
-impl Sequences {
+impl<B: Machine> Sequences<B> {
     const COLS: usize = (HEADS + 2 * KV_HEADS) * DIM;
 
-    pub(super) fn new(cpu: &mut Cpu, name: &'static str, tokens: u32, window: Option<u32>) -> Result<Self> {
+    pub(super) fn new(backend: &mut B, name: &'static str, tokens: u32, window: Option<u32>) -> Result<Self> {
         let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
         // A window touches so much of a sequence.
         let seen = window.map_or(stretch, |window| (window as usize).div_ceil(BLOCK_SIZE).min(stretch));
-        let of_sequence = seen * BLOCK_SIZE * 2 * KV_HEADS * DIM * kv_bytes(cpu);
+        let of_sequence = seen * BLOCK_SIZE * 2 * KV_HEADS * DIM * backend.kv_bytes();
         let sequences = COLD_BYTES.div_ceil(of_sequence).min(MOST_KV_BYTES / (of_sequence / seen * stretch)).max(1);
         let pool = PoolShape { layers: 1, blocks: sequences * stretch };
-        let kv = cpu.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
+        let kv = backend.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
         let sinks = vec![0x3f; HEADS * 2];
-        let sinks = cpu.vector(Source::memory(&sinks))?;
+        let sinks = backend.vector(Source::memory(&sinks))?;
         Ok(Self { name, window, tokens, sequences, kv: Rc::new(kv), sinks: Rc::new(sinks) })
     }
 
     /// Each row belongs to another sequence as long as there are any.
-    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
+    pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
         let (tokens, sequences, window) = (self.tokens, self.sequences, self.window);
         let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
-        let mut qkv = cpu.rows(rows, Self::COLS);
-        let mut out = cpu.rows(rows, HEADS * DIM);
-        cpu.write(&mut qkv, &numbers(rows * Self::COLS));
+        let mut qkv = backend.rows(rows, Self::COLS);
+        let mut out = backend.rows(rows, HEADS * DIM);
+        backend.write(&mut qkv, &numbers(rows * Self::COLS));
         let table = |i: usize| ((i * stretch) as u32..((i + 1) * stretch) as u32).collect::<Vec<u32>>();
         let step = |first: usize| StepInputs {
             tokens: vec![TokenSource::Given(0); rows],
@@ -199,73 +202,73 @@ impl Sequences {
         Case {
             name: self.name,
             rows,
-            bytes: rows.min(sequences) as u64 * seen * (2 * KV_HEADS * DIM * kv_bytes(cpu)) as u64
+            bytes: rows.min(sequences) as u64 * seen * (2 * KV_HEADS * DIM * backend.kv_bytes()) as u64
                 + (rows * 2 * HEADS * DIM * 4) as u64,
             operations: rows as u64 * seen * (4 * HEADS * DIM) as u64,
-            arithmetic: Arithmetic::F32,
-            // What begins a step is measured along: it is what says whose keys are seen.
-            run: Box::new(move |cpu| {
+            arithmetic: B::FLOATS,
+            // What begins a step says whose keys are seen; unless all are seen each time, it is measured along.
+            run: Box::new(move |backend, first| {
                 next = (next + 1) % steps.len();
-                cpu.begin(&steps[next], &rope);
-                cpu.attend(&qkv, &kv, KvLayer { pool: 0, layer: 0 }, &sinks, window, &mut out);
+                if first || steps.len() > 1 {
+                    backend.begin(&steps[next], &rope);
+                }
+                backend.attend(&qkv, &kv, KvLayer { pool: 0, layer: 0 }, &sinks, window, &mut out);
             }),
-            seconds: Vec::new(),
         }
     }
 }
 
-/// Bytes of a key or value.
-const fn kv_bytes(cpu: &Cpu) -> usize {
-    match cpu.precision() {
-        phalanx_kernels::Precision::Exact => 4,
-        phalanx_kernels::Precision::Fast => 2,
-    }
-}
-
 /// A layer's experts.
-pub(super) struct Layer {
-    experts: Rc<Experts>,
+pub(super) struct Layer<B: Backend> {
+    experts: Rc<B::Experts>,
     count: usize,
     /// Bytes of an expert.
     bytes: usize,
     arithmetic: Arithmetic,
 }
 
-impl Layer {
-    pub(super) fn new(cpu: &mut Cpu, count: usize, arithmetic: Arithmetic) -> Result<Self, KernelError> {
-        let mut experts = cpu.experts(count, EXPERT);
-        let bytes = cpu.expert_bytes(&experts);
+impl<B: Machine> Layer<B> {
+    pub(super) fn new(backend: &mut B, count: usize, arithmetic: Arithmetic) -> Result<Self, KernelError> {
+        let mut experts = backend.experts(count, EXPERT);
+        let bytes = backend.expert_bytes(&experts);
         for slot in 0..count {
-            cpu.hold_expert(&mut experts, slot, packed(bytes, slot as u64)?)?;
+            backend.hold_expert(&mut experts, slot, packed(bytes, slot as u64)?)?;
         }
         Ok(Self { experts: Rc::new(experts), count, bytes, arithmetic })
     }
 
     /// Gate-up, SwiGLU and down of rows whose choices are spread evenly.
-    pub(super) fn case(&self, cpu: &mut Cpu, rows: usize) -> Case {
-        drop(cpu.routes(rows, TOP_K));
-        let mut work = cpu.work(rows, TOP_K, EXPERT);
-        let mut out = cpu.parts(1, rows * TOP_K * cpu.combine_record(HIDDEN));
+    ///
+    /// # Errors
+    /// There is no memory for the rows.
+    pub(super) fn case(&self, backend: &mut B, rows: usize) -> Result<Case<B>> {
+        drop(backend.routes(rows, TOP_K));
+        let mut work = backend.work(rows, TOP_K, EXPERT);
+        let mut out = backend.parts(1, rows * TOP_K * backend.combine_record(HIDDEN));
         // As many steps as go through all weights, so that few rows do not meet the same experts each time.
         let steps = (4 * self.count).div_ceil((rows * TOP_K).min(self.count));
         let mut random = Choices(11);
-        let steps: Vec<_> = (0..steps).map(|_| random.records(rows, self.count, cpu.combine_record(HIDDEN))).collect();
-        let visited = steps.iter().map(|(_, visited)| *visited).sum::<usize>() as f64 / steps.len() as f64;
+        let (mut received, mut visits) = (Vec::new(), 0);
+        for _ in 0..steps {
+            let (records, visited) = random.records(rows, self.count, backend.combine_record(HIDDEN));
+            received.push(backend.received(records)?);
+            visits += visited;
+        }
+        let visited = visits as f64 / steps as f64;
         let (experts, mut next) = (Rc::clone(&self.experts), 0);
-        Case {
+        Ok(Case {
             name: "experts",
             rows,
-            bytes: (visited * self.bytes as f64) as u64 + (rows * (1 + TOP_K) * cpu.combine_record(HIDDEN)) as u64,
+            bytes: (visited * self.bytes as f64) as u64 + (rows * (1 + TOP_K) * backend.combine_record(HIDDEN)) as u64,
             operations: 6 * (rows * TOP_K * HIDDEN * INTERMEDIATE) as u64,
             arithmetic: self.arithmetic,
-            run: Box::new(move |cpu| {
-                next = (next + 1) % steps.len();
-                cpu.receive(&steps[next].0, &experts, &mut work);
-                cpu.gate_up(&experts, &mut work);
-                cpu.down(&experts, &work, &mut out);
+            run: Box::new(move |backend, _| {
+                next = (next + 1) % received.len();
+                backend.receive(&received[next], &experts, &mut work);
+                backend.gate_up(&experts, &mut work);
+                backend.down(&experts, &work, &mut out);
             }),
-            seconds: Vec::new(),
-        }
+        })
     }
 }
 
@@ -279,7 +282,7 @@ impl Choices {
     }
 
     /// Records of `rows` rows of `row_bytes`, and how many experts they visit.
-    fn records(&mut self, rows: usize, experts: usize, row_bytes: usize) -> (HostParts, usize) {
+    fn records(&mut self, rows: usize, experts: usize, row_bytes: usize) -> (Vec<u8>, usize) {
         let (mut part, mut visited) = (Vec::new(), vec![false; experts]);
         for _ in 0..rows {
             let mut chosen = Vec::new();
@@ -296,14 +299,14 @@ impl Choices {
             noise(self.0, &mut part[at..]);
             tame(&mut part[at..]);
         }
-        (HostParts { by_rank: vec![part] }, visited.into_iter().filter(|&visited| visited).count())
+        (part, visited.into_iter().filter(|&visited| visited).count())
     }
 }
 
-pub(super) fn sample(cpu: &mut Cpu, rows: usize) -> Case {
-    cpu.token_slots(rows);
-    let mut logits = cpu.rows(rows, VOCAB);
-    cpu.write(&mut logits, &numbers(rows * VOCAB));
+pub(super) fn sample<B: Machine>(backend: &mut B, rows: usize) -> Case<B> {
+    backend.token_slots(rows);
+    let mut logits = backend.rows(rows, VOCAB);
+    backend.write(&mut logits, &numbers(rows * VOCAB));
     let draws: Vec<Draw> =
         (0..rows as u32).map(|slot| Draw { temperature: 1.0, top_p: 0.95, ..Draw::greedy(slot, 1) }).collect();
     Case {
@@ -311,11 +314,10 @@ pub(super) fn sample(cpu: &mut Cpu, rows: usize) -> Case {
         rows,
         bytes: (rows * VOCAB * 4) as u64,
         operations: (rows * VOCAB * 2) as u64,
-        arithmetic: Arithmetic::F32,
-        run: Box::new(move |cpu| {
-            cpu.begin(&StepInputs::default(), &RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 });
-            cpu.sample(&logits, &draws);
+        arithmetic: B::FLOATS,
+        run: Box::new(move |backend, _| {
+            backend.begin(&StepInputs::default(), &RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 });
+            backend.sample(&logits, &draws);
         }),
-        seconds: Vec::new(),
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct Contents {
     pub(super) shards: Vec<Arc<Shard>>,
     pub(super) tensors: BTreeMap<String, Located>,
     pub(super) defects: Vec<CheckpointError>,
+    /// Layers that are not there have the first one's tensors.
+    repeats: bool,
 }
 
 /// Headers by file name; `None` where the file is at fault, which has been reported.
@@ -125,8 +127,12 @@ impl Contents {
     }
 
     pub(super) fn of_images(name: &str, config: &str, generation: &str, images: Vec<Image>) -> Self {
+        Self::default().with_images(name, config, generation, images)
+    }
+
+    fn with_images(self, name: &str, config: &str, generation: &str, images: Vec<Image>) -> Self {
         let place = PathBuf::from(name);
-        let mut contents = Self { name: name.to_owned(), place: place.join(INDEX), ..Self::default() };
+        let mut contents = Self { name: name.to_owned(), place: place.join(INDEX), ..self };
         contents.take_config(
             &place,
             parse_json(&place.join(CONFIG), config.as_bytes()),
@@ -143,6 +149,12 @@ impl Contents {
         }
         contents.locate(index, shards);
         contents
+    }
+
+    /// As [`Contents::of_images`], but every layer has the tensors of the first, which alone is there.
+    pub(super) fn of_repeated_layer(name: &str, config: &str, generation: &str, images: Vec<Image>) -> Self {
+        let contents = Self { repeats: true, ..Self::default() };
+        contents.with_images(name, config, generation, images)
     }
 
     pub(super) fn files(&self) -> Vec<FileSize> {
@@ -254,6 +266,14 @@ impl Contents {
             }
         }
         let Some(config) = &self.config else { return };
+        if self.repeats {
+            for Expected { name, .. } in names::expected(config) {
+                if let Some(first) = names::in_first_layer(&name).and_then(|first| self.tensors.get(&first)) {
+                    let first = first.clone();
+                    self.tensors.entry(name).or_insert(first);
+                }
+            }
+        }
         for expected in names::expected(config) {
             if !reported.contains(&expected.name) {
                 self.defects.extend(self.check(expected));

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use super::contents::{is_plain, read_bounded};
 use super::{Checkpoint, CheckpointError};
-use crate::nano;
+use crate::{nano, synth};
 
 /// Longest revision; a hash has 40 characters.
 const REVISION_BYTES_MAX: u64 = 256;
 
-/// Opens a model by name: `nano`, a directory, or the id of a model in the local Hugging Face cache.
+/// Opens a model by name: `nano`, `synth:SHAPE`, a directory, or the id of a model in the local Hugging Face cache.
 ///
 /// # Errors
 /// There is no such model, or its checkpoint has a defect.
@@ -35,6 +35,9 @@ pub(crate) fn open_with(
 ) -> Result<Checkpoint, CheckpointError> {
     if model == nano::SPEC {
         return nano::checkpoint();
+    }
+    if let Some(shape) = model.strip_prefix(synth::PREFIX) {
+        return synth::checkpoint(shape);
     }
     let dir = Path::new(model);
     if dir.exists() {

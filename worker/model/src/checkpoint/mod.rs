@@ -89,6 +89,16 @@ impl Checkpoint {
         Self::of(Contents::of_images(name, config, generation, images))
     }
 
+    /// The same, but every layer has the tensors of the first, which alone is there.
+    pub(crate) fn of_repeated_layer(
+        name: &str,
+        config: &str,
+        generation: &str,
+        images: Vec<Image>,
+    ) -> Result<Self, CheckpointError> {
+        Self::of(Contents::of_repeated_layer(name, config, generation, images))
+    }
+
     fn of(mut contents: Contents) -> Result<Self, CheckpointError> {
         if !contents.defects.is_empty() {
             return Err(contents.defects.swap_remove(0));

@@ -28,6 +28,12 @@ pub fn layer(layer: LayerIdx, part: &str) -> String {
     format!("model.layers.{layer}.{part}")
 }
 
+/// The name that a layer's tensor has in the first layer.
+pub(crate) fn in_first_layer(name: &str) -> Option<String> {
+    let (_, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    Some(layer(LayerIdx(0), part))
+}
+
 /// A tensor that a checkpoint must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {

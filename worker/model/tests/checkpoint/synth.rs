@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::common::fixture;
-use phalanx_model::Checkpoint;
+use phalanx_model::checkpoint::names;
 use phalanx_model::synth::{self, Shape};
+use phalanx_model::{Checkpoint, checkpoint};
 use phalanx_proto::LayerKind;
 
 fn made(layers: Option<u32>, seed: u64) -> tempfile::TempDir {
@@ -95,4 +96,38 @@ fn a_directory_of_ones_own_is_written_again_and_any_other_is_refused() {
     let place = other.path().display();
     assert_eq!(error, format!("{place} is not empty and does not hold random weights made here; give a new directory"));
     assert!(content(other.path()) == before);
+}
+
+#[test]
+fn a_model_made_in_memory_has_the_written_one_s_first_layer_in_every_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = fixture("tiny-a").join("config.json");
+    synth::write(&Shape::Config(config.clone()), Some(3), 1, dir.path(), &mut |_, _| ()).unwrap();
+    let written = Checkpoint::open(dir.path()).unwrap();
+    let made = checkpoint::open(&format!("synth:{}:3", config.display())).unwrap();
+    assert_eq!(made.config(), written.config());
+    assert_eq!(made.total_bytes(), written.total_bytes());
+    assert_eq!(made.config().layers.len(), 3);
+    for expected in names::expected(made.config()) {
+        let first = match expected.name.strip_prefix("model.layers.").and_then(|name| name.split_once('.')) {
+            Some((_, part)) => format!("model.layers.0.{part}"),
+            None => expected.name.clone(),
+        };
+        let (tensor, same) = (made.view(&expected.name).unwrap(), written.view(&first).unwrap());
+        assert!(tensor.source.bytes() == same.source.bytes(), "{}", expected.name);
+    }
+}
+
+#[test]
+fn a_model_that_cannot_be_made_in_memory_is_refused() {
+    for (model, words) in [
+        ("synth:", "No such file"),
+        ("synth:200b", "200b"),
+        ("synth:20b:0", "layers"),
+        ("synth:20b:4294967295", "layers"),
+        ("synth:20b:x", "20b:x"),
+    ] {
+        let error = checkpoint::open(model).unwrap_err().to_string();
+        assert!(error.contains(words), "{model}: {error}");
+    }
 }

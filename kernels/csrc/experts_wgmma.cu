@@ -1,0 +1,361 @@
+// The experts on Hopper (sm_90a), fast precision: products of warpgroups behind a ring of bulk copies.
+//
+// gate_up: for each item (a received row in an expert's hands) [H] -> [I], with SwiGLU. down: [I] -> [H], one row of the
+// wire type for each item. Weights are wgmma's M, 64 rows a warpgroup; items its N, 8, 32 or 128.
+//
+// Weights: as experts.cuh says; a lane's codes are widened to bf16 in registers, times their scale: wgmma's A. So an
+// element is what a checkpoint's weights are as bf16: exact, but for scales of 2^126 and 2^127, where codes from 4 and 2
+// on are infinite.
+// Items: [tile of 8 items][columns / 8][8 items][8 columns] bf16, as wgmma reads B: such a piece is 128 contiguous bytes,
+// so it needs no swizzle, and a tile's columns follow each other, so bulk copies need no tensor map. Slot s has the tiles
+// from starts[s] / 8 + s on. receive_tiles puts received rows there, gate_up its activations.
+//
+// A block has a row stretch of WARPGROUPS * 64 and ITEMS items of a slot, and goes on to the next such unit, in an order
+// that slots without items are no part of. Its last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
+// as there are stages; each warpgroup decodes a step of STEP blocks while the products of the step before are under way.
+//
+// Order: columns ascending by 16, in one sum of the tensor core from zero; bias last. The same for every N and unit.
+// Not measured yet: no GPU.
+#include "ptx_sm90.cuh"
+
+#include "experts.cuh"
+
+// Shared memory -----------------------------------------------------------------------------------------------------
+
+// As in src/cuda/choose.rs.
+template <u32 WARPGROUPS, u32 COPIERS_, u32 ITEMS_, u32 BLOCKS_, u32 STAGES_, u32 STEP_>
+struct Ring {
+  static const u32 ITEMS = ITEMS_, BLOCKS = BLOCKS_, STAGES = STAGES_, STEP = STEP_;
+  // Warps of products, a row tile each; warps that copy.
+  static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
+  static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
+  static const u32 STAGE = PIECES + ITEMS * BLOCKS * 64;
+  // Barriers, stages, the slots' first chunks.
+  static const u32 START = 128, CHUNKS = START + STAGES * STAGE;
+};
+
+typedef Ring<1, 1, 8, 8, 4, 2> Ring8;
+typedef Ring<1, 1, 32, 8, 3, 2> Ring32;
+typedef Ring<3, 4, 128, 4, 4, 1> Ring128;
+
+static_assert(2 * 8 * 4 <= Ring8::START, "barriers lie before the stages");
+
+// Units -------------------------------------------------------------------------------------------------------------
+
+// What one warp finds for the block: how many chunks of ITEMS items lower slots have, [slots + 1].
+template <u32 ITEMS>
+DEVICE void count_chunks(const ExpertArgs& a, u32* chunks) {
+  u32 before = 0;
+  for (u32 first = 0; first < a.slots_count; first += WARP) {
+    u32 slot = first + lane_id();
+    u32 own = slot < a.slots_count ? (a.starts[slot + 1] - a.starts[slot] + ITEMS - 1) / ITEMS : 0, sum = own;
+    for (u32 step = 1; step < WARP; step *= 2) {
+      u32 lower = __shfl_up_sync(FULL, sum, step);
+      if (lane_id() >= step) sum += lower;
+    }
+    if (slot < a.slots_count) chunks[slot] = before + sum - own;
+    before += __shfl_sync(FULL, sum, WARP - 1);
+  }
+  if (lane_id() == 0) chunks[a.slots_count] = before;
+}
+
+// A stretch of rows and a chunk of items of a slot.
+struct Unit {
+  u32 slot, tile;   // of the first row
+  u32 first, end;   // items of the chunk, among all
+  u32 item_tile;    // of the first item
+};
+
+template <class R>
+DEVICE Unit find_unit(const ExpertArgs& a, const u32* chunks, u32 unit, u32 stretches) {
+  u32 chunk = unit / stretches, low = 0, high = a.slots_count;
+  // The last slot that begins at this chunk or before it: slots without items begin where the next one does.
+  while (high - low > 1) {
+    u32 middle = (low + high) / 2;
+    if (chunks[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  u32 start = a.starts[low], within = (chunk - chunks[low]) * R::ITEMS;
+  u32 end = least(a.starts[low + 1], start + within + R::ITEMS);
+  return {low, unit % stretches * R::WARPS, start + within, end, start / 8 + low + within / 8};
+}
+
+// The stage of the ring that is next, and the parity of its turn.
+template <class R>
+struct Turn {
+  u32 stage, parity;
+  DEVICE void advance() {
+    if (++stage == R::STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Copying -----------------------------------------------------------------------------------------------------------
+
+// A matrix as the block sees it.
+struct Matrix {
+  u32 tiles, blocks;    // of 16 rows, of 32 columns
+  const u16* items;     // tiles of items
+};
+
+// A unit's codes, scales and items, a stage after the other. Each lane of the copying warps has one part, or none.
+template <bool GATE_UP, class R>
+DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R>& turn) {
+  static_assert(2 * R::WARPS + R::ITEMS / 8 <= R::COPIERS * WARP, "a lane has one part at most");
+  const Slot& slot = a.slots[unit.slot];
+  u32 tiles = least(m.tiles - unit.tile, R::WARPS), item_tiles = (unit.end - unit.first + 7) / 8;
+  u32 part = lane_id() * R::COPIERS + warp_id() - R::WARPS, tile = part % R::WARPS;
+  // Where a part goes in a stage, where it comes from, and its bytes of a block of 32 columns.
+  u32 to = 0, bytes = 0;
+  const u8* from = nullptr;
+  if (part < 2 * R::WARPS) {
+    bool codes = part < R::WARPS;
+    if (tile < tiles) bytes = codes ? 256 : 16;
+    from = codes ? (const u8*)(GATE_UP ? slot.gate_up : slot.down) : GATE_UP ? slot.gate_up_scales : slot.down_scales;
+    from += (u64)(unit.tile + tile) * m.blocks * bytes;
+    to = codes ? R::CODES + tile * R::BLOCKS * 256 : R::SCALES + tile * R::BLOCKS * 16;
+  } else if (part - 2 * R::WARPS < item_tiles) {
+    bytes = 512;
+    from = (const u8*)m.items + (u64)(unit.item_tile + part - 2 * R::WARPS) * m.blocks * bytes;
+    to = R::PIECES + (part - 2 * R::WARPS) * R::BLOCKS * bytes;
+  }
+  u32 all = warp_sum(bytes);
+  for (u32 block = 0; block < m.blocks; block += R::BLOCKS) {
+    u32 count = least(m.blocks - block, R::BLOCKS);
+    u64 *full = (u64*)smem + turn.stage, *empty = full + R::STAGES;
+    barrier_wait(empty, turn.parity ^ 1);
+    if (lane_id() == 0) barrier_arrive_expecting(full, count * all);
+    __syncwarp();
+    if (bytes != 0)
+      bulk_copy(smem + R::START + turn.stage * R::STAGE + to, from + (u64)block * bytes, count * bytes, full);
+    turn.advance();
+  }
+}
+
+// Products ----------------------------------------------------------------------------------------------------------
+
+#define BF16X2_ONE_OF_EXPONENT 0x00800080u
+
+// A lane's part of a block of 32 columns and 16 rows: wgmma's A twice.
+DEVICE void widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
+  uint2 words = ((const uint2*)codes)[lane_id()];
+  u32 low = scales[lane_id() / 4], high = scales[lane_id() / 4 + 8];
+  decode_small(words.x, left);
+  decode_small(words.y, right);
+  // Codes are 2^-126 of their value and scales 2^(scale - 127): so it is 2^(scale - 1), of exponent scale + 126.
+  const u32 from = 126 * BF16X2_ONE_OF_EXPONENT, largest = 254 * BF16X2_ONE_OF_EXPONENT;
+  u32 factor_low = least(low * BF16X2_ONE_OF_EXPONENT + from, largest);
+  u32 factor_high = least(high * BF16X2_ONE_OF_EXPONENT + from, largest);
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) {
+    left[i] = multiply_bf16x2(left[i], i % 2 ? factor_high : factor_low);
+    right[i] = multiply_bf16x2(right[i], i % 2 ? factor_high : factor_low);
+  }
+  // Scales above 2 take a second factor, 2^(scale - 128) or one.
+  if (most(low, high) > 128) {
+    u32 rest_low = most(low, 128) - 1, rest_high = most(high, 128) - 1;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      left[i] = multiply_bf16x2(left[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
+      right[i] = multiply_bf16x2(right[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
+    }
+  }
+}
+
+#undef BF16X2_ONE_OF_EXPONENT
+
+// Where a warp is in a unit. A step is STEP blocks of 32 columns.
+template <class R>
+struct Walk {
+  static const u32 STEP = R::STEP;
+  u8* smem;
+  Turn<R>& turn;
+  u32 blocks;
+  u32 origin;  // where shared memory begins
+  u32 stage;   // where the stage begins within it
+
+  // Waits for the stage whose turn it is.
+  DEVICE void enter() {
+#ifdef PLANT_PHASE
+    barrier_wait((u64*)smem + turn.stage, turn.parity ^ 1);
+#elif !defined(PLANT_WAIT)
+    barrier_wait((u64*)smem + turn.stage, turn.parity);
+#endif
+#ifdef PLANT_STAGE
+    stage = R::START + (turn.stage + 1) % R::STAGES * R::STAGE;
+#else
+    stage = R::START + turn.stage * R::STAGE;
+#endif
+  }
+
+  // Decodes the step that begins at a block, as much of it as there is.
+  DEVICE void widen(u32 block, u32 (&left)[2 * STEP][4]) {
+#pragma unroll
+    for (u32 i = 0; i < STEP; i++) {
+      u32 at = warp_id() * R::BLOCKS + block % R::BLOCKS + i;
+      const u8 *codes = smem + stage + R::CODES + at * 256, *scales = smem + stage + R::SCALES + at * 16;
+      if (block + i < blocks) widen_block(codes, scales, left[2 * i], left[2 * i + 1]);
+    }
+  }
+
+  // Multiplies by the blocks from `block` on, COUNT of those in `now`, and meanwhile decodes those behind into `next`.
+  template <u32 COUNT>
+  DEVICE void multiply(u32 block, u32 (&now)[2 * STEP][4], u32 (&next)[2 * STEP][4], float (&sums)[R::ITEMS / 2]) {
+#ifdef PLANT_STRIDE
+    const u32 stride = (R::BLOCKS - 1) * 512;
+#else
+    const u32 stride = R::BLOCKS * 512;
+#endif
+    u32 pieces = origin + stage + R::PIECES + block % R::BLOCKS * 512;
+#ifndef PLANT_FENCE
+    wgmma_fence(now);
+#endif
+    // 16 columns are two pieces, 256 bytes. Sums begin at zero.
+#pragma unroll
+    for (u32 i = 0; i < 2 * COUNT; i++)
+      wgmma<R::ITEMS>(sums, now[i], matrix_descriptor(pieces + 256 * i, 128, stride), i > 0 || block > 0);
+    wgmma_commit();
+    u32 after = block + COUNT;
+    u64* empty = (u64*)smem + R::STAGES + turn.stage;
+    bool leaves = after % R::BLOCKS == 0 || after == blocks;
+#ifdef PLANT_EARLY
+    if (leaves && lane_id() == 0) barrier_arrive(empty);
+#endif
+    if (leaves) turn.advance();
+    if (after < blocks) {
+      if (leaves) enter();
+#ifdef PLANT_REGISTERS
+      widen(after, now);
+#endif
+      widen(after, next);
+    }
+    wgmma_wait<0>();
+#ifndef PLANT_EARLY
+    if (leaves && lane_id() == 0) barrier_arrive(empty);
+#endif
+  }
+};
+
+// The sums of a unit: a warp has row tile unit.tile + warp.
+template <class R>
+DEVICE void multiply_unit(u32 blocks, u8* smem, Turn<R>& turn, float (&sums)[R::ITEMS / 2]) {
+  const u32 STEP = R::STEP;
+  u32 even[2 * STEP][4], odd[2 * STEP][4], block = 0;
+  Walk<R> walk = {smem, turn, blocks, shared_address(smem), 0};
+  walk.enter();
+  walk.widen(0, even);
+  for (; block + 2 * STEP <= blocks; block += 2 * STEP) {
+    walk.template multiply<STEP>(block, even, odd, sums);
+    walk.template multiply<STEP>(block + STEP, odd, even, sums);
+  }
+  // Three blocks are left at most.
+  if (block + STEP <= blocks) {
+    walk.template multiply<STEP>(block, even, odd, sums);
+    if (block + STEP < blocks) walk.template multiply<1>(block + STEP, odd, even, sums);
+  } else if (block < blocks) {
+    walk.template multiply<1>(block, even, odd, sums);
+  }
+  wgmma_wait_for(sums);
+}
+
+// Bias and SwiGLU, or bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of item 8n + 2t + i % 2.
+template <bool GATE_UP, class R>
+DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, float (&sums)[R::ITEMS / 2]) {
+  u32 t = lane_id() % 4, g = lane_id() / 4, tile = unit.tile + warp_id();
+  if (tile >= m.tiles) return;
+  const Slot& slot = a.slots[unit.slot];
+  const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16;
+  float bias_low = bias[g], bias_high = bias[g + 8];
+#pragma unroll
+  for (u32 n = 0; n < R::ITEMS / 8; n++) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+      u32 item = unit.first + n * 8 + 2 * t + i;
+      if (item >= unit.end) continue;
+      float low = sums[4 * n + i] + bias_low, high = sums[4 * n + 2 + i] + bias_high;
+      if (GATE_UP) {
+        u16* out = (u16*)a.activations + ((u64)(unit.item_tile + n) * (a.intermediate / 8) + tile) * 64;
+        out[(2 * t + i) * 8 + g] = narrow(swiglu(low, high, a.limit));
+      } else {
+        u16* out = (u16*)a.results + (u64)a.order[item] * a.hidden + tile * 16;
+        out[g] = narrow(low);
+        out[g + 8] = narrow(high);
+      }
+    }
+  }
+}
+
+template <bool GATE_UP, class R>
+DEVICE void expert_wgmma(const ExpertArgs& a) {
+  SHARED(smem);
+  u32* chunks = (u32*)(smem + R::CHUNKS);
+  Matrix m = {(GATE_UP ? 2 * a.intermediate : a.hidden) / 16, (GATE_UP ? a.hidden : a.intermediate) / 32,
+              (const u16*)(GATE_UP ? a.rows : a.activations)};
+  u32 stretches = (m.tiles + R::WARPS - 1) / R::WARPS;
+  bool copies = warp_id() >= R::WARPS;
+  if (threadIdx.x == 0) {
+    for (u32 i = 0; i < R::STAGES; i++) {
+      barrier_init((u64*)smem + i, R::COPIERS);            // full: the copying warps announce
+      barrier_init((u64*)smem + R::STAGES + i, R::WARPS);  // empty: every other warp is done
+    }
+    barrier_init_done();
+  }
+  if (warp_id() == R::WARPS) count_chunks<R::ITEMS>(a, chunks);
+  __syncthreads();
+  u32 units = chunks[a.slots_count] * stretches;
+  Turn<R> turn = {0, 0};
+  if (copies) {
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x)
+      copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
+  } else {
+    float sums[R::ITEMS / 2];
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+      multiply_unit<R>(m.blocks, smem, turn, sums);
+      put_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), sums);
+    }
+  }
+}
+
+KERNEL(gate_up_wgmma_32, Ring32::THREADS, ExpertArgs) { expert_wgmma<true, Ring32>(a); }
+KERNEL(down_wgmma_32, Ring32::THREADS, ExpertArgs) { expert_wgmma<false, Ring32>(a); }
+#ifndef PLANTED
+KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { expert_wgmma<true, Ring8>(a); }
+KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { expert_wgmma<false, Ring8>(a); }
+KERNEL(gate_up_wgmma_128, Ring128::THREADS, ExpertArgs) { expert_wgmma<true, Ring128>(a); }
+KERNEL(down_wgmma_128, Ring128::THREADS, ExpertArgs) { expert_wgmma<false, Ring128>(a); }
+
+// Tiles of items ----------------------------------------------------------------------------------------------------
+
+#define TILES_THREADS 128
+
+struct TilesArgs {
+  const u8* received;
+  const u64* row_source;  // [rows]: where a row begins
+  const u32* item_row;    // [items], by order of arrival
+  const u32* item_slot;
+  const u32* order;       // [items]: grouped by slot
+  const u32* starts;      // [slots + 1]
+  const u32* counts;      // rows and items
+  u16* tiles;
+  u32 hidden, unused;
+};
+
+// Received rows to the places of their items. A block an item, and every further one that is as far away as there are
+// blocks.
+KERNEL(receive_tiles, TILES_THREADS, TilesArgs) {
+  u32 pieces = a.hidden / 8;
+  for (u32 item = blockIdx.x; item < a.counts[1]; item += gridDim.x) {
+    u32 arrived = a.order[item], slot = a.item_slot[arrived], start = a.starts[slot], within = item - start;
+    const u32* from = (const u32*)(a.received + a.row_source[a.item_row[arrived]]);
+    u16* to = a.tiles + (u64)(start / 8 + slot + within / 8) * pieces * 64 + within % 8 * 8;
+    for (u32 i = threadIdx.x; i < pieces; i += TILES_THREADS)
+      *(uint4*)(to + i * 64) = {from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]};
+  }
+}
+
+#undef TILES_THREADS
+#endif

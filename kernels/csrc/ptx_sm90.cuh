@@ -1,0 +1,143 @@
+// Hopper's own instructions (sm_90a), in small wrappers: barriers with transactions, bulk copies, products of warpgroups.
+// Each wrapper has a twin for the emulation, in emu/sm90.h. Form and meaning are those of NVIDIA's PTX ISA 9.0.
+#pragma once
+#include "ptx.cuh"
+
+#ifdef CUDA_EMU
+#include "emu/sm90.h"
+#else
+
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+#error "these kernels are for sm_90a alone"
+#endif
+
+// Where a place of shared memory is within it.
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Barriers ----------------------------------------------------------------------------------------------------------
+
+// A barrier whose phases end after this many arrivals, and when all bytes that were announced have come.
+DEVICE void barrier_init(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes barriers known to bulk copies; a __syncthreads makes them known to the block.
+DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and announces bytes of bulk copies that belong to this phase.
+DEVICE void barrier_arrive_expecting(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of this parity has ended; the one before the first counts as ended, and is odd.
+DEVICE void barrier_wait(u64* barrier, u32 parity) {
+  u32 ended;
+  do {
+    asm volatile(
+        "{.reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2; selp.u32 %0, 1, 0, ended;}"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+}
+
+// Copies to shared memory; the barrier's phase ends when the bytes are there. All are multiples of 16.
+DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Products ----------------------------------------------------------------------------------------------------------
+
+// Orders what was done to registers before the products that follow; a is what they multiply, made before and not later.
+template <u32 N>
+DEVICE void wgmma_fence(u32 (&a)[N][4]) {
+#pragma unroll
+  for (u32 n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Ends a group of products.
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most this many groups are under way.
+template <u32 GROUPS>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Waits for all, and keeps reads of their sums behind.
+template <u32 N>
+DEVICE void wgmma_wait_for(float (&d)[N]) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define EACH_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define EACH_16(d, i) EACH_4(d, i), EACH_4(d, i + 4), EACH_4(d, i + 8), EACH_4(d, i + 12)
+#define EACH_64(d, i) EACH_16(d, i), EACH_16(d, i + 16), EACH_16(d, i + 32), EACH_16(d, i + 48)
+
+// d = a b, or d += a b, begun and not waited for, by the 128 threads of a warpgroup: a [64, 16] bf16 in registers, warp w
+// has rows 16w.. as mma_bf16 has its 16; b [16, N] bf16 in shared memory by its descriptor, d [64, N] f32: d[4n + i] is
+// what mma_bf16 has in c[i] for columns 8n... Until it is waited for, d and a must be left alone.
+template <u32 N>
+DEVICE void wgmma(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool accumulate);
+
+template <>
+DEVICE void wgmma<8>(float (&d)[4], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %9, 0;"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3}, "
+      "{%4,%5,%6,%7}, %8, accumulate, 1, 1, 0;}"
+      : EACH_4(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
+DEVICE void wgmma<32>(float (&d)[16], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %21, 0;"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "{%16,%17,%18,%19}, %20, accumulate, 1, 1, 0;}"
+      : EACH_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
+DEVICE void wgmma<128>(float (&d)[64], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %69, 0;"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, accumulate, 1, 1, 0;}"
+      : EACH_64(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+#undef EACH_4
+#undef EACH_16
+#undef EACH_64
+
+#endif
+
+// Where b of wgmma lies: pieces of 8 columns by 8 k, 128 bytes each (a column's 8 k together); from one piece to the next
+// in k leading bytes, in columns stride bytes. Nothing is swizzled: a piece is read in one turn of all banks as it is.
+DEVICE u64 matrix_descriptor(u32 start, u32 leading, u32 stride) {
+  return (u64)(stride >> 4) << 32 | ((start >> 4) | (leading >> 4) << 16);
+}
