@@ -245,7 +245,7 @@ impl Device for Emulated {
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Ok(Box::new(EmulatedPinned(vec![0; bytes])))
+        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes] }))
     }
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
@@ -264,16 +264,19 @@ impl Device for Emulated {
 
 /// Memory of the host, read at once.
 #[derive(Debug)]
-struct EmulatedPinned(Vec<u8>);
+struct EmulatedPinned {
+    device: Emulated,
+    bytes: Vec<u8>,
+}
 
 impl Pinned for EmulatedPinned {
     fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.bytes
     }
 
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
         // SAFETY: the caller promises that the destination is allocated.
-        unsafe { Emulated::default().upload(&self.0[..bytes], to) }
+        unsafe { self.device.upload(&self.bytes[..bytes], to) }
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {
