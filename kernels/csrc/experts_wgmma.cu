@@ -127,8 +127,9 @@ DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8
 
 #define BF16X2_ONE_OF_EXPONENT 0x00800080u
 
-// A lane's part of a block of 32 columns and 16 rows: wgmma's A twice.
-DEVICE void widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
+// A lane's part of a block of 32 columns and 16 rows: wgmma's A twice, but for what scales exceed 2. Returns the larger
+// of its two scales.
+DEVICE u32 widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
   uint2 words = ((const uint2*)codes)[lane_id()];
   u32 low = scales[lane_id() / 4], high = scales[lane_id() / 4 + 8];
   decode_small(words.x, left);
@@ -142,14 +143,16 @@ DEVICE void widen_block(const u8* codes, const u8* scales, u32 (&left)[4], u32 (
     left[i] = multiply_bf16x2(left[i], i % 2 ? factor_high : factor_low);
     right[i] = multiply_bf16x2(right[i], i % 2 ? factor_high : factor_low);
   }
-  // Scales above 2 take a second factor, 2^(scale - 128) or one.
-  if (most(low, high) > 128) {
-    u32 rest_low = most(low, 128) - 1, rest_high = most(high, 128) - 1;
+  return most(low, high);
+}
+
+// What scales exceed 2: 2^(scale - 128), or one.
+DEVICE void enlarge_block(const u8* scales, u32 (&left)[4], u32 (&right)[4]) {
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      left[i] = multiply_bf16x2(left[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
-      right[i] = multiply_bf16x2(right[i], (i % 2 ? rest_high : rest_low) * BF16X2_ONE_OF_EXPONENT);
-    }
+  for (u32 i = 0; i < 4; i++) {
+    u32 factor = (most(scales[lane_id() / 4 + i % 2 * 8], 128) - 1) * BF16X2_ONE_OF_EXPONENT;
+    left[i] = multiply_bf16x2(left[i], factor);
+    right[i] = multiply_bf16x2(right[i], factor);
   }
 }
 
@@ -179,14 +182,25 @@ struct Walk {
 #endif
   }
 
+  // Decodes COUNT blocks.
+  template <u32 COUNT>
+  DEVICE void widen_blocks(u32 block, u32 (&left)[2 * STEP][4]) {
+    u32 at = warp_id() * R::BLOCKS + block % R::BLOCKS, largest = 0;
+    const u8 *codes = smem + stage + R::CODES + at * 256, *scales = smem + stage + R::SCALES + at * 16;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++)
+      largest = most(largest, widen_block(codes + i * 256, scales + i * 16, left[2 * i], left[2 * i + 1]));
+    if (largest <= 128) return;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) enlarge_block(scales + i * 16, left[2 * i], left[2 * i + 1]);
+  }
+
   // Decodes the step that begins at a block, as much of it as there is.
   DEVICE void widen(u32 block, u32 (&left)[2 * STEP][4]) {
-#pragma unroll
-    for (u32 i = 0; i < STEP; i++) {
-      u32 at = warp_id() * R::BLOCKS + block % R::BLOCKS + i;
-      const u8 *codes = smem + stage + R::CODES + at * 256, *scales = smem + stage + R::SCALES + at * 16;
-      if (block + i < blocks) widen_block(codes, scales, left[2 * i], left[2 * i + 1]);
-    }
+    if (block + STEP <= blocks)
+      widen_blocks<STEP>(block, left);
+    else
+      widen_blocks<1>(block, left);
   }
 
   // Multiplies by the blocks from `block` on, COUNT of those in `now`, and meanwhile decodes those behind into `next`.
