@@ -14,6 +14,7 @@ use phalanx_proto::{
     StepHeader, StepId, StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
 };
 use phalanx_worker::collectives::local::{self, Local};
+use phalanx_worker::collectives::nccl::ExchangeRequest;
 use phalanx_worker::constraints::{ConstraintFailure, Refused};
 use phalanx_worker::device::{Device, DriverGpus, Processor};
 use phalanx_worker::runner::{Runner, STEPS_IN_FLIGHT, StepError};
@@ -80,6 +81,7 @@ impl Bench {
             weight_cache: false,
             isa: None,
             gpus: &DriverGpus,
+            exchange: ExchangeRequest::Auto,
         }
         .cpu()
         .unwrap();
