@@ -22,7 +22,8 @@ type Routing = Vec<Vec<[usize; TOP_K]>>;
 /// One rank with one layer of experts, which it uses again and again.
 struct Member {
     nccl: Nccl,
-    device: Arc<Ordered>,
+    /// Where the host's waits can be counted.
+    device: Option<Arc<Ordered>>,
     backend: Cuda,
     held: Experts,
     places: Places,
@@ -50,15 +51,20 @@ fn number(rng: &mut Rng) -> f32 {
 
 impl Member {
     fn new(control: Tcp, routing: &Routing) -> Self {
-        let (me, n) = (control.rank(), control.size() as usize);
         let device = Ordered::new();
-        let mut b = Cuda::new(Arc::clone(&device) as _, Precision::Fast).unwrap();
+        let backend = Cuda::new(Arc::clone(&device) as _, Precision::Fast).unwrap();
+        Self { device: Some(device), ..Self::on(API, backend, control, routing) }
+    }
+
+    fn on(api: Api, mut b: Cuda, control: Tcp, routing: &Routing) -> Self {
+        let (me, n) = (control.rank(), control.size() as usize);
         let mut routes = b.routes(ROWS_MAX, TOP_K);
         let row_bytes = [b.dispatch_record(TOP_K, HIDDEN), b.combine_record(HIDDEN)];
         let room = n * (64 + 32 * row_bytes[0].max(TOP_K * row_bytes[1]));
         let shape = Shape { ranks: n, experts: EXPERTS, top_k: TOP_K, row_bytes, rows_max: ROWS_MAX as u32, room };
         let port = Port::new(&b, shape.slots_bytes()).unwrap();
-        let nccl = Nccl::join(API, control, port, JoinOptions { shape, ..options() }).unwrap();
+        let options = JoinOptions { shape, channels_max: Some(1), ..options() };
+        let nccl = Nccl::join(api, control, port, options).unwrap();
 
         let per_rank = EXPERTS.div_ceil(n);
         let mut held = b.experts(per_rank, SHAPE);
@@ -110,7 +116,7 @@ impl Member {
         let places = b.places(&places);
         let (outgoing, incoming) = (b.parts(n, room), b.parts(n, room));
         b.finish().unwrap();
-        Self { nccl, device, backend: b, held, places, routes, x, outgoing, incoming }
+        Self { nccl, device: None, backend: b, held, places, routes, x, outgoing, incoming }
     }
 
     fn dispatch(&mut self, layer: u32) -> Result<(), CollectiveError> {
@@ -157,7 +163,7 @@ impl Member {
         self.begin(step, Instant::now() + PATIENCE, routing, way);
         let gathered = matches!(way, Some(Way::Gather { .. }));
         let mut received = None;
-        let waits = self.device.waits.load(Ordering::SeqCst);
+        let before = self.device.as_ref().map(|device| device.waits.load(Ordering::SeqCst));
         for layer in 0..layers {
             self.dispatch(layer)?;
             if layer == 0 && layers == 1 && !gathered {
@@ -166,7 +172,8 @@ impl Member {
             self.experts_and_combine(layer)?;
         }
         if layers > 1 && !matches!(way, Some(Way::Exact)) {
-            assert_eq!(self.device.waits.load(Ordering::SeqCst), waits, "the host only enqueues");
+            let waits = self.device.as_ref().map(|device| device.waits.load(Ordering::SeqCst));
+            assert_eq!(waits, before, "the host only enqueues");
         }
         self.nccl.settle()?;
         let residual = self.backend.read(&self.x).into_iter().map(f32::to_bits).collect();
@@ -177,8 +184,16 @@ impl Member {
 
 /// Does something on every rank of a cell.
 fn cell<R: Send>(routing: &Routing, work: impl Fn(Member) -> R + Sync) -> Vec<R> {
+    cell_of(Member::new, routing, work)
+}
+
+fn cell_of<R: Send>(
+    make: impl Fn(Tcp, &Routing) -> Member + Sync,
+    routing: &Routing,
+    work: impl Fn(Member) -> R + Sync,
+) -> Vec<R> {
     std::thread::scope(|scope| {
-        let start = |control| scope.spawn(|| work(Member::new(control, routing)));
+        let start = |control| scope.spawn(|| work(make(control, routing)));
         let threads: Vec<_> = controls(routing.len() as u32).into_iter().map(start).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
@@ -355,4 +370,74 @@ fn more_rows_than_a_slot_holds_are_an_error_and_never_dropped() {
     // As the step's rows choose, there is room.
     let (chosen, _) = run(&routing, None, 1);
     assert_eq!(chosen.len(), 2);
+}
+
+/// Ranks as threads that share one GPU, over the true NCCL: `NCCL_MULTI_RANK_GPU_ENABLE=1` lets them.
+mod gpu {
+    use phalanx_kernels::cuda::driver;
+    use phalanx_kernels::cuda::libraries::gpus;
+
+    use super::super::hardware::not_run;
+    use super::*;
+
+    /// What makes a rank on the first GPU, if there is what it takes.
+    fn ranks() -> Option<impl Fn(Tcp, &Routing) -> Member + Sync> {
+        let api = Api::load().map_err(not_run).ok()?;
+        gpus().map_err(not_run).ok()?;
+        if std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").as_deref() != Ok("1") {
+            not_run("ranks may not share a GPU; set NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL_NVLS_ENABLE=0");
+            return None;
+        }
+        let kernels = crate::device::kernel_cache().unwrap_or_else(std::env::temp_dir);
+        Some(move |control: Tcp, routing: &Routing| {
+            let backend = driver::open(0, &kernels, Precision::Fast).unwrap();
+            Member::on(api, backend, control, routing)
+        })
+    }
+
+    #[test]
+    fn one_two_and_four_ranks_give_the_same_bits_whichever_way() {
+        let Some(make) = ranks() else { return };
+        let rows = any(5, &[16]).concat();
+        let mut expected = None;
+        for n in [1, 2, 4] {
+            let routing: Routing = rows.chunks(16 / n).map(<[_]>::to_vec).collect();
+            for way in [Way::Exact, Way::Slots { rows: 16 }, Way::Gather { rows: 16 }] {
+                let outcomes = cell_of(&make, &routing, |mut member| {
+                    let residual = member.step(1, &routing, Some(way), 30).unwrap().residual;
+                    (residual, member.nccl.counters())
+                });
+                let sent: u64 = outcomes.iter().map(|(_, counters)| counters.bytes_sent).sum();
+                let received: u64 = outcomes.iter().map(|(_, counters)| counters.bytes_received).sum();
+                assert_eq!(sent, received, "{n} ranks, {way:?}");
+                println!("{n} ranks, {way:?}: {sent} bytes");
+                let bits: Vec<u32> = outcomes.into_iter().flat_map(|(residual, _)| residual).collect();
+                assert!(*expected.get_or_insert_with(|| bits.clone()) == bits, "{n} ranks, {way:?}");
+            }
+        }
+    }
+
+    /// A rank leaves in the middle of a step: the others name it and abort; in a new epoch all begin again.
+    #[test]
+    fn after_a_death_a_new_epoch_gives_the_same_bits() {
+        let Some(make) = ranks() else { return };
+        let routing = any(6, &[3, 2]);
+        let whole = |way| {
+            cell_of(&make, &routing, |mut member| member.step(1, &routing, Some(way), 2).unwrap().residual)
+        };
+        for way in [Way::Exact, Way::Slots { rows: 8 }, Way::Gather { rows: 8 }] {
+            let expected = whole(way);
+            let errors = cell_of(&make, &routing, |mut member| {
+                member.begin(1, Instant::now() + PATIENCE, &routing, Some(way));
+                if member.nccl.rank() == Rank(1) {
+                    return None;
+                }
+                let sent = member.dispatch(0).and_then(|()| member.nccl.settle());
+                assert_eq!(member.nccl.communicator().state(), State::Aborted);
+                Some(sent.unwrap_err())
+            });
+            assert!(errors.iter().flatten().all(|error| error.blamed() == [Rank(1)]), "{way:?}: {errors:?}");
+            assert!(whole(way) == expected, "{way:?}");
+        }
+    }
 }
