@@ -185,7 +185,8 @@ impl Packed {
     ///
     /// # Panics
     /// If it lies outside them.
-    pub(crate) fn slice(&self, part: Range<usize>) -> Self {
+    #[must_use]
+    pub fn slice(&self, part: Range<usize>) -> Self {
         let range = self.range.start + part.start..self.range.start + part.end;
         assert!(range.start <= range.end && range.end <= self.range.end, "a part lies within its bytes");
         Self { memory: self.memory.clone(), range }
