@@ -17,7 +17,7 @@ pub(super) struct Q8;
 impl Format for Q8 {
     type Codes = [[u32; LANES]; QUADS];
     type Scales = [u16; LANES];
-    const QUICK: usize = 4;
+    const QUICK: usize = 2;
 }
 
 /// Rounds bf16 parts `[rows, cols]` and packs them one under the other.

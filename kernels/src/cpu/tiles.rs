@@ -28,7 +28,7 @@ pub(super) trait Format: Sized + Send + Sync + 'static {
     type Codes: Plain;
     /// Their scales.
     type Scales: Plain;
-    /// Rows up to which a product is so quick that the processor's own asking ahead keeps up.
+    /// Rows up to which a product is so quick that the processor's own asking ahead keeps up, if led on by a line a cluster.
     const QUICK: usize;
 }
 
@@ -141,8 +141,9 @@ impl<F: Format> Tile<'_, F> {
         let (before, within) = (b / cluster::<F>(), b % cluster::<F>());
         let bytes = line + cluster::<F>() * codes;
         let (first, start) = (self.weights.as_ptr(), before * bytes);
-        if rows > F::QUICK && within == 0 {
-            for line in 0..bytes / LINE {
+        if within == 0 {
+            let lines = if rows > F::QUICK { bytes / LINE } else { 1 };
+            for line in 0..lines {
                 l.prefetch(first.wrapping_add(start + AHEAD + line * LINE));
             }
         }
