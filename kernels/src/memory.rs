@@ -125,10 +125,31 @@ pub(crate) fn will_need(bytes: &[u8]) {
     }
 }
 
+/// Asks for large pages where whole ones fit: without them, memory is read at half its speed. The system may decline.
+fn use_large_pages<T>(data: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        const LARGE: usize = 2 << 20;
+        let range = data.as_ptr_range();
+        let start = range.start.addr().next_multiple_of(PAGE);
+        let end = range.end.addr() / PAGE * PAGE;
+        if end.saturating_sub(start) >= LARGE {
+            let first = data.as_mut_ptr().cast::<u8>().wrapping_add(start - range.start.addr());
+            // SAFETY: whole pages of a live slice of ours; the advice changes no byte.
+            let _declined =
+                unsafe { rustix::mm::madvise(first.cast(), end - start, rustix::mm::Advice::LinuxHugepage) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = data;
+}
+
 /// `len` zeroed elements whose pages exist from now on, so that memory planned is memory held.
 #[must_use]
 pub fn resident<T: Copy + Default>(len: usize) -> Vec<T> {
     let mut data = vec![T::default(); len];
+    use_large_pages(&mut data);
     touch(&mut data);
     data
 }
@@ -168,7 +189,7 @@ impl Packed {
     /// Those of `fill`.
     pub fn filled<E>(len: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
         let mut bytes = Aligned::zeroed(len);
-        bytes.use_large_pages();
+        use_large_pages(&mut bytes);
         fill(&mut bytes)?;
         Ok(Self { memory: PackedMemory::Own(Arc::new(bytes)), range: 0..len })
     }
@@ -208,7 +229,8 @@ impl Packed {
     ///
     /// # Panics
     /// If it lies outside them.
-    pub(crate) fn slice(&self, part: Range<usize>) -> Self {
+    #[must_use]
+    pub fn slice(&self, part: Range<usize>) -> Self {
         let range = self.range.start + part.start..self.range.start + part.end;
         assert!(range.start <= range.end && range.end <= self.range.end, "a part lies within its bytes");
         Self { memory: self.memory.clone(), range }
@@ -282,9 +304,10 @@ impl<T: Copy + Default> Aligned<T> {
         Self { data, start, len }
     }
 
-    /// `len` zeros whose pages exist from now on.
+    /// `len` zeros whose pages exist from now on, large ones where the system has them.
     pub(crate) fn resident(len: usize) -> Self {
         let mut this = Self::zeroed(len);
+        use_large_pages(&mut this.data);
         touch(&mut this.data);
         this
     }
@@ -292,23 +315,6 @@ impl<T: Copy + Default> Aligned<T> {
     /// Bytes of the numbers.
     pub(crate) const fn bytes(&self) -> u64 {
         (self.len * size_of::<T>()) as u64
-    }
-
-    /// Asks for large pages, which cost fewer look-ups; the system may decline.
-    fn use_large_pages(&mut self) {
-        #[cfg(target_os = "linux")]
-        {
-            const PAGE: usize = 4096;
-            let range = self.data.as_ptr_range();
-            let start = range.start.addr().next_multiple_of(PAGE);
-            let end = range.end.addr() / PAGE * PAGE;
-            if start < end {
-                let first = self.data.as_mut_ptr().cast::<u8>().wrapping_add(start - range.start.addr());
-                // SAFETY: whole pages of a live allocation of ours; the advice changes no byte.
-                let _declined =
-                    unsafe { rustix::mm::madvise(first.cast(), end - start, rustix::mm::Advice::LinuxHugepage) };
-            }
-        }
     }
 }
 

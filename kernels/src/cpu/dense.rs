@@ -35,6 +35,7 @@ struct Bf16;
 impl Format for Bf16 {
     type Codes = [[u16; LANES]; BLOCK];
     type Scales = [u8; 0];
+    const QUICK: usize = 1;
 }
 
 /// Bytes of a packed matrix.
@@ -61,9 +62,8 @@ pub(super) fn pack(
         first += rows;
     }
     match format {
-        DenseFormat::Bf16 => tiles::pack::<Bf16>(threads, cols, &parts, out, |_, _, bytes, codes, _, lane| {
-            let columns = codes.as_flattened_mut().iter_mut();
-            for (out, value) in columns.zip(bytes.as_chunks::<2>().0) {
+        DenseFormat::Bf16 => tiles::pack::<Bf16>(threads, cols, &parts, out, 2 * BLOCK, |_, bytes, codes, _, lane| {
+            for (out, value) in codes.iter_mut().zip(bytes.as_chunks::<2>().0) {
                 out[lane] = u16::from_le_bytes(*value);
             }
         }),
@@ -302,7 +302,7 @@ impl Multiply<f32> for Bf16 {
         let mut sums = [[l.splat(0.0); TOKENS]; TILES];
         for b in 0..blocks(cols) {
             // SAFETY: every tile has as many blocks, checked above.
-            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b) }.0);
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b, TOKENS) }.0);
             for (c, k) in (b * BLOCK..cols).take(BLOCK).enumerate() {
                 let w: [L::F; TILES] = std::array::from_fn(|i| l.load_bf16(&weights[i][c]));
                 for t in 0..TOKENS {

@@ -181,7 +181,7 @@ impl<F: Bytes> Multiply<Int8Block> for F {
         for b in 0..width {
             for i in 0..TILES {
                 // SAFETY: every tile has `width` blocks, checked above.
-                let (codes, scales) = unsafe { tiles[i].block(l, b) };
+                let (codes, scales) = unsafe { tiles[i].block(l, b, TOKENS) };
                 let bytes = F::bytes(l, codes);
                 let scale = F::scales(l, scales);
                 for t in 0..TOKENS {

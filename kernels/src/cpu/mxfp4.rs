@@ -25,6 +25,7 @@ pub(super) struct Mxfp4;
 impl Format for Mxfp4 {
     type Codes = [[u32; LANES]; DWORDS];
     type Scales = [u8; LANES];
+    const QUICK: usize = 1;
 }
 
 /// Packs blocks `[rows, cols / 32, 16]` and scales `[rows, cols / 32]`.
@@ -43,15 +44,12 @@ pub(super) fn pack(
         return Err(KernelError::Scale { what: scales_name, index });
     }
     let part = Part { first: 0, rows, weights: blocks, bias: Some(bias) };
-    tiles::pack::<Mxfp4>(threads, cols, &[part], out, |_, row, bytes, codes, out, lane| {
-        let dwords = codes.as_flattened_mut().iter_mut();
-        for (out, dword) in dwords.zip(bytes.as_chunks::<4>().0) {
+    tiles::pack::<Mxfp4>(threads, cols, &[part], out, BLOCK / 2, |[row, b], bytes, codes, scale, lane| {
+        for (out, dword) in codes.iter_mut().zip(bytes.as_chunks::<4>().0) {
             let columns = u32::from_le_bytes(*dword);
             out[lane] = spread(columns & 0xffff) | spread(columns >> 16) << 4;
         }
-        for (out, scale) in out.iter_mut().zip(&scales.bytes()[row * width..]) {
-            out[lane] = *scale;
-        }
+        scale[lane] = scales.bytes()[row * width + b];
     })?;
     scales.release();
     Ok(())
@@ -82,7 +80,7 @@ impl Multiply<f32> for Mxfp4 {
         for b in 0..width {
             for i in 0..TILES {
                 // SAFETY: every tile has `width` blocks, checked above.
-                let (codes, scales) = unsafe { tiles[i].block(l, b) };
+                let (codes, scales) = unsafe { tiles[i].block(l, b, TOKENS) };
                 let mut products = [l.splat(0.0); TOKENS];
                 for (v, codes) in codes.iter().enumerate() {
                     let codes = l.load_codes(codes);
@@ -147,8 +145,8 @@ mod tests {
             pack(&Threads::new(1, None).unwrap(), [1, 32], sources, ["blocks", "scales", "bias"], out)
         });
         let packed = packed.unwrap();
-        let dword = |i: usize| u32::from_le_bytes(packed[4 * i..4 * i + 4].try_into().unwrap());
-        assert_eq!((dword(0), dword(LANES)), (0x7362_5140, 0xfbea_d9c8));
-        assert_eq!((packed[256], dword(320 / 4)), (7, 1f32.to_bits()));
+        let dword = |i: usize| u32::from_le_bytes(packed[i..i + 4].try_into().unwrap());
+        assert_eq!((packed[0], dword(64), dword(128)), (7, 0x7362_5140, 0xfbea_d9c8));
+        assert_eq!(dword(320), 1f32.to_bits());
     }
 }

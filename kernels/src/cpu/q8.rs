@@ -17,23 +17,22 @@ pub(super) struct Q8;
 impl Format for Q8 {
     type Codes = [[u32; LANES]; QUADS];
     type Scales = [u16; LANES];
+    const QUICK: usize = 2;
 }
 
 /// Rounds bf16 parts `[rows, cols]` and packs them one under the other.
 pub(super) fn pack(threads: &Threads, cols: usize, parts: &[Part<'_>], out: &mut [u8]) -> Result<(), KernelError> {
-    tiles::pack::<Q8>(threads, cols, parts, out, |_, _, bytes, codes, scales, lane| {
-        for ((block, codes), scale) in bytes.chunks(2 * BLOCK).zip(codes).zip(scales) {
-            let mut x = [0.0; BLOCK];
-            for (x, value) in x.iter_mut().zip(bf16::values(block)) {
-                *x = value;
-            }
-            let (rounded, of_block) = round(&x);
-            for (out, quad) in codes.iter_mut().zip(rounded.as_chunks::<4>().0) {
-                out[lane] = u32::from_le_bytes(*quad);
-            }
-            // Twice: one more in the exponent, exactly.
-            scale[lane] = bf16::narrow(2.0 * of_block);
+    tiles::pack::<Q8>(threads, cols, parts, out, 2 * BLOCK, |_, bytes, codes, scale, lane| {
+        let mut x = [0.0; BLOCK];
+        for (x, value) in x.iter_mut().zip(bf16::values(bytes)) {
+            *x = value;
         }
+        let (rounded, of_block) = round(&x);
+        for (out, quad) in codes.iter_mut().zip(rounded.as_chunks::<4>().0) {
+            out[lane] = u32::from_le_bytes(*quad);
+        }
+        // Twice: one more in the exponent, exactly.
+        scale[lane] = bf16::narrow(2.0 * of_block);
     })
 }
 

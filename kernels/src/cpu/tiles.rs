@@ -1,8 +1,10 @@
 //! Matrices in tiles of 16 output rows: what all weight formats have in common.
 //!
-//! A tile is one stretch of memory: `[cols / 32]` blocks of codes, then their scales, padded to a cache line, then 16
-//! biases in f32. The last block of columns and the last tile are padded with zeros. So a product with one row goes
-//! through the matrix from its first byte to its last. A lane is an output row.
+//! A tile is `[cols / 32]` blocks, then 16 biases in f32. Blocks whose scales fill a cache line are a cluster: that line, then
+//! their codes. The last cluster has a whole line and fewer codes; the last block of columns and the last tile are padded with
+//! zeros. So a product with one row reads a matrix line by line from its first byte to its last, which is the one way to have
+//! all that memory gives: a processor asks ahead of a single ascending stream by itself, and no further once there are two.
+//! Where many rows take their time over a cluster, one that follows is asked for as a whole. A lane is an output row.
 
 use std::marker::PhantomData;
 
@@ -16,8 +18,9 @@ use crate::{KernelError, bf16};
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a source that a thread reads before it gives their pages back.
 const PIECE_BYTES: usize = 1 << 20;
-/// How far ahead of its use memory is asked for, in bytes: the processor itself looks no further than a page.
-const AHEAD: usize = 32 << 10;
+
+/// How far ahead of its use memory is asked for, in bytes.
+const AHEAD: usize = 8 << 10;
 
 /// How the weights of a matrix are held.
 pub(super) trait Format: Sized + Send + Sync + 'static {
@@ -25,6 +28,8 @@ pub(super) trait Format: Sized + Send + Sync + 'static {
     type Codes: Plain;
     /// Their scales.
     type Scales: Plain;
+    /// Rows up to which a product is so quick that the processor's own asking ahead keeps up, if led on by a line a cluster.
+    const QUICK: usize;
 }
 
 /// A packed matrix `[rows, cols]` with its bias.
@@ -37,11 +42,10 @@ pub(super) struct Tiles<F> {
 }
 
 /// One tile.
-pub(super) struct Tile<'a, F: Format> {
-    /// `[cols / 32]`
-    codes: &'a [F::Codes],
-    /// `[cols / 32]`
-    scales: &'a [F::Scales],
+pub(super) struct Tile<'a, F> {
+    /// Codes and scales, padded.
+    weights: &'a [u8],
+    format: PhantomData<fn() -> F>,
 }
 
 /// Blocks of a row.
@@ -49,14 +53,27 @@ pub(super) const fn blocks(cols: usize) -> usize {
     cols.div_ceil(BLOCK)
 }
 
-impl<F: Format> Tiles<F> {
-    /// Bytes of a tile's codes and scales, padded.
-    const fn weight_bytes(cols: usize) -> usize {
-        (blocks(cols) * (size_of::<F::Codes>() + size_of::<F::Scales>())).next_multiple_of(LINE)
+/// Blocks whose scales share a cache line.
+const fn cluster<F: Format>() -> usize {
+    match size_of::<F::Scales>() {
+        0 => 1,
+        scales => LINE / scales,
     }
+}
 
+/// Bytes of that line.
+const fn scale_line<F: Format>() -> usize {
+    cluster::<F>() * size_of::<F::Scales>()
+}
+
+/// Bytes of the codes and scales of so many blocks, padded.
+const fn weight_bytes<F: Format>(blocks: usize) -> usize {
+    blocks.div_ceil(cluster::<F>()) * scale_line::<F>() + blocks * size_of::<F::Codes>()
+}
+
+impl<F: Format> Tiles<F> {
     const fn tile_bytes(cols: usize) -> usize {
-        Self::weight_bytes(cols) + LANES * size_of::<f32>()
+        weight_bytes::<F>(blocks(cols)) + LANES * size_of::<f32>()
     }
 
     /// Bytes of a packed matrix.
@@ -88,22 +105,21 @@ impl<F: Format> Tiles<F> {
     }
 
     #[inline(always)]
-    fn tile_of(&self, tile: usize) -> &[u8] {
+    fn tile_of(&self, tile: usize) -> (&[u8], &[u8]) {
         let bytes = Self::tile_bytes(self.cols);
-        &self.packed[tile * bytes..(tile + 1) * bytes]
+        self.packed[tile * bytes..(tile + 1) * bytes].split_at(weight_bytes::<F>(blocks(self.cols)))
     }
 
     /// Codes and scales of a tile.
     #[inline(always)]
     pub(super) fn tile(&self, tile: usize) -> Tile<'_, F> {
-        let (codes, scales) = self.tile_of(tile).split_at(blocks(self.cols) * size_of::<F::Codes>());
-        Tile { codes: view(codes), scales: &view(scales)[..blocks(self.cols)] }
+        Tile { weights: self.tile_of(tile).0, format: PhantomData }
     }
 
     /// The biases of a tile.
     #[inline(always)]
     pub(super) fn bias(&self, tile: usize) -> &[f32; LANES] {
-        &view(&self.tile_of(tile)[Self::weight_bytes(self.cols)..])[0]
+        &view(self.tile_of(tile).1)[0]
     }
 }
 
@@ -111,23 +127,43 @@ impl<F: Format> Tile<'_, F> {
     /// Panics unless the tile has `blocks` blocks; then [`Tile::block`] may be called for each.
     #[inline(always)]
     pub(super) fn check(&self, blocks: usize) {
-        assert!(self.codes.len() == blocks && self.scales.len() == blocks, "whole tiles");
+        assert!(self.weights.len() == weight_bytes::<F>(blocks), "whole tiles");
+        assert!(self.weights.as_ptr().addr().is_multiple_of(LINE), "tiles begin on a cache line");
     }
 
-    /// Codes and scales of a block; asks for what comes a while after.
+    /// Codes and scales of a block, for the product with so many rows.
     ///
     /// # Safety
     /// `b` is below the number of blocks, see [`Tile::check`].
     #[inline(always)]
-    pub(super) unsafe fn block<L: Lanes>(&self, l: L, b: usize) -> (&F::Codes, &F::Scales) {
-        // SAFETY: the caller's promise.
-        let (codes, scales) = unsafe { (self.codes.get_unchecked(b), self.scales.get_unchecked(b)) };
-        let ahead = std::ptr::from_ref(codes).cast::<u8>().wrapping_add(AHEAD);
-        for line in 0..size_of::<F::Codes>() / LINE {
-            l.prefetch(ahead.wrapping_add(line * LINE));
+    pub(super) unsafe fn block<L: Lanes>(&self, l: L, b: usize, rows: usize) -> (&F::Codes, &F::Scales) {
+        let (codes, line) = (size_of::<F::Codes>(), scale_line::<F>());
+        let (before, within) = (b / cluster::<F>(), b % cluster::<F>());
+        let bytes = line + cluster::<F>() * codes;
+        let (first, start) = (self.weights.as_ptr(), before * bytes);
+        if within == 0 {
+            let lines = if rows > F::QUICK { bytes / LINE } else { 1 };
+            for line in 0..lines {
+                l.prefetch(first.wrapping_add(start + AHEAD + line * LINE));
+            }
         }
-        (codes, scales)
+        // SAFETY: by the caller's promise these bytes lie within the tile; they begin at a multiple of their type's size from
+        // a cache line, so they are aligned; every pattern is a value of a plain type.
+        unsafe {
+            let scales = first.add(start + within * size_of::<F::Scales>());
+            let codes = first.add(start + line + within * codes);
+            (&*codes.cast(), &*scales.cast())
+        }
     }
+}
+
+/// Codes and scales of a tile's blocks, ascending, to be written.
+fn blocks_mut<F: Format>(weights: &mut [u8]) -> impl Iterator<Item = (&mut F::Codes, &mut F::Scales)> {
+    let line = scale_line::<F>();
+    weights.chunks_mut(line + cluster::<F>() * size_of::<F::Codes>()).flat_map(move |cluster| {
+        let (scales, codes) = cluster.split_at_mut(line);
+        view_mut(codes).iter_mut().zip(view_mut(scales))
+    })
 }
 
 /// A matrix to be packed, and the row at which it begins among those stacked with it.
@@ -142,14 +178,15 @@ pub(super) struct Part<'a> {
     pub(super) bias: Option<Source<'a>>,
 }
 
-/// Packs parts one under the other. `row` writes a row of a part into its lane of a tile; it gets the part, the row
-/// within the part, the bytes of that row of the weights, the tile's codes and scales, and the lane.
+/// Packs parts one under the other. `block` writes a block of a row of a part into its lane of a tile; it gets the row within
+/// the part, the block, its bytes, at most `block_bytes`, where it puts codes and scale, and the lane.
 pub(super) fn pack<F: Format>(
     threads: &Threads,
     cols: usize,
     parts: &[Part<'_>],
     out: &mut [u8],
-    row: impl Fn(usize, usize, &[u8], &mut [F::Codes], &mut [F::Scales], usize) + Sync,
+    block_bytes: usize,
+    block: impl Fn([usize; 2], &[u8], &mut F::Codes, &mut F::Scales, usize) + Sync,
 ) -> Result<(), KernelError> {
     let rows = parts.iter().map(|part| part.rows).sum::<usize>();
     need("the room for a packed matrix", out.len(), Tiles::<F>::bytes_of(rows, cols))?;
@@ -160,7 +197,7 @@ pub(super) fn pack<F: Format>(
     let stride = (PIECE_BYTES / tile_bytes.max(1)).max(1);
     threads.each(tiles.div_ceil(stride), usize::MAX, |piece| {
         let piece = piece * stride..tiles.min((piece + 1) * stride);
-        for (p, part) in parts.iter().enumerate() {
+        for part in parts {
             let here = (piece.start * LANES).max(part.first)..(piece.end * LANES).min(part.first + part.rows);
             if here.is_empty() {
                 continue;
@@ -174,11 +211,11 @@ pub(super) fn pack<F: Format>(
                 let (tile, lane) = (index / LANES, index % LANES);
                 // SAFETY: pieces differ in their tiles; within a piece each part is dropped before the next.
                 let tile = unsafe { out.slice(tile * tile_bytes..(tile + 1) * tile_bytes) };
-                let (weights, biases) = tile.split_at_mut(Tiles::<F>::weight_bytes(cols));
-                let (codes, scales) = weights.split_at_mut(blocks(cols) * size_of::<F::Codes>());
-                let scales = &mut view_mut(scales)[..blocks(cols)];
-                let values = &source.bytes()[i * width..(i + 1) * width];
-                row(p, index - part.first, values, view_mut(codes), scales, lane);
+                let (weights, biases) = tile.split_at_mut(weight_bytes::<F>(blocks(cols)));
+                let values = source.bytes()[i * width..(i + 1) * width].chunks(block_bytes);
+                for (b, (values, (codes, scales))) in values.zip(blocks_mut::<F>(weights)).enumerate() {
+                    block([index - part.first, b], values, codes, scales, lane);
+                }
                 view_mut::<[f32; LANES]>(biases)[0][lane] = bias.next().unwrap_or(0.0);
             }
             source.release();

@@ -86,13 +86,15 @@ fn numbers(n: usize) -> Vec<f32> {
     bytes.into_iter().map(|byte| (f32::from(byte) - 127.5) / 64.0).collect()
 }
 
-/// Packed weights without meaning: speed does not depend on them, as long as none is a NaN.
-fn packed(len: usize, seed: u64) -> Result<Packed, KernelError> {
-    Packed::filled(len, |out| {
-        noise(seed, out);
+/// Packed weights without meaning, `count` times `len` bytes: speed does not depend on them, as long as none is a NaN. They
+/// are one stretch of memory, as those that a worker maps are: apart, each would begin and end in small pages.
+fn packed(count: usize, len: usize) -> Result<impl Iterator<Item = Packed>, KernelError> {
+    let all = Packed::filled(count * len, |out| {
+        noise(count as u64, out);
         tame(out);
-        Ok(())
-    })
+        Ok::<_, KernelError>(())
+    })?;
+    Ok((0..count).map(move |i| all.slice(i * len..(i + 1) * len)))
 }
 
 pub(super) fn norm<B: Machine>(backend: &mut B, rows: usize) -> Result<Case<B>> {
@@ -130,8 +132,8 @@ impl<B: Machine> Matrices<B> {
         arithmetic: Arithmetic,
     ) -> Result<Self, KernelError> {
         let bytes = backend.dense_bytes(DenseUse::Projection, height, cols);
-        let copies = (0..COLD_BYTES.div_ceil(bytes))
-            .map(|i| backend.hold_dense(DenseUse::Projection, height, cols, packed(bytes, i as u64)?))
+        let copies = packed(COLD_BYTES.div_ceil(bytes), bytes)?
+            .map(|packed| backend.hold_dense(DenseUse::Projection, height, cols, packed))
             .collect::<Result<_, KernelError>>()?;
         Ok(Self { name, height, cols, arithmetic, bytes, copies })
     }
@@ -231,8 +233,8 @@ impl<B: Machine> Layer<B> {
     pub(super) fn new(backend: &mut B, count: usize, arithmetic: Arithmetic) -> Result<Self, KernelError> {
         let mut experts = backend.experts(count, EXPERT);
         let bytes = backend.expert_bytes(&experts);
-        for slot in 0..count {
-            backend.hold_expert(&mut experts, slot, packed(bytes, slot as u64)?)?;
+        for (slot, packed) in packed(count, bytes)?.enumerate() {
+            backend.hold_expert(&mut experts, slot, packed)?;
         }
         Ok(Self { experts: Rc::new(experts), count, bytes, arithmetic })
     }
