@@ -2,6 +2,7 @@
 //!
 //! The backend is the host's half: it checks shapes, chooses kernels (`choose`), keeps memory and enqueues. A
 //! [`Device`] is the other half: a GPU behind the driver ([`driver`]), or the same kernels on the CPU (`emulated`, for tests).
+//! Between them a `queue` records what a step enqueues and submits it as graphs (docs/adr/0012-steps-as-graphs.md).
 //! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
