@@ -77,6 +77,10 @@ fn exchange(cell: &mut [Rank], way: Way, dispatch: bool) -> Result<(), KernelErr
     let slot = cell[0].slot(rows, dispatch);
     let slots: Vec<u64> =
         cell.iter_mut().map(|rank| rank.port.pack(&rank.outgoing, slot, rank.me)).collect::<Result<_, _>>()?;
+    // Each rank enqueues for itself: what others are to read must be on its way.
+    for rank in cell.iter() {
+        rank.port.stream()?;
+    }
     for (to, rank) in cell.iter_mut().enumerate() {
         let landing = rank.port.landing(&mut rank.incoming, slot)?;
         for (from, slots) in slots.iter().enumerate() {
