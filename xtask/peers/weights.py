@@ -37,7 +37,8 @@ def recipe():
 
 
 def files(path):
-    return [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
+    # Folders in it are what engines keep beside their weights.
+    return [file.path for file in os.scandir(path) if file.is_file()] if os.path.isdir(path) else [path]
 
 
 def remove(path):

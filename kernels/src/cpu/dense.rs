@@ -304,7 +304,10 @@ impl Multiply<f32> for Bf16 {
             // SAFETY: every tile has as many blocks, checked above.
             let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b, TOKENS) }.0);
             for (c, k) in (b * BLOCK..cols).take(BLOCK).enumerate() {
-                let w: [L::F; TILES] = std::array::from_fn(|i| l.load_bf16(&weights[i][c]));
+                let mut w = [l.splat(0.0); TILES];
+                for (w, weights) in w.iter_mut().zip(&weights) {
+                    *w = l.load_bf16(&weights[c]);
+                }
                 for t in 0..TOKENS {
                     // SAFETY: every row has `cols` columns, checked above.
                     let x = l.splat(unsafe { *x[t].get_unchecked(k) });
