@@ -14,6 +14,7 @@ use phalanx::local::{CellOptions, LocalCell};
 use phalanx_model::Checkpoint;
 use phalanx_planner::{Event, Request, Want};
 use phalanx_proto::{DenseType, Limits, Precision, SeqId, TokenId};
+use phalanx_worker::collectives::nccl::ExchangeRequest;
 use phalanx_worker::device::{Device, DriverGpus, Processor};
 
 pub(crate) use paths::fixture;
@@ -62,6 +63,7 @@ impl Setup {
             weight_cache: false,
             isa: None,
             gpus: &DriverGpus,
+            exchange: ExchangeRequest::Auto,
         };
         CellOptions { workers: self.workers, device, limits }
     }

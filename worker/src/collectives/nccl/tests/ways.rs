@@ -422,9 +422,8 @@ mod gpu {
     fn after_a_death_a_new_epoch_gives_the_same_bits() {
         let Some(make) = ranks() else { return };
         let routing = any(6, &[3, 2]);
-        let whole = |way| {
-            cell_of(&make, &routing, |mut member| member.step(1, &routing, Some(way), 2).unwrap().residual)
-        };
+        let whole =
+            |way| cell_of(&make, &routing, |mut member| member.step(1, &routing, Some(way), 2).unwrap().residual);
         for way in [Way::Exact, Way::Slots { rows: 8 }, Way::Gather { rows: 8 }] {
             let expected = whole(way);
             let errors = cell_of(&make, &routing, |mut member| {
