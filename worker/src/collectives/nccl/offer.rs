@@ -245,7 +245,8 @@ mod tests {
 
     #[test]
     fn what_one_rank_lacks_all_do_without_and_its_name_is_said() {
-        let lacks: [(fn(&mut Offer), &str); 4] = [
+        type Change = fn(&mut Offer);
+        let lacks: [(Change, &str); 4] = [
             (|offer| offer.request = ExchangeRequest::Tcp, "rank 2 is started with --exchange tcp"),
             (|offer| offer.nccl = 0, "rank 2 has no NCCL"),
             (|offer| offer.nccl = 21_704, "the NCCL of rank 2 is 2.17.4, older than 2.18.0"),
