@@ -451,6 +451,20 @@ fn live(request: &Request, seq: SeqId) -> Live<'_> {
     Live { request, place: 0, given: Given::default(), computed: 0, seq: Some(seq), granted: 0, sampled: false }
 }
 
+/// How rows travel is chosen by what the header says of all ranks.
+#[test]
+fn a_header_that_does_not_speak_of_the_rows_is_refused() {
+    let mut bench = Bench::new(&checkpoint());
+    let good = bench.next(StepPlan::default());
+    for said in [vec![], vec![1], vec![0, 0]] {
+        let header = StepHeader { rows_of_rank: said.clone(), ..good.header.clone() };
+        let refused = bench.runner.run(&StepPlan { header, ..good.clone() }, &()).unwrap_err();
+        assert_eq!(refused, StepError::Header { rank: Rank(0), rows: 0, said });
+        assert!(!refused.ends_epoch());
+    }
+    bench.runner.run(&good, &()).unwrap();
+}
+
 #[test]
 fn a_plan_that_does_not_fit_is_refused_and_nothing_is_touched() {
     let checkpoint = checkpoint();

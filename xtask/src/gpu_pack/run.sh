@@ -10,6 +10,9 @@ export GPU_REQUIRED=${GPU_REQUIRED:-1} RUST_BACKTRACE=${RUST_BACKTRACE:-1}
 # Kernels that were compiled with the pack; what is missing there is compiled by NVRTC and kept.
 export PHALANX_KERNEL_CACHE=${PHALANX_KERNEL_CACHE:-$here/cubin}
 export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
+# Ranks that share the GPU: NCCL since 2.30.3 lets them, without NVLink's multicast and with one block each. Kernels are
+# loaded before any of them waits for another.
+export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1 CUDA_MODULE_LOADING=EAGER
 # One test at a time: they share one GPU. A test that hangs ends here.
 limit=${LIMIT_SECONDS:-120}
 logs=${OUT:-$here}/logs
