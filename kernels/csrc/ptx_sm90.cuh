@@ -65,6 +65,8 @@ DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 // Orders what was done to registers before the products that follow; a is what they multiply, made before and not later.
 template <u32 N>
 DEVICE void wgmma_fence(u32 (&a)[N][4]) {
+  // Lanes may have left a wait or a branch one by one; what follows wants all of a warp.
+  __syncwarp();
 #pragma unroll
   for (u32 n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

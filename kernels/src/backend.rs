@@ -561,6 +561,11 @@ pub trait Backend: Send + Sized + 'static {
     /// What went wrong first since the last `finish`; the step's results are then worthless.
     fn finish(&mut self) -> Result<(), KernelError>;
 
+    /// Something that makes steps slower and not wrong; told once.
+    fn take_warning(&mut self) -> Option<KernelError> {
+        None
+    }
+
     // What the backend is.
 
     /// Bytes of a dispatch record: `K` slots and `H` numbers of the wire type.

@@ -22,6 +22,9 @@ pub struct BackendReport {
     pub wire_bytes: u32,
     /// Bytes of 32 numbers of a row as the experts read them.
     pub operand_block_bytes: u32,
+    /// The experts read a row for each of its choices, in tiles of this many for each expert, the last of them padded; 0 where
+    /// they read each row once.
+    pub item_tile: u32,
     /// What it makes for itself.
     pub scratch: Scratch,
     /// Threads that load and compute.
@@ -205,11 +208,15 @@ impl MemoryPlan {
         // A record begins with a slot for each choice; a row's and an item's place in lists.
         let heads = 4 * n(config.top_k);
         let (of_row, of_item) = (heads + 8, 12);
-        let exchange =
-            if slots == 0 { 0 } else { received * slots * (operand(i) + wire) + received * (operand(h) + wire) }
-                + received * (slots * of_item + of_row)
-                + rows * n(config.top_k).min(n(layout.ep)) * (wire + heads)
-                + rows * n(config.top_k) * wire;
+        let items = received * slots;
+        let read = match n(backend.item_tile) {
+            0 => received * operand(h),
+            tile => items * operand(h) + n(placement.slots_used(rank)) * tile * (operand(h) + operand(i)),
+        };
+        let exchange = if slots == 0 { 0 } else { items * (operand(i) + wire) + read + received * wire }
+            + received * (slots * of_item + of_row)
+            + rows * n(config.top_k).min(n(layout.ep)) * (wire + heads)
+            + rows * n(config.top_k) * wire;
 
         // Each thread packs one piece of the checkpoint at a time.
         let piece = (i * h / 32 * 17 * 2).max(n(LOAD_PIECE_BYTES));

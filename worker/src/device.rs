@@ -117,6 +117,7 @@ impl Device {
                 Precision::Exact => 128,
                 Precision::Fast => INT8_BLOCK_BYTES,
             },
+            item_tile: 0,
             scratch: Scratch::default(),
             threads: self.threads,
             process_base: PROCESS_BASE,
@@ -129,9 +130,10 @@ impl Device {
                 Ok(DeviceReport { numerics: numerics("cpu"), backend: report, memory_pool: memory_pool() })
             }
             Processor::Cuda { first, .. } => {
-                let GpuReport { arch, free, memory_pool } = self.gpus.look(first)?;
+                let GpuReport { arch, family, free, memory_pool } = self.gpus.look(first)?;
                 let backend = BackendReport {
                     operand_block_bytes: 32 * float_bytes,
+                    item_tile: if self.precision == Precision::Fast { family.item_tile() } else { 0 },
                     scratch: scratch::gpu_scratch(checkpoint.config()),
                     process_base: GPU_PROCESS_BASE,
                     threads: 1,

@@ -9,7 +9,8 @@ use phalanx_kernels::cuda::{Cuda, Port};
 use phalanx_model::gpt_oss::incoming_bytes;
 use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, Collectives, GptOss, LoadError, Watch};
-use phalanx_proto::{Fence, Limits, Placement, Rank, StepPlan, StepResult};
+use phalanx_proto::memory::Use;
+use phalanx_proto::{Fence, Layout, Limits, MemoryPlan, Placement, Rank, StepPlan, StepResult};
 
 use crate::collectives::nccl::{
     Api, ExchangeRequest, JoinError, JoinOptions, NoCarrier, Offer, Shape, join_if_all_can,
@@ -61,7 +62,8 @@ impl LoadedModel {
                 Ok(Self::Cpu(Box::new(model)))
             }
             Processor::Cuda { .. } => {
-                let backend = device.cuda(&mut |done, all| on_stage("compiling", done, all))?;
+                let mut backend = device.cuda(&mut |done, all| on_stage("compiling", done, all))?;
+                backend.take_memory(planned(device, share)?)?;
                 Ok(Self::Cuda(Box::new(load(backend, device.weight_cache, share, on_stage)?)))
             }
         }
@@ -115,6 +117,15 @@ impl LoadedModel {
             Self::Cuda(model) => Box::new(Runner::new(*model, Staged::new(collectives), limits, fence)),
         }
     }
+}
+
+/// Bytes of a GPU that the plan has for a share, beside what its driver takes.
+fn planned(device: &Device, share: Share<'_>) -> Result<u64, LoadError> {
+    let Share { checkpoint, placement, rank, ranks, limits } = share;
+    let backend = device.look(checkpoint)?.backend;
+    let layout = Layout { ep: ranks, survive: 0 };
+    let plan = MemoryPlan::new(checkpoint.config(), layout, placement, rank, &limits, &backend);
+    Ok(plan.total().0.saturating_sub(plan.of(Use::Process).0))
 }
 
 fn load<B: Backend>(

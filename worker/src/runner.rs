@@ -162,6 +162,9 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
         let sampled = self.model.finish(&mut result.phases)?;
+        if let Some(warning) = self.model.take_warning() {
+            tracing::warn!(%warning, "steps are slower than they could be");
+        }
         self.keep_sampled(plan, sampled, &mut result);
         result.exchange = self.collectives.counters();
         Ok(result)

@@ -142,6 +142,7 @@ fn description() -> Description {
             threads: 1,
             process_base: Bytes(1 << 20),
             operand_block_bytes: 128,
+            item_tile: 0,
             scratch: Scratch::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),

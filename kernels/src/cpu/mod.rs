@@ -343,7 +343,7 @@ impl Backend for Cpu {
     }
 
     fn hold_dense(&mut self, used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
-        let dense = Dense::new(self.format(used), rows, cols, packed)?;
+        let dense = Dense::new(self.format(used), rows, cols, packed.populated())?;
         self.allocated += dense.bytes();
         // Room to round the rows that this matrix will be multiplied with.
         let rows_max = self.shapes.iter().filter(|shape| shape.1 == cols).map(|shape| shape.0).max();
@@ -371,6 +371,7 @@ impl Backend for Cpu {
 
     fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
         self.clear_expert(experts, slot);
+        let packed = packed.populated();
         experts.hold(slot, &packed)?;
         self.allocated += packed.len() as u64;
         Ok(())

@@ -236,6 +236,11 @@ impl Backend for Cuda {
         }
     }
 
+    /// Why the device makes no graphs, if it does not.
+    fn take_warning(&mut self) -> Option<KernelError> {
+        self.memory.queue.take_warning()
+    }
+
     fn dispatch_record(&self, top_k: usize, hidden: usize) -> usize {
         wire::dispatch_record(self.precision, top_k, hidden)
     }

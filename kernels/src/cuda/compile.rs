@@ -243,6 +243,7 @@ fn named(folder: &Path, stem: &str) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = entries
         .filter(|entry| entry.file_name().to_string_lossy().starts_with(stem))
         .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == "cubin"))
         .collect();
     found.sort();
     found

@@ -38,6 +38,15 @@ impl Family {
     pub const fn of(capability: (i32, i32)) -> Self {
         if matches!(capability, (9, 0)) { Self::Wgmma } else { Self::Mma }
     }
+
+    /// Rows of a tile of choices in fast precision; 0 where the experts read each row once.
+    #[must_use]
+    pub const fn item_tile(self) -> u32 {
+        match self {
+            Self::Mma => 0,
+            Self::Wgmma => super::exchange::ITEM_TILE as u32,
+        }
+    }
 }
 
 /// A device with one stream: calls take effect in their order, and only [`Device::download`] and
@@ -187,7 +196,7 @@ pub trait Graph: fmt::Debug + Send {
     unsafe fn launch(&mut self) -> Result<(), KernelError>;
 }
 
-/// The size of a buffer that grows to hold `bytes`: up to an eighth more, so that it seldom grows again. Never less for
+/// The size of a buffer that grows to hold `bytes`: up to a quarter more, so that it seldom grows again. Never less for
 /// more.
 pub(super) fn grown(bytes: usize) -> usize {
     let step = bytes.checked_next_power_of_two().unwrap_or(0) / 8;
@@ -233,7 +242,11 @@ impl Memory {
     fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
         let mut arena = self.arena();
         let Some(arena) = arena.as_mut() else { return self.queue.device().allocate(bytes) };
-        arena.take(bytes).ok_or_else(|| {
+        if let Some(address) = arena.take(bytes) {
+            return Ok(address);
+        }
+        // Beyond what was planned, or in pieces too small: an allocation of its own, as long as the device has one.
+        self.queue.device().allocate(bytes).map_err(|_| {
             let (free, longest) = arena.room();
             let all = arena.range().end - arena.range().start;
             let why = format!("{bytes} bytes: of {all} planned, {free} are free, {longest} in one piece");
@@ -331,6 +344,8 @@ impl Buffer {
     /// Makes it at least `bytes` long and no longer; what it held is lost if it grows.
     pub(super) fn reserve_exactly(&mut self, bytes: usize) -> Result<(), KernelError> {
         if bytes > self.bytes {
+            // As above.
+            *self = self.memory.nothing();
             *self = self.memory.zeroed(bytes)?;
         }
         Ok(())
@@ -361,6 +376,12 @@ impl Buffer {
         }
         // SAFETY: the range was checked to lie within this allocation.
         unsafe { self.memory.queue.upload_ahead(from, self.address + at as u64) }
+    }
+
+    /// Whether what was enqueued before is done; does not wait.
+    pub(super) fn is_idle(&self) -> Result<bool, KernelError> {
+        self.memory.queue.submit()?;
+        self.memory.queue.device().is_idle()
     }
 
     /// Its first bytes; waits.

@@ -24,7 +24,7 @@ pub const PART_ALIGNMENT: usize = 4;
 /// Ranks and slots that an entry of a gathered record can name.
 const GATHERED_MAX: usize = 1 << 16;
 /// Items of a tile of wgmma's.
-const ITEM_TILE: usize = 8;
+pub(super) const ITEM_TILE: usize = 8;
 /// Bytes of an expert's entry in the slot table: six addresses.
 const SLOT: usize = 48;
 
@@ -81,6 +81,14 @@ impl Parts {
         let places = self.places.download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
+    }
+
+    /// Whether the bytes are there, so that [`Parts::download`] will not wait.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
+    pub fn is_ready(&self) -> Result<bool, KernelError> {
+        self.bytes.is_idle()
     }
 
     /// The bytes, on the host; waits.

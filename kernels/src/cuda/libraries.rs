@@ -11,6 +11,8 @@ use std::sync::OnceLock;
 
 use libloading::Library as Handle;
 
+use super::Family;
+
 /// A library that work on GPUs needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Library {
@@ -236,8 +238,18 @@ impl Gpu {
     /// The architecture that kernels are compiled for on it, `90a` for Hopper.
     #[must_use]
     pub fn arch(&self) -> String {
+        super::driver::arch_of(self.signed_capability())
+    }
+
+    /// By what it multiplies.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        Family::of(self.signed_capability())
+    }
+
+    fn signed_capability(&self) -> (i32, i32) {
         let number = |n| i32::try_from(n).unwrap_or(i32::MAX);
-        super::driver::arch_of((number(self.capability.0), number(self.capability.1)))
+        (number(self.capability.0), number(self.capability.1))
     }
 
     /// Bytes of its memory that are free. To learn them a context is made on it for a moment.

@@ -124,8 +124,8 @@ impl Cuda {
         self.weights.reserve(shape.weights())
     }
 
-    /// Takes `bytes` of the device at once, from which all further memory comes: weights, KV, buffers and what the
-    /// backend makes for itself. See [`arena_bytes`] and [`scratch_bytes`].
+    /// Takes `bytes` of the device at once, from which all further memory comes as long as it suffices: weights, KV, buffers
+    /// and what the backend makes for itself. See [`arena_bytes`] and [`scratch_bytes`].
     ///
     /// # Errors
     /// [`KernelError::Device`]: the device has no such stretch, or this was done before.
@@ -151,11 +151,6 @@ impl Cuda {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.memory.queue.counts()
-    }
-
-    /// Why the device makes no graphs, if it does not; told once. Steps are as right without, and slower.
-    pub fn take_warning(&mut self) -> Option<KernelError> {
-        self.memory.queue.take_warning()
     }
 
     /// By what it multiplies, where that is not the same on every device: devices that answer alike give the same bits.

@@ -75,13 +75,18 @@ fn fill(to: &mut [u8], from: &[u8]) {
     let share = from.len().div_ceil(READERS).max(READER_BYTES);
     let done = [const { AtomicBool::new(false) }; READERS];
     std::thread::scope(|scope| {
-        let shares = to.chunks_mut(share).zip(from.chunks(share)).zip(&done);
-        for ((to, from), done) in shares.skip(1) {
+        let mut shares = to.chunks_mut(share).zip(from.chunks(share)).zip(&done);
+        let own = shares.next();
+        for ((to, from), done) in shares {
             // A thread that does not start leaves its share to this one.
             let _ = std::thread::Builder::new().spawn_scoped(scope, move || {
                 to.copy_from_slice(from);
                 done.store(true, Ordering::Release);
             });
+        }
+        if let Some(((to, from), done)) = own {
+            to.copy_from_slice(from);
+            done.store(true, Ordering::Release);
         }
     });
     let shares = to.chunks_mut(share).zip(from.chunks(share)).zip(&done);

@@ -62,6 +62,8 @@ struct State {
     seen: VecDeque<u64>,
     /// The device makes no graphs.
     plain: bool,
+    /// Why nothing is submitted any more: what was recorded when this happened is lost.
+    failed: Option<KernelError>,
     /// Why, until it was told.
     warning: Option<KernelError>,
     counts: Counts,
@@ -181,7 +183,7 @@ impl Queue {
     /// # Safety
     /// As [`Device::free`].
     pub(super) unsafe fn free(&self, address: u64, bytes: usize) {
-        // An error here is the device's, which says so again at the next call.
+        // What fails here is kept, and said at the next call.
         let _ = self.submit();
         // SAFETY: as the caller promises; nothing recorded uses it any more.
         unsafe { self.device.free(address, bytes) };
@@ -190,6 +192,10 @@ impl Queue {
 
 impl State {
     fn submit(&mut self, device: &dyn Device) -> Result<(), KernelError> {
+        if let Some(error) = &self.failed {
+            self.recorded.clear();
+            return Err(error.clone());
+        }
         if self.recorded.is_empty() {
             return Ok(());
         }
@@ -199,17 +205,33 @@ impl State {
         let submitted = match self.graph_of(device, &mut nodes) {
             Some(mut kept) => {
                 // SAFETY: whoever recorded the nodes promised that they may run, and the graph's are these.
-                let launched = unsafe { kept.graph.launch() };
-                self.counts.graphs += 1;
-                self.graphs.push(kept);
-                launched
+                match unsafe { kept.graph.launch() } {
+                    Ok(()) => {
+                        self.counts.graphs += 1;
+                        self.graphs.push(kept);
+                        Ok(())
+                    }
+                    // A graph that is refused, for want of memory as a rule, has done nothing.
+                    Err(error) => {
+                        self.give_up_graphs(error);
+                        // SAFETY: as above.
+                        kept.nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) })
+                    }
+                }
             }
             // SAFETY: whoever recorded a node promised that it may run.
             None => nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) }),
         };
         nodes.clear();
         self.recorded = nodes;
-        submitted
+        submitted.inspect_err(|error| self.failed = Some(error.clone()))
+    }
+
+    /// From here on nodes are launched one by one.
+    fn give_up_graphs(&mut self, why: KernelError) {
+        self.plain = true;
+        self.graphs.clear();
+        self.warning.get_or_insert(why);
     }
 
     /// A graph of these nodes, which it takes in exchange for others; `None` if they are to be launched one by one.
@@ -275,9 +297,7 @@ impl State {
                 Some(Kept { graph, nodes: std::mem::take(nodes), structure })
             }
             Err(error) => {
-                self.plain = true;
-                self.graphs.clear();
-                self.warning.get_or_insert(error);
+                self.give_up_graphs(error);
                 None
             }
         }

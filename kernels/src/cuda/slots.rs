@@ -207,7 +207,7 @@ impl Port {
     /// [`KernelError::Device`].
     pub fn unpack(&mut self, parts: &mut Parts, slot: Slot, gathered: Option<u32>) -> Result<(), KernelError> {
         // How much of the slots counts, the host does not know.
-        (parts.bytes_now, parts.gathered, parts.fault) = (parts.bytes.bytes(), gathered, None);
+        (parts.bytes_now, parts.gathered, parts.fault) = (parts.ranks * slot.bytes, gathered, None);
         let args = UnpackArgs {
             slots: parts.bytes.address(),
             moment: self.moment.address(),

@@ -231,10 +231,10 @@ fn room_made_within_a_step_is_written_behind_it() {
     b.finish().unwrap();
 }
 
-/// More than was taken is refused, and says what there is; what fits is not.
+/// What was taken is used up first; more is taken where the device has it, and else refused, saying what there is.
 #[test]
-fn one_allocation_is_all_there_is() {
-    let mut b = Cuda::new(Arc::new(device(None)), Precision::Exact).unwrap();
+fn one_allocation_comes_first() {
+    let mut b = Cuda::new(Arc::new(Emulated { largest: Some(2000), ..device(None) }), Precision::Exact).unwrap();
     let bytes = arena_bytes(2 * 100 * 4 + 5 * 4, 3);
     b.take_memory(bytes).unwrap();
     assert!(matches!(b.take_memory(bytes), Err(KernelError::Device { what: "allocate", .. })));
@@ -244,6 +244,8 @@ fn one_allocation_is_all_there_is() {
     let (_one, _small) = (b.rows(1, 100), b.rows(5, 1));
     b.finish().unwrap();
     drop(other);
+    let _beyond = b.rows(1, 400);
+    b.finish().unwrap();
     let _none = b.rows(HIDDEN, 100);
     let error = b.finish().unwrap_err().to_string();
     assert!(error.contains("38400 bytes: of 1792 planned, "), "{error}");

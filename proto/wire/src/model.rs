@@ -129,6 +129,7 @@ impl From<BackendReport> for v1::BackendReport {
             embedding_mapped,
             memory,
             operand_block_bytes,
+            item_tile,
             scratch: Scratch { fixed, row, stretch },
         } = report;
         Self {
@@ -142,6 +143,7 @@ impl From<BackendReport> for v1::BackendReport {
             embedding_mapped,
             memory: memory.0,
             operand_block_bytes,
+            item_tile,
             scratch: Some(v1::Scratch { fixed: fixed.0, row, stretch }),
         }
     }
@@ -163,6 +165,7 @@ impl TryFrom<v1::BackendReport> for BackendReport {
             embedding_mapped: report.embedding_mapped,
             memory: Bytes(at_most("memory", report.memory, MEMORY_MAX)?),
             operand_block_bytes: counted("operand_block_bytes", report.operand_block_bytes, 256)?,
+            item_tile: at_most("item_tile", report.item_tile, 256)?,
             scratch: Scratch {
                 fixed: Bytes(at_most("scratch.fixed", fixed, MEMORY_MAX)?),
                 row: at_most("scratch.row", row, SCRATCH_MAX)?,

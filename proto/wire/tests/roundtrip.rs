@@ -190,6 +190,7 @@ fn description() -> Description {
             threads: 2,
             process_base: Bytes(1 << 24),
             operand_block_bytes: 128,
+            item_tile: 8,
             scratch: Scratch { fixed: Bytes(1 << 20), row: 700, stretch: 20 },
             embedding_mapped: true,
             memory: Bytes(1 << 34),

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use phalanx_kernels::{Backend, Draw, RopeTable, Sampled, StepInputs};
+use phalanx_kernels::{Backend, Draw, KernelError, RopeTable, Sampled, StepInputs};
 use phalanx_proto::memory::LOGITS_ROWS_MAX;
 use phalanx_proto::{Fence, LayerIdx, Limits, ModelConfig, Phase, PhaseTimes, Placement, Rank};
 
@@ -243,6 +243,11 @@ impl<B: Backend> GptOss<B> {
         self.backend.finish()?;
         laps.lap(Phase::Sample);
         Ok(tokens)
+    }
+
+    /// Something that makes steps slower and not wrong; told once.
+    pub fn take_warning(&mut self) -> Option<KernelError> {
+        self.backend.take_warning()
     }
 }
 

@@ -321,6 +321,6 @@ impl PackedFile {
 
     fn section(&self, section: &Section) -> Packed {
         let packed = Packed::mapped(&self.file, self.plan.sections[section].clone());
-        packed.expect("sections lie within the file, on pages").populated()
+        packed.expect("sections lie within the file, on pages")
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use phalanx_kernels::KernelError;
 use phalanx_kernels::cuda::compile::Cache;
 use phalanx_kernels::cuda::driver::Driver;
-use phalanx_kernels::cuda::{self, libraries};
+use phalanx_kernels::cuda::{self, Family, libraries};
 use phalanx_proto::Bytes;
 
 use super::kernel_cache;
@@ -16,6 +16,8 @@ use super::kernel_cache;
 pub struct GpuReport {
     /// The architecture that its kernels are compiled for, `90a` for Hopper: other ones may compute other bits.
     pub arch: String,
+    /// By what it multiplies.
+    pub family: Family,
     /// Free memory.
     pub free: Bytes,
     /// Names its memory: the same for all processes of a machine.
@@ -48,7 +50,7 @@ impl Gpus for DriverGpus {
         let gpu = gpus.get(index as usize).ok_or_else(|| refused(libraries::Missing::Devices))?;
         let uuid: String = gpu.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let free = Bytes(gpu.free_memory().map_err(refused)?);
-        Ok(GpuReport { arch: gpu.arch(), free, memory_pool: format!("gpu/{uuid}") })
+        Ok(GpuReport { arch: gpu.arch(), family: gpu.family(), free, memory_pool: format!("gpu/{uuid}") })
     }
 
     fn open(&self, index: u32, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Arc<dyn cuda::Device>, KernelError> {

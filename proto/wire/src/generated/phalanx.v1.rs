@@ -76,6 +76,9 @@ pub struct BackendReport {
     pub operand_block_bytes: u32,
     #[prost(message, optional, tag = "11")]
     pub scratch: ::core::option::Option<Scratch>,
+    /// Rows of a tile of choices; 0 where the experts read each row once.
+    #[prost(uint32, tag = "12")]
+    pub item_tile: u32,
 }
 /// What a backend makes for itself, at most.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

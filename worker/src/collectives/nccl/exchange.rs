@@ -73,6 +73,8 @@ pub struct Nccl {
     /// The last exchange that is on the stream and was not waited for, and how many there are.
     last: Option<Exchange>,
     in_flight: u32,
+    /// A rank that is gone, and until when its bytes may still arrive. Farewells are said once, so it is kept.
+    gone: Option<(Instant, CollectiveError)>,
     /// Sizes on their way.
     sizes_out: HostParts,
     sizes_in: HostParts,
@@ -101,6 +103,7 @@ impl Nccl {
             shape: options.shape,
             way: Way::Exact,
             fault: None,
+            gone: None,
             sent: None,
             last: None,
             in_flight: 0,
@@ -298,8 +301,6 @@ impl Nccl {
     fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>, goal: Goal) -> Result<(), CollectiveError> {
         let Exchange { layer, kind, .. } = exchange;
         let me = self.control.rank();
-        // A rank that is gone, and until when its bytes may still arrive. Farewells are said once.
-        let mut gone: Option<(Instant, CollectiveError)> = None;
         // Until when another rank may still say who is to blame for what failed here.
         let mut fault = failed.map(|error| (Instant::now() + self.grace, error));
         for look in 0_u32.. {
@@ -317,10 +318,10 @@ impl Nccl {
             }
             let now = Instant::now();
             // Work comes onto the stream in less time than the other ranks are heard.
-            if gone.is_none() && (goal == Goal::Done || fault.is_some() || look >= SPINS) {
-                gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
+            if self.gone.is_none() && (goal == Goal::Done || fault.is_some() || look >= SPINS) {
+                self.gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
             }
-            if let Some((_, named)) = gone.take_if(|(until, _)| fault.is_some() || *until <= now) {
+            if let Some((_, named)) = self.gone.take_if(|(until, _)| fault.is_some() || *until <= now) {
                 return Err(named);
             }
             match &fault {
