@@ -19,8 +19,8 @@ pub struct ScratchShape {
     pub positions: usize,
     /// KV pools.
     pub pools: usize,
-    /// `H`.
-    pub hidden: usize,
+    /// Columns of the widest rows that are projected: `H`, or `Nq*D`.
+    pub projected: usize,
     /// `Nq`.
     pub heads: usize,
     /// `D`.
@@ -73,7 +73,7 @@ impl ScratchShape {
 
     /// Bytes of rounded rows before a projection.
     pub(super) fn pieces(&self) -> usize {
-        self.rows.next_multiple_of(8) * self.hidden.max(self.heads * self.head_dim).next_multiple_of(16) * 2
+        self.rows.next_multiple_of(8) * self.projected.next_multiple_of(16) * 2
     }
 
     /// Bytes of logits that are drawn from.
@@ -123,7 +123,7 @@ mod tests {
             sequences: 256,
             positions: 131_072,
             pools: 2,
-            hidden: 2880,
+            projected: 4096,
             heads: 64,
             head_dim: 64,
             experts: 128,
@@ -153,7 +153,7 @@ mod tests {
             |s| s.sequences += 1,
             |s| s.positions += 16,
             |s| s.pools += 1,
-            |s| s.hidden *= 2,
+            |s| s.projected += 16,
             |s| s.heads += 1,
             |s| s.head_dim += 2,
             |s| s.experts += 1,

@@ -159,7 +159,7 @@ fn scratch(rows: usize) -> ScratchShape {
         sequences: 8,
         positions: 8 * 16,
         pools: 2,
-        hidden: HIDDEN,
+        projected: HIDDEN.max(HEADS * DIM),
         heads: HEADS,
         head_dim: DIM,
         experts: EXPERTS,

@@ -22,7 +22,7 @@ fn shape(config: &ModelConfig, rows: usize, sequences: usize) -> ScratchShape {
         sequences,
         positions: n(config.context),
         pools: [Pool::Full, Pool::Window].len(),
-        hidden: n(config.hidden),
+        projected: n(config.hidden.max(config.attention_width())),
         heads: n(config.heads),
         head_dim: n(config.head_dim),
         experts: n(config.experts),
