@@ -12,6 +12,10 @@ struct Fake {
     graphs: Option<usize>,
     changes: Option<usize>,
     made: Mutex<usize>,
+    /// Graphs are made and not launched.
+    no_launch: bool,
+    /// A launch on this word fails.
+    bad_word: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -19,6 +23,7 @@ struct FakeGraph {
     memory: Arc<Mutex<Vec<u64>>>,
     nodes: Vec<Sequence>,
     changes: Option<usize>,
+    no_launch: bool,
 }
 
 fn refused() -> KernelError {
@@ -66,6 +71,9 @@ impl Device for Fake {
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, _bytes: usize) -> Result<(), KernelError> {
         // SAFETY: two words, by the tests below.
         let [at, add] = unsafe { args.cast::<[u64; 2]>().read() };
+        if self.bad_word == Some(at) {
+            return Err(refused());
+        }
         let kernel = KERNELS.iter().position(|kernel| kernel == launch.kernel).unwrap() as u64;
         let word = &mut self.memory.lock().unwrap()[at as usize];
         *word = word.wrapping_mul(10).wrapping_add(kernel + add);
@@ -89,7 +97,12 @@ impl Device for Fake {
             sequence
         };
         let nodes = nodes.nodes().map(alone).collect();
-        Ok(Box::new(FakeGraph { memory: Arc::clone(&self.memory), nodes, changes: self.changes }))
+        Ok(Box::new(FakeGraph {
+            memory: Arc::clone(&self.memory),
+            nodes,
+            changes: self.changes,
+            no_launch: self.no_launch,
+        }))
     }
 }
 
@@ -105,6 +118,9 @@ impl Graph for FakeGraph {
         Ok(())
     }
     unsafe fn launch(&mut self) -> Result<(), KernelError> {
+        if self.no_launch {
+            return Err(refused());
+        }
         let device = Fake { memory: Arc::clone(&self.memory), ..Fake::default() };
         // SAFETY: nodes of the fake device.
         self.nodes.iter().try_for_each(|nodes| unsafe { nodes.node(0).enqueue(&device) })
@@ -150,6 +166,32 @@ fn the_second_sight_makes_a_graph_and_later_ones_change_what_differs() {
     // 6 + turn, turn after turn; kernel 2 with 1 added, five times.
     assert_eq!(word(&queue, 8), 67_900);
     assert_eq!(word(&queue, 2), 33_333);
+}
+
+#[test]
+fn a_graph_that_is_not_launched_is_done_without() {
+    let queue = queue(Fake { no_launch: true, ..Fake::default() });
+    for _ in 0..4 {
+        record(&queue, 0, 6, 0, 1);
+        queue.submit().unwrap();
+    }
+    assert_eq!(word(&queue, 2), 3333, "everything was done, and once");
+    assert_eq!((queue.counts().instantiated, queue.counts().graphs), (1, 0));
+    assert!(queue.take_warning().is_some() && queue.take_warning().is_none(), "it is told once");
+}
+
+#[test]
+fn what_is_lost_where_nobody_looks_is_said_ever_after() {
+    let queue = queue(Fake { bad_word: Some(1), ..Fake::default() });
+    record(&queue, 0, 3, 0, 1);
+    // SAFETY: the fake device frees nothing. This submits what is recorded, and says nothing of it.
+    unsafe { queue.free(500, 8) };
+    for _ in 0..2 {
+        assert!(queue.submit().is_err());
+    }
+    record(&queue, 0, 1, 0, 1);
+    // SAFETY: a word of the fake device.
+    assert!(unsafe { queue.download(0, &mut [0; 8]) }.is_err());
 }
 
 #[test]
