@@ -65,7 +65,7 @@ pub enum Command {
 pub enum PrecisionArg {
     /// f32 activations and KV: the oracle
     Exact,
-    /// Rows rounded to int8 for the experts (and dense weights in q8), bf16 KV: the default
+    /// Rows rounded to int8 for the experts (and dense weights in q8), keys and values in 16 bits: the default
     Fast,
 }
 
@@ -114,7 +114,7 @@ pub enum NoQ8 {
 pub enum IsaArg {
     /// Any processor
     Portable,
-    /// AVX2 and FMA
+    /// AVX2, FMA and F16C
     Avx2,
     /// AVX-512
     Avx512,

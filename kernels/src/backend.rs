@@ -29,7 +29,7 @@ pub const NO_SLOT: u32 = u32::MAX;
 pub enum Precision {
     /// f32 activations, KV and wire; weights widened in registers.
     Exact,
-    /// int8 activations per block of 32 in the experts; bf16 KV and wire. See also [`DenseFormat`].
+    /// int8 activations per block of 32 in the experts (bf16 on GPUs), keys and values in 16 bits, bf16 on the wire. See also [`DenseFormat`].
     #[default]
     Fast,
 }

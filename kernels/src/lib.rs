@@ -16,6 +16,7 @@ pub mod backend;
 mod bf16;
 pub mod cpu;
 pub mod cuda;
+mod f16;
 pub mod memory;
 pub mod parts;
 pub mod random;
@@ -34,4 +35,4 @@ pub use backend::{
 };
 
 /// Changes whenever the bits of any op change: part of every worker's numerics id.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;

@@ -7,7 +7,7 @@ use std::fmt;
 pub enum Precision {
     /// Weights widened in registers, f32 activations, f32 KV, f32 on the wire: the parity oracle.
     Exact,
-    /// int8 activations per block of 32 in the experts, bf16 KV, bf16 rows on the wire.
+    /// int8 activations per block of 32 in the experts, keys and values in 16 bits, bf16 rows on the wire.
     #[default]
     Fast,
 }

@@ -9,7 +9,7 @@ use super::lanes::{avx2::Avx2, avx512::Avx512};
 pub enum Isa {
     /// Whatever the compiler makes of plain loops.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,

@@ -1,12 +1,12 @@
 //! Keys and values in blocks of 16 positions.
 //!
 //! Layout of a pool: `[layer][block][kv head]`, and there keys `[D][16]` (a lane is a position) followed by values
-//! `[16][D rounded up to 16]` (a lane is a dimension). f32 in exact precision, bf16 in fast.
+//! `[16][D rounded up to 16]` (a lane is a dimension). f32 in exact precision, f16 in fast.
 
 use super::lanes::{LANES, Lanes};
 use super::threads::{Disjoint, Threads};
 use crate::memory::Aligned;
-use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, Precision, StepInputs, bf16};
+use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, Precision, StepInputs, f16};
 
 const _: () = assert!(BLOCK_SIZE == LANES, "a block of keys fills the lanes");
 
@@ -30,16 +30,16 @@ impl Element for f32 {
     }
 }
 
-/// bf16
+/// f16
 impl Element for u16 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        bf16::narrow(value)
+        f16::narrow(value)
     }
 
     #[inline(always)]
     fn load<L: Lanes>(l: L, v: &[Self; LANES]) -> L::F {
-        l.load_bf16(v)
+        l.load_f16(v)
     }
 }
 

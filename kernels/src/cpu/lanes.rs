@@ -55,6 +55,8 @@ pub(super) trait Lanes: Copy {
     fn load(self, v: &[f32; LANES]) -> Self::F;
     /// A bf16 for each lane, widened.
     fn load_bf16(self, v: &[u16; LANES]) -> Self::F;
+    /// An f16 for each lane, widened.
+    fn load_f16(self, v: &[u16; LANES]) -> Self::F;
     /// Writes a number from each lane.
     fn store(self, v: Self::F, out: &mut [f32; LANES]);
     /// `a + b`

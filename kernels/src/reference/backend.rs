@@ -5,7 +5,8 @@ use super::{attention, exchange, mxfp4, q8, rms_norm, rope, router, sample, swig
 use crate::memory::{Packed, Source};
 use crate::{
     BLOCK_SIZE, Backend, DenseFormat, DenseUse, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts,
-    KernelError, KvLayer, KvShape, NO_SLOT, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
+    KernelError, KvLayer, KvShape, NO_SLOT, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, f16,
+    wire,
 };
 
 /// Every op by its reference function, on one thread; for tests of models and of other backends.
@@ -43,7 +44,7 @@ impl Reference {
     fn kept(&self, value: f32) -> f32 {
         match self.precision {
             Precision::Exact => value,
-            Precision::Fast => bf16::widen(bf16::narrow(value)),
+            Precision::Fast => f16::widen(f16::narrow(value)),
         }
     }
 

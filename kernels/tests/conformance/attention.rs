@@ -1,7 +1,7 @@
 //! Rotation, KV memory and attention.
 
-use phalanx_kernels::reference::{attention, exchange, rope};
-use phalanx_kernels::{BLOCK_SIZE, KvLayer, KvShape, PoolShape, Precision, StepInputs, TokenSource};
+use phalanx_kernels::reference::{attention, rope};
+use phalanx_kernels::{BLOCK_SIZE, KvLayer, KvShape, PoolShape, StepInputs, TokenSource};
 
 use crate::compare::{close, same};
 use crate::data::{Random, Tensor, rope_table};
@@ -94,10 +94,10 @@ impl Sequence {
         attended
     }
 
-    /// What attention should make of the rotated rows; keys and values are kept in `precision`, queries rounded.
-    pub(crate) fn expected(&self, precision: Precision, queries: Operand, qkv: &[f32]) -> Vec<f32> {
+    /// What attention should make of the rotated rows; keys and values are kept as `keys`, queries rounded.
+    pub(crate) fn expected(&self, keys: Operand, queries: Operand, qkv: &[f32]) -> Vec<f32> {
         let (dim, cols) = (self.dim, self.cols());
-        let kept = exchange::from_wire(precision, &exchange::to_wire(precision, qkv));
+        let kept = keys.round_f32(qkv);
         let part = |row: u32, head: usize| &kept[(row - self.first) as usize * cols..][head * dim..(head + 1) * dim];
         let mut out = Vec::new();
         for (position, row) in (self.first..).zip(qkv.chunks(cols)) {
@@ -119,7 +119,7 @@ impl Sequence {
 
     pub(crate) fn check<B: Tested>(&self, make: &Make<B>, chunk: usize) {
         let got = self.run(make, chunk);
-        let expected = self.expected(make.precision, make.attention, &got.qkv);
+        let expected = self.expected(make.keys, make.attention, &got.qkv);
         close(&self.what(&make.name), self.heads * self.dim, &expected, &got.out, tolerances::attend(make.attention))
             .unwrap();
     }
@@ -171,12 +171,12 @@ pub(crate) fn attends_to_the_sink_alone<B: Tested>(make: &Make<B>) {
     // The first head's sink takes nearly everything, the second's takes nothing.
     sequence.sinks = Tensor::new(&[80.0, -1e30]);
     let got = sequence.run(make, 20);
-    let expected = sequence.expected(make.precision, make.attention, &got.qkv);
+    let expected = sequence.expected(make.keys, make.attention, &got.qkv);
     for (expected, got) in expected.chunks(16).zip(got.out.chunks(16)) {
         close(&make.name, 16, expected, got, tolerances::attend(make.attention) * 10.0).unwrap();
     }
     // The first position sees itself alone: without a sink's share the output is its value.
-    let value = &exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &got.qkv[48..64]));
+    let value = &make.keys.round_f32(&got.qkv[48..64]);
     close(&make.name, 16, value, &got.out[16..32], 1e-7).unwrap();
 }
 

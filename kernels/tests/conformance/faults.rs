@@ -8,6 +8,7 @@ use crate::attention::Sequence;
 use crate::compare::close;
 use crate::data::{Expert, Random};
 use crate::experts::{expected_expert, records, try_work, work};
+use crate::operand::Operand;
 use crate::{HOPPER, Make, Tested, make_cpu, make_cuda, tolerances};
 
 /// A name and what it does.
@@ -63,7 +64,7 @@ fn faults_in_attention_are_seen() {
         let got = sequence().run(&make, 70);
         let attend = tolerances::attend(make.attention);
         let compare =
-            |wrong: &Sequence| close("", 64, &wrong.expected(precision, make.attention, &got.qkv), &got.out, attend);
+            |wrong: &Sequence| close("", 64, &wrong.expected(make.keys, make.attention, &got.qkv), &got.out, attend);
         compare(&sequence()).unwrap();
         let faults: [Fault<Sequence>; 4] = [
             ("a window longer by one", |s| s.window = Some(21)),
@@ -77,7 +78,7 @@ fn faults_in_attention_are_seen() {
             assert!(compare(&wrong).is_err(), "{precision:?}: {name} is not seen");
         }
         let other = if precision == Precision::Exact { Precision::Fast } else { Precision::Exact };
-        let other = sequence().expected(other, make.attention, &got.qkv);
+        let other = sequence().expected(Operand::of_cpu_keys(other), make.attention, &got.qkv);
         assert!(close("", 64, &other, &got.out, attend).is_err(), "{precision:?}: KV of the other precision");
     }
 }
@@ -90,7 +91,7 @@ fn compare_attention(device: Emulated, precision: Precision, window: Option<u32>
     for chunk in [70, 1] {
         let sequence = Sequence::new([4, 2, 64], window, 0, 70);
         let got = sequence.run(&make, chunk);
-        close("attention", 256, &sequence.expected(precision, make.attention, &got.qkv), &got.out, attend)?;
+        close("attention", 256, &sequence.expected(make.keys, make.attention, &got.qkv), &got.out, attend)?;
     }
     Ok(())
 }

@@ -76,9 +76,10 @@ struct Make<B> {
     name: String,
     precision: Precision,
     dense: DenseFormat,
-    /// What rows are where they meet projections, attention's keys and values, and experts.
+    /// What rows are where they meet projections, attention's keys and values, and experts; and what keys and values are.
     projection: Operand,
     attention: Operand,
+    keys: Operand,
     expert: Operand,
     make: Box<dyn Fn() -> B>,
 }
@@ -106,6 +107,7 @@ fn references() -> [Make<Reference>; 3] {
         dense: kind.1,
         projection: Operand::of_cpu_projections(kind.1),
         attention: Operand::Whole,
+        keys: Operand::of_cpu_keys(kind.0),
         expert: Operand::of_cpu_experts(kind.0),
         make: Box::new(move || Reference::new(kind.0, kind.1)),
     };
@@ -119,6 +121,7 @@ fn make_cpu(isa: Isa, kind: (Precision, DenseFormat), threads: usize) -> Make<Cp
         dense: kind.1,
         projection: Operand::of_cpu_projections(kind.1),
         attention: Operand::Whole,
+        keys: Operand::of_cpu_keys(kind.0),
         expert: Operand::of_cpu_experts(kind.0),
         make: Box::new(move || cpu(isa, kind, threads)),
     }
@@ -136,6 +139,7 @@ fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
         dense: DenseFormat::Bf16,
         projection: operand,
         attention: operand,
+        keys: operand,
         expert: operand,
         make: Box::new(move || Cuda::new(Arc::new(device), precision).unwrap()),
     }

@@ -1,6 +1,7 @@
 //! What a backend multiplies weights with: expected results are made of the same numbers, so that a tolerance is for
 //! the arithmetic alone.
 
+use half::f16;
 use phalanx_kernels::reference::{exchange, mxfp4};
 use phalanx_kernels::{DenseFormat, Precision};
 
@@ -13,6 +14,8 @@ pub(crate) enum Operand {
     Int8,
     /// To bf16.
     Bf16,
+    /// To f16.
+    F16,
 }
 
 impl Operand {
@@ -31,12 +34,17 @@ impl Operand {
         if precision == Precision::Fast { Self::Bf16 } else { Self::Whole }
     }
 
+    /// Of keys and values as CPUs and the reference keep them.
+    pub(crate) fn of_cpu_keys(precision: Precision) -> Self {
+        if precision == Precision::Fast { Self::F16 } else { Self::Whole }
+    }
+
     /// The row as it is multiplied.
     pub(crate) fn round(self, x: &[f32]) -> Vec<f64> {
         match self {
             Self::Whole => x.iter().copied().map(f64::from).collect(),
             Self::Int8 => mxfp4::round_to_int8(x),
-            Self::Bf16 => self.round_f32(x).into_iter().map(f64::from).collect(),
+            Self::Bf16 | Self::F16 => self.round_f32(x).into_iter().map(f64::from).collect(),
         }
     }
 
@@ -46,6 +54,7 @@ impl Operand {
             Self::Whole => x.to_vec(),
             Self::Int8 => mxfp4::round_to_int8(x).into_iter().map(|x| x as f32).collect(),
             Self::Bf16 => exchange::from_wire(Precision::Fast, &exchange::to_wire(Precision::Fast, x)),
+            Self::F16 => x.iter().map(|&x| f16::from_f32(x).to_f32()).collect(),
         }
     }
 }

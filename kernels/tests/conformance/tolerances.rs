@@ -20,6 +20,7 @@ pub(crate) const fn attend(weights: Operand) -> f32 {
     match weights {
         Operand::Whole | Operand::Int8 => 4e-6,
         Operand::Bf16 => 8e-3,
+        Operand::F16 => 1e-3,
     }
 }
 

@@ -12,11 +12,13 @@ pub(crate) struct Avx2(());
 impl Avx2 {
     /// `None` if the processor lacks an instruction.
     pub(crate) fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+        let all =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn run<K: Kernel>(lanes: Avx2, kernel: K) -> K::Output {
     kernel.run(lanes)
 }
@@ -51,6 +53,15 @@ impl Lanes for Avx2 {
             let halves = [_mm_loadu_si128(v.as_ptr().cast()), _mm_loadu_si128(v.as_ptr().add(8).cast())];
             let [a, b] = [_mm256_cvtepu16_epi32(halves[0]), _mm256_cvtepu16_epi32(halves[1])];
             [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, v: &[u16; LANES]) -> Self::F {
+        // SAFETY: the processor has the instructions; 2 * 16 bytes are readable.
+        unsafe {
+            let halves = [_mm_loadu_si128(v.as_ptr().cast()), _mm_loadu_si128(v.as_ptr().add(8).cast())];
+            halves.map(|half| _mm256_cvtph_ps(half))
         }
     }
 

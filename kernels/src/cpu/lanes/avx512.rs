@@ -70,6 +70,12 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn load_f16(self, v: &[u16; LANES]) -> Self::F {
+        // SAFETY: the processor has the instructions; 32 bytes are readable.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
     fn store(self, v: Self::F, out: &mut [f32; LANES]) {
         // SAFETY: the processor has the instructions; 64 bytes are writable.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }

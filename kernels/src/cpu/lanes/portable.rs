@@ -1,7 +1,7 @@
 //! Lanes as arrays, for any processor.
 
 use super::{CODE_BYTES, CODE_VALUES, Kernel, LANES, Lanes};
-use crate::bf16;
+use crate::{bf16, f16};
 
 /// Plain loops. Where the target always has a fused multiply-add (aarch64) they become vector instructions.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn load_bf16(self, v: &[u16; LANES]) -> Self::F {
         v.map(bf16::widen)
+    }
+
+    #[inline(always)]
+    fn load_f16(self, v: &[u16; LANES]) -> Self::F {
+        v.map(f16::widen)
     }
 
     #[inline(always)]
