@@ -119,6 +119,15 @@ impl Driver {
         &self.arch
     }
 
+    /// The same GPU with the kernels of another family: those of [`Family::Mma`] run on every device.
+    #[must_use]
+    pub fn restricted_to(mut self, family: Family) -> Self {
+        if family == Family::Mma {
+            self.family = family;
+        }
+        self
+    }
+
     fn load(&mut self, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<(), KernelError> {
         let cubins = cache
             .cubins(&self.arch, on_progress)

@@ -27,7 +27,9 @@ mod widths;
 use std::sync::Arc;
 
 use operand::Operand;
-use phalanx_kernels::cuda::{Emulated, Family};
+use phalanx_kernels::cuda::compile::Cache;
+use phalanx_kernels::cuda::driver::Driver;
+use phalanx_kernels::cuda::{Device as _, Emulated, Family};
 use phalanx_kernels::{Backend, Cpu, CpuOptions, Cuda, DenseFormat, HostParts, Isa, Precision, Reference};
 
 /// A backend whose exchange buffers the host can read and write.
@@ -146,21 +148,31 @@ fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
 }
 
 /// The CUDA kernels on the GPU that `PHALANX_GPU` numbers, if it does; it must then be there.
-fn gpus() -> Option<[Make<Cuda>; 2]> {
+fn gpus() -> Option<Vec<Make<Cuda>>> {
     let ordinal: usize = std::env::var("PHALANX_GPU").ok()?.parse().unwrap();
     let cubins = std::env::var("PHALANX_KERNEL_CACHE").map_or_else(|_| std::env::temp_dir(), Into::into);
-    Some(PRECISIONS.map(|precision| {
+    let cache = Cache::new(&cubins);
+    let own = Driver::open(ordinal, &cache, &mut |_, _| ()).unwrap().family();
+    let kinds = PRECISIONS.map(|precision| (precision, Family::Mma)).into_iter();
+    let kinds = kinds.chain((own == Family::Wgmma).then_some((Precision::Fast, Family::Wgmma)));
+    let on_gpu = |(precision, family)| {
         let cubins = cubins.clone();
-        let make = move || phalanx_kernels::cuda::driver::open(ordinal, &cubins, precision).unwrap();
-        let name = format!("cuda {precision:?} on GPU {ordinal}");
+        let make = move || {
+            let driver = Driver::open(ordinal, &Cache::new(&cubins), &mut |_, _| ()).unwrap();
+            Cuda::new(Arc::new(driver.restricted_to(family)), precision).unwrap()
+        };
+        let name = format!("cuda {precision:?} by {family:?} on GPU {ordinal}");
         Make { name, make: Box::new(make), ..make_cuda(Emulated::default(), precision) }
-    }))
+    };
+    Some(kinds.map(on_gpu).collect())
 }
 
+/// The CUDA kernels: on a GPU where one is numbered, else emulated.
 fn cudas() -> Vec<Make<Cuda>> {
-    let emulated = PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision));
-    let hopper = make_cuda(HOPPER, Precision::Fast);
-    emulated.into_iter().chain([hopper]).chain(gpus().into_iter().flatten()).collect()
+    gpus().unwrap_or_else(|| {
+        let emulated = PRECISIONS.map(|precision| make_cuda(Emulated::default(), precision));
+        emulated.into_iter().chain([make_cuda(HOPPER, Precision::Fast)]).collect()
+    })
 }
 
 fn cpus() -> Vec<Make<Cpu>> {
