@@ -1,6 +1,4 @@
 //! Page-locked memory of the CUDA driver, with an event behind each copy out of it.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
 
 use std::sync::Arc;
 
