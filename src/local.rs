@@ -169,10 +169,9 @@ impl LocalCell {
         Ok(())
     }
 
-    /// Sums over all steps so far.
-    #[must_use]
-    pub const fn totals(&self) -> Totals {
-        self.totals
+    /// Sums over all steps since this was asked for last.
+    pub fn take_totals(&mut self) -> Totals {
+        std::mem::take(&mut self.totals)
     }
 }
 

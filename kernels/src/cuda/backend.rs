@@ -70,7 +70,7 @@ impl Backend for Cuda {
     }
 
     fn pack_dense(&self, _used: DenseUse, cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
-        pack_dense(cols, stack, out)
+        pack_dense(self.packers(), cols, stack, out)
     }
 
     fn hold_dense(&mut self, _used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
@@ -97,13 +97,24 @@ impl Backend for Cuda {
     }
 
     fn pack_expert(&self, experts: &Experts, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
-        pack_expert(experts.shape(), source, out)
+        pack_expert(self.packers(), experts.shape(), source, out)
     }
 
     fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
         experts.hold(&self.memory, slot, &packed)?;
         packed.release();
         Ok(())
+    }
+
+    /// Packs it where the device reads it: while it is copied, the next one is packed.
+    fn load_expert(
+        &mut self,
+        experts: &mut Experts,
+        slot: usize,
+        source: &ExpertSource<'_>,
+    ) -> Result<(), KernelError> {
+        let (shape, packers) = (experts.shape(), self.packers());
+        experts.load(&self.memory, slot, |out| pack_expert(packers, shape, source, out))
     }
 
     fn clear_expert(&mut self, experts: &mut Experts, slot: usize) {

@@ -294,6 +294,18 @@ impl Memory {
         buffer.upload(0, bytes)?;
         Ok(buffer)
     }
+
+    /// A buffer of `bytes` that `make` writes.
+    pub(super) fn made(
+        self: &Arc<Self>,
+        bytes: usize,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<Buffer, KernelError> {
+        let buffer = self.unfilled(bytes)?;
+        // SAFETY: just allocated.
+        unsafe { self.queue.upload_made(bytes, buffer.address, make)? };
+        Ok(buffer)
+    }
 }
 
 impl Drop for Memory {

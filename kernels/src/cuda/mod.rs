@@ -32,7 +32,7 @@ mod sequence;
 mod slots;
 mod status;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
@@ -55,7 +55,11 @@ use self::ops::{
 use self::pack::DenseLayout;
 use self::sample::Drawn;
 use crate::cpu::{check, need};
+use crate::threads::Threads;
 use crate::{KernelError, KvLayer, Precision};
+
+/// Threads that pack weights, at most: more than these wait for memory.
+const PACKERS_MAX: usize = 16;
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
@@ -78,6 +82,8 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
+    /// Who packs weights; nobody until the first are packed.
+    packers: OnceLock<Threads>,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
@@ -105,6 +111,7 @@ impl Cuda {
             late: Late::new(&memory),
             weights: nothing(),
             pieces: nothing(),
+            packers: OnceLock::new(),
             drawn: Vec::new(),
             error: None,
             broken: false,
@@ -160,6 +167,16 @@ impl Cuda {
             Precision::Exact => Family::Mma,
             Precision::Fast => self.memory.queue.device().family(),
         }
+    }
+
+    /// The threads that pack weights.
+    fn packers(&self) -> &Threads {
+        self.packers.get_or_init(|| {
+            let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(PACKERS_MAX));
+            // Fewer are slower and as right.
+            let alone = |_| Threads::new(1, None).expect("the thread that calls is there");
+            Threads::new(threads, None).unwrap_or_else(alone)
+        })
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).

@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::device::{Device, Pinned};
 use crate::KernelError;
-use crate::memory::will_need;
+use crate::memory::{Aligned, will_need};
 
-/// Bytes of a piece.
-const PIECE_BYTES: usize = 8 << 20;
+/// Bytes of a piece: an expert of the published models fits.
+const PIECE_BYTES: usize = 16 << 20;
 /// Pieces that are filled and read at the same time.
 const PIECES: usize = 4;
 /// Threads that fill a whole piece: one alone does not read a mapped file as fast as a disk gives it.
@@ -31,6 +31,31 @@ impl Ferry {
     /// As [`Device::upload`].
     pub(super) unsafe fn upload(&mut self, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
         self.upload_in(PIECE_BYTES, device, from, to)
+    }
+
+    /// Copies bytes to the device that `make` writes: straight into a piece, if they fit one.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload_made(
+        &mut self,
+        device: &dyn Device,
+        bytes: usize,
+        to: u64,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        if bytes <= PIECE_BYTES
+            && let Some(pinned) = self.next(device, PIECE_BYTES)
+        {
+            pinned.wait()?;
+            make(&mut pinned.bytes()[..bytes])?;
+            // SAFETY: what the caller promises; the memory is written again only after `wait`.
+            return unsafe { pinned.send(bytes, to) };
+        }
+        let mut made = Aligned::zeroed(bytes);
+        make(&mut made)?;
+        // SAFETY: what the caller promises.
+        unsafe { self.upload(device, &made, to) }
     }
 
     fn upload_in(&mut self, bytes: usize, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
@@ -223,6 +248,26 @@ mod tests {
             let (expected, got, pieces) = upload(pieces, true);
             assert_eq!(pieces, made);
             assert!(expected == got, "{pieces} pieces");
+        }
+    }
+
+    #[test]
+    fn what_is_made_in_a_piece_arrives_and_what_fails_does_not() {
+        for pieces in [0, 1, 9] {
+            let memory = Arc::new(Mutex::new(vec![0; 12]));
+            let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits: true };
+            let mut ferry = Ferry::default();
+            for i in 0..3u8 {
+                let make = |out: &mut [u8]| {
+                    out.fill(i + 1);
+                    if i == 1 { Err(KernelError::Device { what: "be made", why: String::new() }) } else { Ok(()) }
+                };
+                // SAFETY: a vector, which checks.
+                let made = unsafe { ferry.upload_made(&device, 4, u64::from(i) * 4, make) };
+                assert_eq!(made.is_ok(), i != 1);
+            }
+            ferry.pieces.iter_mut().for_each(|piece| piece.wait().unwrap());
+            assert_eq!(*memory.lock().unwrap(), [1, 1, 1, 1, 0, 0, 0, 0, 3, 3, 3, 3], "{pieces} pieces");
         }
     }
 

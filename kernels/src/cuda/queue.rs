@@ -167,6 +167,23 @@ impl Queue {
         unsafe { state.ferry.upload(&*self.device, from, to) }
     }
 
+    /// Copies to the device, behind what is recorded, bytes that `make` writes.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload_made(
+        &self,
+        bytes: usize,
+        to: u64,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        self.submit()?;
+        let mut state = self.state();
+        state.counts.uploads += 1;
+        // SAFETY: as the caller promises.
+        unsafe { state.ferry.upload_made(&*self.device, bytes, to, make) }
+    }
+
     /// Copies from the device, behind what is recorded, and waits.
     ///
     /// # Safety
