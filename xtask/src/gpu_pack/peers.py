@@ -6,7 +6,8 @@ through the clamped SwiGLU, multiplied by down, and the results of a row's exper
 are those that `phalanx bench kernels` chooses, so that the same weights are touched.
 
 Whatever is not installed, or computes something else than a float32 reference, is NOT RUN; that is no failure. Times
-are medians of replays of a CUDA graph that goes through all experts, divided by the layers in it.
+are medians of replays of a CUDA graph that goes through all experts, divided by the layers in it. Sorting rows by
+expert is not in them: where it can be measured, together with the choice that is fused with it, it is told beside.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class NotRun(Exception):
 
 
 class Matrix:
-    """MXFP4 weights of every expert, [E, rows, cols]: two codes a byte, the lower first, and a scale each 32 columns."""
+    """MXFP4 weights of every expert, [E, rows, cols]: two codes a byte, lower first, and a scale for 32 columns."""
 
     def __init__(self, experts, rows, cols, random):
         make = dict(dtype=torch.uint8, device="cuda", generator=random)
@@ -141,7 +142,7 @@ def triton_kernels(layer, warps, split):
         return ogs.matmul_ogs(hidden, down, None, data, scatter_indx=scatter, precision_config=down_precision,
                               gammas=data.gate_scal)
 
-    return prepare, run
+    return prepare, run, True
 
 
 def humming(layer):
@@ -190,11 +191,11 @@ def humming(layer):
                           activation_impl=activation)
         return combine(multiply(1, hidden, rows, 1, prepared), step.weights)
 
-    return prepare, run
+    return prepare, run, False
 
 
 def align(ids, experts, block):
-    """Choices sorted by expert, each expert's filled up to whole blocks; the expert of each block; how many there are."""
+    """Choices sorted by expert, each expert's filled up to whole blocks; the blocks' experts; how many choices."""
     flat = ids.flatten()
     order, blocks = [], []
     for expert in range(experts):
@@ -255,14 +256,14 @@ def replay(work, layers):
 
 
 def measure(layer, peer, rows, warm):
-    prepare, run = peer
+    prepare, run, sorts = peer
     choices = Choices()
     # As many steps as go through all weights.
     count = -(-4 * layer.experts // min(rows * TOP_K, layer.experts))
     torch.manual_seed(rows)
     steps = [Step(rows, choices.step(rows, layer.experts), layer.experts) for _ in range(count)]
     visited = statistics.mean(len(step.ids.unique()) for step in steps)
-    prepared = [prepare(step) for step in steps[:1] if warm] or [prepare(step) for step in steps]
+    prepared = [prepare(step) for step in steps]
     off = error(layer, steps[0], run(steps[0], prepared[0]))
     if not off < TOLERANCE:
         raise NotRun(f"with {rows} rows it is off by {off:.3f} of the reference's norm, {TOLERANCE} is allowed")
@@ -273,10 +274,15 @@ def measure(layer, peer, rows, warm):
         for step, ready in zip(steps, prepared):
             run(step, ready)
 
+    def sort_all():
+        for step in steps:
+            prepare(step)
+
     us = replay(all_steps, count)
     return {
         "rows": rows,
         "us": us,
+        "sort_us": replay(sort_all, count) if sorts else None,
         "experts": visited,
         "gb_per_s": visited * EXPERT_BYTES / us / 1e3,
         "tflop_per_s": 6 * rows * TOP_K * HIDDEN * INTERMEDIATE / us / 1e6,
@@ -297,8 +303,8 @@ def main():
         return
     rows_of = [int(rows) for rows in options.rows.split(",")]
     results = []
-    line = "{:22} {:5} {:>5} {:>9} {:>8} {:>7} {:>8} {:>7}".format
-    print(line("peer", "shape", "rows", "us", "experts", "GB/s", "TFLOP/s", "off"))
+    line = "{:22} {:5} {:>5} {:>9} {:>9} {:>8} {:>7} {:>8} {:>7}".format
+    print(line("peer", "shape", "rows", "us", "sort us", "experts", "GB/s", "TFLOP/s", "off"))
     for shape in options.shape.split(","):
         layer = Layer(SHAPES[shape])
         for name in options.peers.split(","):
@@ -318,7 +324,8 @@ def main():
                     continue
                 if result:
                     results.append({"peer": name, "shape": shape, **result})
-                    print(line(name, shape, rows, f"{result['us']:.1f}", f"{result['experts']:.1f}",
+                    sort = f"{result['sort_us']:.1f}" if result["sort_us"] else "-"
+                    print(line(name, shape, rows, f"{result['us']:.1f}", sort, f"{result['experts']:.1f}",
                                f"{result['gb_per_s']:.0f}", f"{result['tflop_per_s']:.1f}", f"{result['off']:.4f}"),
                           flush=True)
             peer = None
