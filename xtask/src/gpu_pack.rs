@@ -21,6 +21,8 @@ const BYTES_MAX: u64 = 60 << 20;
 /// What the kernels are compiled for ahead of time; other devices need NVRTC beside them.
 const ARCHS: &str = "90a";
 const SCRIPT: &str = include_str!("gpu_pack/run.sh");
+/// What measures others' kernels, where they are installed.
+const PEERS: &str = include_str!("gpu_pack/peers.py");
 
 /// What is built: whatever runs on a GPU, or beside one.
 const BUILD: &[&str] = &[
@@ -198,6 +200,7 @@ fn compress(folder: &Path) -> io::Result<()> {
 
 fn write_script(folder: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
+    fs::write(folder.join("peers.py"), PEERS)?;
     let script = folder.join("run.sh");
     fs::write(&script, SCRIPT)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
@@ -266,7 +269,7 @@ mod tests {
     impl Pack {
         fn new(name: &str, tests: &[(&str, &str)]) -> Self {
             let folder = std::env::temp_dir().join(format!("phalanx-gpu-pack-{}-{name}", std::process::id()));
-            for part in ["tests", "bin", "root"] {
+            for part in ["tests", "bin", "lib", "root"] {
                 fs::create_dir_all(folder.join(part)).unwrap();
             }
             for (name, body) in tests {
@@ -381,6 +384,32 @@ mod tests {
         assert!(output.contains("said bench offline --device cuda:0 --model synth:20b"), "{output}");
         assert!(output.ends_with("FAILED: exit status 3\n"), "{output}");
         assert!(!output.contains("== good"), "{output}");
+    }
+
+    #[test]
+    fn the_script_measures_peers_where_there_is_a_torch_and_never_fails_for_them() {
+        let pack = Pack::new("peers", &[]);
+        let program = |path: &str, body: &str| {
+            let path = pack.0.join(path);
+            fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        program("bin/phalanx", "exit 0");
+        for (python, row) in [
+            ("exit 1", "NOT RUN: python3 has no torch"),
+            ("case $1 in */peers.py) echo \"a peer: $2\" ;; esac", "measured"),
+            ("case $1 in */peers.py) [ -f $1 ] && exit 5 ;; esac", "NOT RUN: exit status 5"),
+        ] {
+            program("lib/python3", python);
+            let path = format!("{}:{}", pack.0.join("lib").display(), std::env::var("PATH").unwrap());
+            let output =
+                Command::new(pack.0.join("run.sh")).arg("benches").env("PATH", path).env_remove("OUT").output();
+            let output = output.unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{text}");
+            assert!(text.lines().any(|line| line.starts_with("peers ") && line.ends_with(row)), "{text}");
+            assert_eq!(text.contains("a peer: --json"), row == "measured", "{text}");
+        }
     }
 
     #[test]

@@ -108,9 +108,25 @@ measure() {
         *) failed=1 rows+=("$(printf '%-34s %25s  %s' "$name" '' "FAILED: exit status ${PIPESTATUS[0]}")") ;;
     esac
 }
+# Others' kernels on the layer of `bench kernels`: none has to be there, and none that fails is a failure of ours.
+measure_peers() {
+    local outcome='NOT RUN: python3 has no torch'
+    if python3 -c 'import torch' >/dev/null 2>&1; then
+        echo
+        echo "== peers"
+        timeout --kill-after=10 "${BENCH_SECONDS:-300}" python3 "$here/peers.py" --json "$logs/peers.json" \
+            2>"$logs/peers.err" | tee "$logs/peers.log"
+        case ${PIPESTATUS[0]} in
+            0) outcome=measured ;;
+            *) outcome="NOT RUN: exit status ${PIPESTATUS[0]}" ;;
+        esac
+    fi
+    rows+=("$(printf '%-34s %25s  %s' peers '' "$outcome")")
+}
 if wanted benches "$@" && [ -x "$PHALANX_BIN" ]; then
     if has_gpu; then
         measure kernels-120b bench kernels --device cuda:0 --shape 120b --rows 1,8,64,256,1024,8192 --context 8192 --rounds 3
+        measure_peers
         # A long prompt twice: the first one also makes what the second finds.
         for shape in 20b 120b; do
             measure "$shape" bench offline --device cuda:0 --model "synth:$shape" --gen-len 128 --step-rows 8192 \
