@@ -106,6 +106,13 @@ inline u32 atomicAdd(u32* p, u32 value) {
   *p += value;
   return old;
 }
+inline u64 atomicAdd(u64* p, u64 value) {
+  u64 old = *p;
+  *p += value;
+  return old;
+}
+// Blocks follow each other.
+inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   u64 bytes = (u64)y << 32 | x;
   u32 out = 0;

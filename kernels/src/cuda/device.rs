@@ -264,7 +264,7 @@ impl Memory {
     }
 
     /// `bytes` of undefined content.
-    fn unfilled(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
+    pub(super) fn unfilled(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
         if bytes == 0 {
             return Ok(self.nothing());
         }

@@ -107,8 +107,8 @@ args! {
     }
     /// sample.cu
     SampleArgs {
-        logits: u64, weights: u64, draws: u64, edits: u64, allowed: u64, drawn: u64, top: u64, slots: u64,
-        vocab: u32, unused: u32,
+        logits: u64, weights: u64, states: u64, done: u64, draws: u64, edits: u64, allowed: u64, drawn: u64, top: u64,
+        slots: u64, vocab: u32, stride: u32, state_bytes: u32, unused: u32,
     }
 }
 
@@ -158,10 +158,15 @@ pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
-pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
+pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);
+pub(super) const SAMPLE_LARGEST: Op<SampleArgs> = Op::new("sample_largest", "sample.cu", 512);
+pub(super) const SAMPLE_WEIGH: Op<SampleArgs> = Op::new("sample_weigh", "sample.cu", 512);
+pub(super) const SAMPLE_CUT: Op<SampleArgs> = Op::new("sample_cut", "sample.cu", 512);
+pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu", 512);
+pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 40] = [
+pub const KERNELS: [Kernel; 45] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -201,5 +206,10 @@ pub const KERNELS: [Kernel; 40] = [
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,
-    SAMPLE.kernel,
+    SAMPLE_CHANGE.kernel,
+    SAMPLE_LARGEST.kernel,
+    SAMPLE_WEIGH.kernel,
+    SAMPLE_CUT.kernel,
+    SAMPLE_DRAW.kernel,
+    SAMPLE_REPORT.kernel,
 ];

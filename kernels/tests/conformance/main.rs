@@ -224,6 +224,7 @@ conformance!(
     sampling::draws_by_the_inverse_distribution,
     sampling::keeps_the_nucleus,
     sampling::keeps_what_is_asked_for,
+    sampling::draws_from_long_rows,
     sampling::reports_logprobs_of_the_row_as_it_was,
     sampling::survives_what_nobody_should_ask,
     hostile::refuses_damaged_tensors,
