@@ -40,6 +40,10 @@ fi
 has_gpu() {
     [ -x "$PHALANX_BIN" ] && "$PHALANX_BIN" doctor --device cuda:0 >/dev/null 2>&1
 }
+# Suites that run on any processor run on the GPU, unless they may do without one.
+if [ "$GPU_REQUIRED" != 0 ] || has_gpu; then
+    export PHALANX_GPU=0 PHALANX_DEVICE=cuda:0
+fi
 
 wanted() {
     local name=$1 word
@@ -58,9 +62,8 @@ one_by_one() {
 }
 
 # Each check of the CUDA backend in a process of its own, as many at once as there are cores: most of their time goes to
-# the reference, which is one thread's work. They run on the GPU, not emulated, unless they may do without one.
+# the reference, which is one thread's work.
 each_apart() {
-    [ "$GPU_REQUIRED" = 0 ] && ! has_gpu || export PHALANX_GPU=0
     "$1" --list | sed -n 's/: test$//p' | grep cuda |
         xargs -P "$(nproc)" -I '{}' bash -c 'log=$4.$(tr -c "[:alnum:]" _ <<<"$3")
             timeout --kill-after=10 "$1" "$2" --exact "$3" --include-ignored --test-threads=1 >"$log" 2>&1
