@@ -2,8 +2,7 @@
 
 use super::device::{Memory, bytes_of};
 use super::pack::{ExpertLayout, LAYOUT, dense_bytes, pack_dense, pack_expert};
-use super::sample::Drawn;
-use super::{Cuda, Dense, Embedding, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
+use super::{Cuda, Dense, Embedding, Ended, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
 use crate::cpu::{check, need};
 use crate::memory::{Packed, Source};
 use crate::{
@@ -22,6 +21,7 @@ impl Backend for Cuda {
     type Routes = Routes;
     type Work = Work;
     type Parts = Parts;
+    type Ended = Ended;
 
     fn rows(&mut self, rows: usize, cols: usize) -> Rows {
         let made = Rows::new(&self.memory, rows, cols);
@@ -220,9 +220,16 @@ impl Backend for Cuda {
         self.note(result);
     }
 
-    fn sampled(&mut self) -> Vec<Sampled> {
-        let read: Result<Vec<_>, _> = self.drawn.iter().map(Drawn::read).collect();
-        self.made(read, |_| Vec::new()).concat()
+    fn end(&mut self) -> Ended {
+        self.end_step()
+    }
+
+    fn is_done(&self, ended: &Ended) -> bool {
+        ended.is_done()
+    }
+
+    fn result(&mut self, ended: Ended) -> Result<Vec<Sampled>, KernelError> {
+        self.result_of(ended)
     }
 
     fn read(&mut self, rows: &Rows) -> Vec<f32> {

@@ -16,6 +16,7 @@ mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emu")]
 mod emulated;
+mod ended;
 mod exchange;
 mod graph;
 mod inputs;
@@ -37,6 +38,7 @@ use std::sync::{Arc, OnceLock};
 pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
+pub use ended::Ended;
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;
@@ -86,6 +88,8 @@ pub struct Cuda {
     packers: OnceLock<Threads>,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
+    /// Pinned memory for what steps bring back, while none of them uses it.
+    landings: Vec<Box<dyn Pinned>>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
     error: Option<KernelError>,
     /// The device failed: nothing is enqueued any more.
@@ -113,6 +117,7 @@ impl Cuda {
             pieces: nothing(),
             packers: OnceLock::new(),
             drawn: Vec::new(),
+            landings: Vec::new(),
             error: None,
             broken: false,
             memory,
