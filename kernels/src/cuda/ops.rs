@@ -144,16 +144,20 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// For 8, 32 and 128 items at once.
-pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 3] = [
+/// For 8, 16, 32, 64 and 128 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 448),
 ];
-pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("down_wgmma_128", "experts_wgmma.cu", 448),
 ];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
@@ -161,7 +165,7 @@ pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 40] = [
+pub const KERNELS: [Kernel; 44] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -195,9 +199,13 @@ pub const KERNELS: [Kernel; 40] = [
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     GATE_UP_WGMMA[2].kernel,
+    GATE_UP_WGMMA[3].kernel,
+    GATE_UP_WGMMA[4].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
     DOWN_WGMMA[2].kernel,
+    DOWN_WGMMA[3].kernel,
+    DOWN_WGMMA[4].kernel,
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,

@@ -11,7 +11,7 @@ use crate::memory::Source;
 use crate::{ExpertShape, ExpertSource, KernelError, Stack, bf16};
 
 /// Changes whenever packed bytes change.
-pub(super) const LAYOUT: u32 = 2;
+pub(super) const LAYOUT: u32 = 3;
 
 /// Rows of a tile, and columns of a tile of a dense matrix.
 const TILE: usize = 16;
@@ -93,9 +93,9 @@ pub(super) struct ExpertLayout {
 /// Where the parts of a packed MXFP4 matrix lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MatrixLayout {
-    /// `[row tiles, blocks, 32 lanes, 2]` words of eight codes
+    /// `[row tiles, blocks, 32 lanes, 2]` words of sixteen codes
     pub(super) codes: Range<usize>,
-    /// `[row tiles, blocks, 16]`
+    /// `[row tiles, blocks, 8, 2]`: rows `g` and `g + 8` beside each other
     pub(super) scales: Range<usize>,
     /// f32 `[row tiles * 16]`
     pub(super) bias: Range<usize>,
@@ -165,24 +165,20 @@ fn pack_matrix(
     for (row, codes) in blocks.bytes().chunks_exact((width * 16).max(1)).enumerate() {
         let row = place(row);
         for (block, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
-            for half in 0..2 {
-                for lane in 0..4 {
-                    let at = |pair: usize| codes[half * 8 + pair];
-                    // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 are bytes t and t + 4 of a half.
-                    let (register, pairs) = (row % TILE / 8, [at(lane), at(lane + 4)]);
-                    let word =
-                        layout.codes.start + (((row / TILE * width + block) * 32 + row % 8 * 4 + lane) * 2 + half) * 4;
-                    let word = &mut out[word..word + 4];
-                    let bits = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-                    word.copy_from_slice(&(bits | spread(register, pairs)).to_le_bytes());
-                }
+            for lane in 0..4 {
+                // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 of a half are its bytes t and t + 4.
+                let pairs = [0, 1].map(|half| [codes[half * 8 + lane], codes[half * 8 + lane + 4]]);
+                let at = layout.codes.start + ((row / TILE * width + block) * 32 + row % 8 * 4 + lane) * 8;
+                let words = &mut out[at..at + 8];
+                let bits = u64::from_le_bytes(words.try_into().expect("eight bytes"));
+                words.copy_from_slice(&(bits | spread(row % TILE / 8, pairs)).to_le_bytes());
             }
         }
     }
     for (row, bytes) in scales.bytes().chunks_exact(width.max(1)).enumerate() {
         let row = place(row);
         for (block, &scale) in bytes.iter().enumerate() {
-            out[layout.scales.start + (row / TILE * width + block) * TILE + row % TILE] = scale;
+            out[layout.scales.start + (row / TILE * width + block) * TILE + row % 8 * 2 + row % TILE / 8] = scale;
         }
     }
     for (row, value) in bf16::values(bias.bytes()).enumerate() {
@@ -193,24 +189,32 @@ fn pack_matrix(
     Ok(())
 }
 
-/// The codes of a row in a lane's word: registers `row` and `row + 2`, two elements each (low nibble first). Element `h`
-/// goes to half `h`: a register's sign and magnitude to where a bf16 has them, three bits further down for each register
-/// before it; the last register's to the bits that are left.
-fn spread(row: usize, pairs: [u8; 2]) -> u32 {
-    let mut word = 0;
-    for (register, pair) in [row, row + 2].into_iter().zip(pairs) {
-        for element in 0..2 {
-            let code = u32::from(pair) >> (4 * element) & 15;
-            let (sign, magnitude) = (code >> 3, code & 7);
-            let half = if register < 3 {
-                sign << (15 - 3 * register) | magnitude << (6 - 3 * register)
-            } else {
-                sign << 14 | magnitude >> 1 << 10 | (magnitude & 1) << 13
-            };
-            word |= half << (16 * element);
+/// Bits by which a word is turned to the right for registers 0 to 3 of each half.
+const TURNS: [[u32; 4]; 2] = [[0, 4, 10, 8], [2, 6, 12, 14]];
+/// What the fourth registers take from the left word; the rest is the right one's.
+const LEFT_OF_BOTH: u32 = 0x6030_6030;
+
+/// The codes of a row in a lane's two words, the left one below: of each half registers `row` and `row + 2`, two elements
+/// each (low nibble first). A word, turned, has an element's sign and magnitude where a bf16 has its sign and its lowest
+/// exponent and highest fraction bits, element 1 in the upper half.
+fn spread(row: usize, pairs: [[u8; 2]; 2]) -> u64 {
+    let mut words = 0;
+    for (half, pairs) in pairs.into_iter().enumerate() {
+        for (register, pair) in [row, row + 2].into_iter().zip(pairs) {
+            for element in 0..2 {
+                let code = u32::from(pair) >> (4 * element) & 15;
+                let bits = (code >> 3 << 15 | (code & 7) << 6) << (16 * element);
+                let bits = bits.rotate_left(TURNS[half][register]);
+                let [left, right] = match (register, half) {
+                    (3, _) => [bits & LEFT_OF_BOTH, bits & !LEFT_OF_BOTH],
+                    (_, 0) => [bits, 0],
+                    _ => [0, bits],
+                };
+                words |= u64::from(left) | u64::from(right) << 32;
+            }
         }
     }
-    word
+    words
 }
 
 #[cfg(test)]
@@ -244,16 +248,18 @@ mod tests {
 
     #[test]
     fn codes_of_a_lane_lie_as_the_kernel_reads_them() {
-        // Row g: codes 1 and 10 (magnitude 2, negative) at columns 2t, 2t + 1; 3 and 4 eight columns further.
-        assert_eq!(spread(0, [0xa1, 0x43]), 1 << 6 | 3 | (1 << 15 | 2 << 6 | 4) << 16);
-        // Row g + 8: registers 1 and 3; 15 and 9 there, 8 and 1 eight columns further.
-        assert_eq!(spread(1, [0x9f, 0x18]), 1 << 12 | 7 << 3 | 1 << 14 | (1 << 12 | 1 << 3 | 1 << 13) << 16);
+        // Row g: codes 1 and 10 (magnitude 2, negative) in register 0 of the left half, as they are; 3 and 4 in register 2,
+        // whose elements lie in the other half of the word, six bits down.
+        let left = 1 << 6 | (1 << 15 | 2 << 6) << 16 | 3 << 16 | 4;
+        assert_eq!(spread(0, [[0xa1, 0x43], [0, 0]]), left);
+        // Row g + 8: code 15 in register 3 of the right half, of which one bit alone is in the right word.
+        assert_eq!(spread(1, [[0, 0], [0, 0x0f]]), 1 << 29 | 3 << 20 | 1 << 22 << 32);
     }
 
     #[test]
-    fn codes_of_a_word_do_not_overlap() {
-        let words = [0, 1].map(|row| spread(row, [0xff, 0xff]));
-        assert_eq!((words[0] & words[1], words[0] | words[1]), (0, u32::MAX));
+    fn codes_of_two_words_do_not_overlap() {
+        let words = [0, 1].map(|row| spread(row, [[0xff; 2]; 2]));
+        assert_eq!((words[0] & words[1], words[0] | words[1]), (0, u64::MAX));
     }
 
     #[test]
