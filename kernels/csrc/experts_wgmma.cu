@@ -1,7 +1,7 @@
 // The experts on Hopper (sm_90a), fast precision: products of warpgroups behind a ring of bulk copies.
 //
 // gate_up: for each item (a received row in an expert's hands) [H] -> [I], with SwiGLU. down: [I] -> [H], one row of the
-// wire type for each item. Weights are wgmma's M, 64 rows a warpgroup; items its N, 8, 32 or 128.
+// wire type for each item. Weights are wgmma's M, 64 rows a warpgroup; items its N, 8 to 176.
 //
 // Weights: as experts.cuh says; a lane's codes are widened to bf16 in registers, times their scale: wgmma's A. So an
 // element is what a checkpoint's weights are as bf16: exact, but for scales of 2^126 and 2^127, where codes from 4 and 2
@@ -39,7 +39,7 @@ typedef Ring<1, 1, 8, 6, 4> Ring8;
 typedef Ring<1, 1, 16, 6, 4> Ring16;
 typedef Ring<2, 1, 32, 6, 4> Ring32;
 typedef Ring<3, 1, 64, 6, 5> Ring64;
-typedef Ring<3, 2, 128, 6, 3> Ring128;
+typedef Ring<3, 4, 176, 2, 7> Ring176;
 
 // Units -------------------------------------------------------------------------------------------------------------
 
@@ -78,9 +78,11 @@ DEVICE Unit find_unit(const ExpertArgs& a, const u32* chunks, u32 unit, u32 stre
     else
       high = middle;
   }
-  u32 start = a.starts[low], within = (chunk - chunks[low]) * R::ITEMS;
-  u32 end = least(a.starts[low + 1], start + within + R::ITEMS);
-  return {low, unit % stretches * R::WARPS, start + within, end, start / 8 + low + within / 8};
+  // Chunks of a slot are of one length, a multiple of 8.
+  u32 start = a.starts[low], end = a.starts[low + 1], count = chunks[low + 1] - chunks[low];
+  u32 length = (end - start + 8 * count - 1) / (8 * count) * 8, first = start + (chunk - chunks[low]) * length;
+  return {low, unit % stretches * R::WARPS, least(first, end), least(first + length, end),
+          start / 8 + low + (first - start) / 8};
 }
 
 // Copying -----------------------------------------------------------------------------------------------------------
@@ -223,19 +225,20 @@ struct Walk {
   }
 
   // Begins the products of a block of the stage; its 16 columns are two pieces, 256 bytes.
-  DEVICE void multiply(u32 block, bool first, u32 (&a)[2][4], float (&sums)[R::ITEMS / 2]) {
+  template <u32 N>
+  DEVICE void multiply(u32 block, u32 (&a)[2][4], float (&sums)[N / 2]) {
 #ifndef PLANT_FENCE
     wgmma_fence(a);
 #endif
-    wgmma<R::ITEMS>(sums, a[0], pieces + block * 32, !first);
-    wgmma<R::ITEMS>(sums, a[1], pieces + block * 32 + 16, true);
+    wgmma<N>(sums, a[0], pieces + block * 32, true);
+    wgmma<N>(sums, a[1], pieces + block * 32 + 16, true);
     wgmma_commit();
   }
 };
 
 // The sums of a unit: a warp has row tile unit.tile + warp.
-template <class R>
-DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn, float (&sums)[R::ITEMS / 2]) {
+template <class R, u32 N>
+DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn, float (&sums)[N / 2]) {
   static_assert(R::BLOCKS % 2 == 0, "registers of odd and of even blocks");
   u32 a[2][2][4];
   Walk<R> walk = {smem, turn, warp, shared_address(smem), nullptr, nullptr, nullptr, 0};
@@ -254,7 +257,7 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
         u32 (&registers)[2][4] = a[i % 2];
 #endif
         walk.widen(i, large, registers);
-        walk.multiply(i, first + i == 0, registers, sums);
+        walk.template multiply<N>(i, registers, sums);
         // The block before is done, and with it the stage before.
         wgmma_wait<1>();
         if (i == 0) walk.give_back();
@@ -262,7 +265,7 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
     } else {
       for (u32 i = 0; i < count; i++) {
         walk.widen(i, large, a[0]);
-        walk.multiply(i, first + i == 0, a[0], sums);
+        walk.template multiply<N>(i, a[0], sums);
         wgmma_wait<0>();
         if (i == 0) walk.give_back();
       }
@@ -284,15 +287,15 @@ DEVICE float swiglu_fast(float gate, float up, float limit) {
 
 // Bias and SwiGLU, or bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of item 8n + 2t + i % 2. Transposed, a
 // lane has rows 2t and 2t + 1 of item 8n + g.
-template <bool GATE_UP, class R>
-DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, float (&sums)[R::ITEMS / 2]) {
+template <bool GATE_UP, u32 N>
+DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, float (&sums)[N / 2]) {
   u32 t = lane_id() % 4, g = lane_id() / 4, tile = unit.tile + warp;
   if (tile >= m.tiles) return;
   const Slot& slot = a.slots[unit.slot];
   const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16;
   float low = bias[g], high = bias[g + 8];
 #pragma unroll
-  for (u32 n = 0; n < R::ITEMS / 8; n++) {
+  for (u32 n = 0; n < N / 8; n++) {
     if (unit.first + n * 8 >= unit.end) break;
     u32 item = unit.first + n * 8 + g;
     bool inside = item < unit.end;
@@ -315,6 +318,15 @@ DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32
   }
 }
 
+template <bool GATE_UP, class R, u32 N>
+DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, u8* smem,
+                    Turn<R::STAGES>& turn) {
+  float sums[N / 2];
+  wgmma_zero(sums);
+  multiply_unit<R, N>(m.blocks, warp, smem, turn, sums);
+  put_unit<GATE_UP, N>(a, m, unit, warp, sums);
+}
+
 template <bool GATE_UP, class R>
 DEVICE void expert_wgmma(const ExpertArgs& a) {
   SHARED(smem);
@@ -329,14 +341,23 @@ DEVICE void expert_wgmma(const ExpertArgs& a) {
   __syncthreads();
   u32 units = chunks[a.slots_count] * stretches;
   Turn<R::STAGES> turn = {0, 0};
+  // The widest products need more registers than there are for each of so many threads.
+  const bool wide = R::ITEMS == 176;
   if (warp >= R::WARPS) {
+    if (wide) keep_registers<40>();
     for (u32 i = blockIdx.x; i < units; i += gridDim.x)
       copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
   } else {
-    float sums[R::ITEMS / 2];
+    if (wide) take_registers<152>();
     for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
-      multiply_unit<R>(m.blocks, warp, smem, turn, sums);
-      put_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), warp, sums);
+      Unit unit = find_unit<R>(a, chunks, i, stretches);
+      // No wider than it must be: columns take as long whether there are items in them or not.
+      if (!wide)
+        do_unit<GATE_UP, R, wide ? 8 : R::ITEMS>(a, m, unit, warp, smem, turn);
+      else if (of_warp(unit.end - unit.first) <= 144)
+        do_unit<GATE_UP, R, 144>(a, m, unit, warp, smem, turn);
+      else
+        do_unit<GATE_UP, R, 176>(a, m, unit, warp, smem, turn);
     }
   }
 }
@@ -350,8 +371,8 @@ KERNEL(gate_up_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<true, Ring1
 KERNEL(down_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<false, Ring16>(a); }
 KERNEL(gate_up_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<true, Ring64>(a); }
 KERNEL(down_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<false, Ring64>(a); }
-KERNEL(gate_up_wgmma_128, Ring128::THREADS, ExpertArgs) { expert_wgmma<true, Ring128>(a); }
-KERNEL(down_wgmma_128, Ring128::THREADS, ExpertArgs) { expert_wgmma<false, Ring128>(a); }
+KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<true, Ring176>(a); }
+KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<false, Ring176>(a); }
 
 // Tiles of items ----------------------------------------------------------------------------------------------------
 

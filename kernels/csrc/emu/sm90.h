@@ -57,10 +57,18 @@ inline u32 transpose_8x8(u32 pair) {
   emu::warp_release();
   return out;
 }
+template <u32 N>
+inline void keep_registers() {}
+template <u32 N>
+inline void take_registers() {}
 inline void warpgroup_sync() { emu::warpgroup_sync(); }
 template <u32 N>
 inline void wgmma_fence(u32 (&)[N][4]) {
   emu::products_fence();
+}
+template <u32 N>
+inline void wgmma_zero(float (&d)[N]) {
+  for (float& sum : d) sum = 0.0f;
 }
 inline void wgmma_commit() { emu::products_commit(); }
 template <u32 GROUPS>

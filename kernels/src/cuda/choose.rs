@@ -155,7 +155,7 @@ const RINGS: [Ring; 5] = [
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
     Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
-    Ring { items: 128, tiles: 12, blocks: 6, stages: 3, resident: 1 },
+    Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
 /// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
@@ -253,13 +253,13 @@ mod tests {
             (2 * 128 + 1, "gate_up_wgmma_16"),
             (20 * 128, "gate_up_wgmma_32"),
             (44 * 128, "gate_up_wgmma_64"),
-            (32_768, "gate_up_wgmma_128"),
+            (32_768, "gate_up_wgmma_176"),
         ] {
             let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
             assert_eq!(choice.op.kernel.name, name, "{items}");
             assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 5 && choice.shared <= SHARED_MAX, "{choice:?}");
         }
-        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_128");
+        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_176");
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
         for ring in &RINGS {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);

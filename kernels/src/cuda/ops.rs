@@ -144,20 +144,20 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// For 8, 16, 32, 64 and 128 items at once.
+/// For 8, 16, 32, 64 and 176 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
     Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 448),
+    Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512),
 ];
 pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
     Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("down_wgmma_128", "experts_wgmma.cu", 448),
+    Op::new("down_wgmma_176", "experts_wgmma.cu", 512),
 ];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
