@@ -31,10 +31,11 @@ pub struct KernelsArgs {
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32,64,512", value_name = "T",
           value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
-    /// Only ops whose name contains this: norm, qkv, attend-full, attend-window, attention-out, experts, unembed, sample
+    /// Only ops whose name contains this: norm, qkv, attend-full, attend-window, prefill-full, prefill-window,
+    /// attention-out, experts, unembed, sample
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
-    /// Tokens of context that each row of attention sees
+    /// Tokens of context that each row of attend- sees, or the last one of prefill-
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     context: u32,
     /// Rounds; each measures every op and every ceiling once
@@ -166,10 +167,18 @@ fn cases<B: Machine>(
         let matrices = Matrices::new(backend, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, dense)?;
         cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
-    for (name, window) in [("attend-full", None), ("attend-window", Some(128))] {
-        if wanted(name) {
-            let sequences = Sequences::new(backend, name, args.context, window)?;
-            cases.extend(rows().map(|rows| sequences.case(backend, rows)));
+    for (names, window) in [(["attend-full", "prefill-full"], None), (["attend-window", "prefill-window"], Some(128))] {
+        if names.iter().any(|name| wanted(name)) {
+            let most = rows().max().unwrap_or(1);
+            let sequences = Sequences::new(backend, args.context, window, most)?;
+            let [decode, prefill] = names;
+            if wanted(decode) {
+                cases.extend(rows().map(|rows| sequences.decode(backend, decode, rows)));
+            }
+            if wanted(prefill) {
+                let rows = rows().filter(|&rows| rows <= args.context as usize);
+                cases.extend(rows.map(|rows| sequences.prefill(backend, prefill, rows)));
+            }
         }
     }
     if wanted("attention-out") {

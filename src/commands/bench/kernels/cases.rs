@@ -15,7 +15,7 @@ use super::machine::Machine;
 const COLD_BYTES: usize = 256 << 20;
 
 /// Most bytes of keys and values that are held.
-const MOST_KV_BYTES: usize = 512 << 20;
+const MOST_KV_BYTES: usize = 1 << 30;
 
 pub(super) const HIDDEN: usize = 2880;
 const INTERMEDIATE: usize = 2880;
@@ -159,7 +159,6 @@ impl<B: Machine> Matrices<B> {
 
 /// Keys and values of sequences, each `context` tokens long, to be gone through one after the other.
 pub(super) struct Sequences<B: Backend> {
-    name: &'static str,
     window: Option<u32>,
     tokens: u32,
     sequences: usize,
@@ -170,43 +169,70 @@ pub(super) struct Sequences<B: Backend> {
 impl<B: Machine> Sequences<B> {
     const COLS: usize = (HEADS + 2 * KV_HEADS) * DIM;
 
-    pub(super) fn new(backend: &mut B, name: &'static str, tokens: u32, window: Option<u32>) -> Result<Self> {
+    /// As many as `rows`, or as no cache holds, where there is memory for them.
+    pub(super) fn new(backend: &mut B, tokens: u32, window: Option<u32>, rows: usize) -> Result<Self> {
         let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
         // A window touches so much of a sequence.
         let seen = window.map_or(stretch, |window| (window as usize).div_ceil(BLOCK_SIZE).min(stretch));
         let of_sequence = seen * BLOCK_SIZE * 2 * KV_HEADS * DIM * backend.kv_bytes();
-        let sequences = COLD_BYTES.div_ceil(of_sequence).min(MOST_KV_BYTES / (of_sequence / seen * stretch)).max(1);
+        let most = MOST_KV_BYTES / (of_sequence / seen * stretch);
+        let sequences = COLD_BYTES.div_ceil(of_sequence).max(rows).min(most).max(1);
         let pool = PoolShape { layers: 1, blocks: sequences * stretch };
         let kv = backend.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
         let sinks = vec![0x3f; HEADS * 2];
         let sinks = backend.vector(Source::memory(&sinks))?;
-        Ok(Self { name, window, tokens, sequences, kv: Rc::new(kv), sinks: Rc::new(sinks) })
+        Ok(Self { window, tokens, sequences, kv: Rc::new(kv), sinks: Rc::new(sinks) })
     }
 
-    /// Each row belongs to another sequence as long as there are any.
-    pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
-        let (tokens, sequences, window) = (self.tokens, self.sequences, self.window);
-        let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
+    fn table(&self, sequence: usize) -> Vec<u32> {
+        let stretch = (self.tokens as usize).div_ceil(BLOCK_SIZE);
+        let sequence = sequence % self.sequences;
+        ((sequence * stretch) as u32..((sequence + 1) * stretch) as u32).collect()
+    }
+
+    /// The last rows of sequences: each row belongs to another one as long as there are any.
+    pub(super) fn decode(&self, backend: &mut B, name: &'static str, rows: usize) -> Case<B> {
+        let sequences = self.sequences;
+        let step = |first: usize| StepInputs {
+            tokens: vec![TokenSource::Given(0); rows],
+            positions: vec![self.tokens - 1; rows],
+            sequences: (0..rows).map(|row| (row % sequences) as u32).collect(),
+            tables: vec![(0..rows.min(sequences)).map(|i| self.table(first + i)).collect()],
+        };
+        let steps = (0..sequences.div_ceil(rows)).map(|i| step(i * rows)).collect();
+        let seen = u64::from(self.window.unwrap_or(self.tokens).min(self.tokens));
+        self.case(backend, name, steps, rows.min(sequences) as u64 * seen, rows as u64 * seen)
+    }
+
+    /// The last `rows` rows of one sequence, which has so many at least.
+    pub(super) fn prefill(&self, backend: &mut B, name: &'static str, rows: usize) -> Case<B> {
+        let first = self.tokens - rows as u32;
+        let step = |sequence: usize| StepInputs {
+            tokens: vec![TokenSource::Given(0); rows],
+            positions: (first..self.tokens).collect(),
+            sequences: vec![0; rows],
+            tables: vec![vec![self.table(sequence)]],
+        };
+        let steps = (0..self.sequences).map(step).collect();
+        let window = self.window.unwrap_or(self.tokens);
+        let seen = (first..self.tokens).map(|position| u64::from(window.min(position + 1))).sum();
+        let touched = u64::from(self.tokens.min(rows as u32 - 1 + window));
+        self.case(backend, name, steps, touched, seen)
+    }
+
+    /// Steps that together read `touched` keys each, and multiply by `seen`.
+    fn case(&self, backend: &mut B, name: &'static str, steps: Vec<StepInputs>, touched: u64, seen: u64) -> Case<B> {
+        let rows = steps[0].positions.len();
         let mut qkv = backend.rows(rows, Self::COLS);
         let mut out = backend.rows(rows, HEADS * DIM);
         backend.write(&mut qkv, &numbers(rows * Self::COLS));
-        let table = |i: usize| ((i * stretch) as u32..((i + 1) * stretch) as u32).collect::<Vec<u32>>();
-        let step = |first: usize| StepInputs {
-            tokens: vec![TokenSource::Given(0); rows],
-            positions: vec![tokens - 1; rows],
-            sequences: (0..rows).map(|row| (row % sequences) as u32).collect(),
-            tables: vec![(0..rows.min(sequences)).map(|i| table((first + i) % sequences)).collect()],
-        };
-        let steps: Vec<StepInputs> = (0..sequences.div_ceil(rows)).map(|i| step(i * rows)).collect();
-        let seen = u64::from(window.unwrap_or(tokens).min(tokens));
-        let (kv, sinks, mut next) = (Rc::clone(&self.kv), Rc::clone(&self.sinks), 0);
+        let (kv, sinks, window, mut next) = (Rc::clone(&self.kv), Rc::clone(&self.sinks), self.window, 0);
         let rope = RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 };
         Case {
-            name: self.name,
+            name,
             rows,
-            bytes: rows.min(sequences) as u64 * seen * (2 * KV_HEADS * DIM * backend.kv_bytes()) as u64
-                + (rows * 2 * HEADS * DIM * 4) as u64,
-            operations: rows as u64 * seen * (4 * HEADS * DIM) as u64,
+            bytes: touched * (2 * KV_HEADS * DIM * backend.kv_bytes()) as u64 + (rows * 2 * HEADS * DIM * 4) as u64,
+            operations: seen * (4 * HEADS * DIM) as u64,
             arithmetic: B::FLOATS,
             // What begins a step says whose keys are seen; unless all are seen each time, it is measured along.
             run: Box::new(move |backend, first| {
