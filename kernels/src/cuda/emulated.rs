@@ -347,7 +347,7 @@ mod tests {
     fn faults_are_planted() {
         for (fault, name) in [
             (Fault::Barrier, "attention_f32!barrier"),
-            (Fault::Window, "attention_segments_bf16_64!window"),
+            (Fault::Window, "attention_few_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
             (Fault::Stride, "gate_up_wgmma_32!stride"),
         ] {

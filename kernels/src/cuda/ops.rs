@@ -59,7 +59,8 @@ args! {
     /// attention.cu
     AttentionArgs {
         qkv: u64, kv: u64, tables: u64, positions: u64, sequences: u64, tiles: u64, sinks: u64, out: u64, partials: u64,
-        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32,
+        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32, share: u32,
+        unused: u32,
     }
     /// dense.cu
     DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
@@ -115,14 +116,14 @@ pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 
 pub(super) const ROPE_F32: Op<RopeArgs> = Op::new("rope_f32", "rope.cu", 128);
 pub(super) const ROPE_BF16: Op<RopeArgs> = Op::new("rope_bf16", "rope.cu", 128);
 pub(super) const ATTENTION_F32: Op<AttentionArgs> = Op::new("attention_f32", "attention.cu", 128);
-pub(super) const ATTENTION_BF16: [Op<AttentionArgs>; 2] =
-    [Op::new("attention_bf16_64", "attention.cu", 128), Op::new("attention_bf16_128", "attention.cu", 128)];
 pub(super) const ATTENTION_SEGMENTS_F32: Op<AttentionArgs> = Op::new("attention_segments_f32", "attention.cu", 128);
-pub(super) const ATTENTION_SEGMENTS_BF16: [Op<AttentionArgs>; 2] = [
-    Op::new("attention_segments_bf16_64", "attention.cu", 128),
-    Op::new("attention_segments_bf16_128", "attention.cu", 128),
-];
 pub(super) const ATTENTION_MERGE: Op<AttentionArgs> = Op::new("attention_merge", "attention.cu", 128);
+/// For heads of up to 64 dimensions and for wider ones.
+pub(super) const ATTENTION_MANY: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_many_64", "attention.cu", 128), Op::new("attention_many_128", "attention.cu", 128)];
+pub(super) const ATTENTION_FEW: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_few_64", "attention.cu", 32), Op::new("attention_few_128", "attention.cu", 32)];
+pub(super) const ATTENTION_JOIN: Op<AttentionArgs> = Op::new("attention_join", "attention.cu", 128);
 pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256);
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
@@ -166,19 +167,20 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 48] = [
+pub const KERNELS: [Kernel; 49] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
     ROPE_F32.kernel,
     ROPE_BF16.kernel,
     ATTENTION_F32.kernel,
-    ATTENTION_BF16[0].kernel,
-    ATTENTION_BF16[1].kernel,
     ATTENTION_SEGMENTS_F32.kernel,
-    ATTENTION_SEGMENTS_BF16[0].kernel,
-    ATTENTION_SEGMENTS_BF16[1].kernel,
     ATTENTION_MERGE.kernel,
+    ATTENTION_MANY[0].kernel,
+    ATTENTION_MANY[1].kernel,
+    ATTENTION_FEW[0].kernel,
+    ATTENTION_FEW[1].kernel,
+    ATTENTION_JOIN.kernel,
     DENSE_F32.kernel,
     DENSE_MMA_8.kernel,
     DENSE_MMA_64.kernel,
