@@ -108,12 +108,7 @@ inline float __uint_as_float(u32 bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
-// Fibers change places at barriers only.
-inline u32 atomicAdd(u32* p, u32 value) {
-  u32 old = *p;
-  *p += value;
-  return old;
-}
+inline u32 atomicAdd(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   u64 bytes = (u64)y << 32 | x;
   u32 out = 0;
