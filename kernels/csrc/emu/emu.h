@@ -114,16 +114,8 @@ inline float __uint_as_float(u32 bits) {
   return x;
 }
 // Fibers change places at barriers only.
-inline u32 atomicAdd(u32* p, u32 value) {
-  u32 old = *p;
-  *p += value;
-  return old;
-}
-inline u64 atomicAdd(u64* p, u64 value) {
-  u64 old = *p;
-  *p += value;
-  return old;
-}
+inline u32 atomicAdd(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline u64 atomicAdd(u64* p, u64 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 // Blocks follow each other.
 inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
