@@ -219,7 +219,11 @@ fn tiles<'a>(
     need(blocks_name, blocks.len(), rows * width * 16)?;
     need(scales_name, scales.len(), rows * width)?;
     need(bias_name, bias.len(), rows * 2)?;
-    if let Some(index) = scales.iter().position(|&scale| scale == u8::MAX) {
+    // Many at once; which one it was is asked only then.
+    let largest = scales.iter().fold(0, |largest, &scale| scale.max(largest));
+    if largest == u8::MAX
+        && let Some(index) = scales.iter().position(|&scale| scale == largest)
+    {
         return Err(KernelError::Scale { what: scales_name, index });
     }
     let (codes_out, out) = out.split_at_mut(blocks.len());
@@ -259,12 +263,17 @@ impl Tile<'_> {
                 }
             }
         }
+        self.pack_scales();
+        let bias: Vec<f32> = bf16::values(self.bias).collect();
+        put(self.order.iter().map(|&row| bias[row]), self.bias_out);
+    }
+
+    fn pack_scales(&mut self) {
+        let width = self.scales.len() / TILE;
         let rows = self.order.map(|row| &self.scales[row * width..(row + 1) * width]);
         for (block, out) in self.scales_out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
             *out = std::array::from_fn(|i| rows[i % 2 * 8 + i / 2][block]);
         }
-        let bias: Vec<f32> = bf16::values(self.bias).collect();
-        put(self.order.iter().map(|&row| bias[row]), self.bias_out);
     }
 }
 

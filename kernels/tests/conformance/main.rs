@@ -232,6 +232,7 @@ conformance!(
     hostile::refuses_packed_bytes_of_another_size,
     hostile::refuses_damaged_records,
     plans::what_does_not_exist_is_named,
+    plans::errors_are_those_of_their_step,
     plans::what_no_row_sees_may_not_exist,
     plans::shapes_that_do_not_fit_are_refused,
     contract::rows_alone_or_together,
