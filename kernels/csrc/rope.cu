@@ -1,5 +1,5 @@
 // Rotation of queries and keys in place, half-split pairs (j, j + D/2), and the write of keys and values to the KV
-// memory. qkv: [T, Nq*D + 2*Nkv*D]. Some blocks a row; a thread owns the pairs it rotates, so nothing is shared.
+// memory. qkv: [T, Nq*D + 2*Nkv*D]. A block a row; a thread owns the pairs it rotates, so nothing is shared.
 //
 // a' = fma(a, cos, -(b sin)), b' = fma(b, cos, a sin), with cosines and sines made on the host.
 // KV memory of a layer: [block][kv head], there keys [16][D] and then values [16][D].
@@ -23,8 +23,7 @@ DEVICE void rotate_and_store(const RopeArgs& a) {
   u32 position = a.positions[row];
   u32 block = a.tables[(u64)a.sequences[row] * a.stride + position / BLOCK_SIZE];
   E* kv = (E*)a.kv + (u64)block * a.kv_heads * 2 * BLOCK_SIZE * a.dim + (u64)(position % BLOCK_SIZE) * a.dim;
-  u32 first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
-  for (u32 i = first; i < (a.heads + a.kv_heads) * half; i += step) {
+  for (u32 i = threadIdx.x; i < (a.heads + a.kv_heads) * half; i += blockDim.x) {
     u32 head = i / half, j = i % half;
     float cos = a.cos[(u64)row * half + j], sin = a.sin[(u64)row * half + j];
     float* low = qkv + head * a.dim + j;
@@ -39,7 +38,7 @@ DEVICE void rotate_and_store(const RopeArgs& a) {
     }
   }
   const float* values = qkv + (a.heads + a.kv_heads) * a.dim;
-  for (u32 i = first; i < a.kv_heads * a.dim; i += step)
+  for (u32 i = threadIdx.x; i < a.kv_heads * a.dim; i += blockDim.x)
     store(kv + (u64)(i / a.dim * 2 + 1) * BLOCK_SIZE * a.dim + i % a.dim, values[i]);
 }
 

@@ -47,12 +47,11 @@ KERNEL(top_k, WARP, TopKArgs) {
     last_index = index;
     any = true;
   }
-  // A choice a lane; the sum by descending logit, in every lane.
-  __syncwarp();
+  if (lane_id() != 0) return;
   float largest = logits[first_index], sum = 0.0f;
-  for (u32 k = lane_id(); k < a.top_k; k += WARP) weights[k] = exp_own(logits[experts[k]] - largest);
-  __syncwarp();
-  for (u32 k = 0; k < a.top_k; k++) sum += weights[k];
-  __syncwarp();
-  for (u32 k = lane_id(); k < a.top_k; k += WARP) weights[k] /= sum;
+  for (u32 k = 0; k < a.top_k; k++) {
+    weights[k] = exp_own(logits[experts[k]] - largest);
+    sum += weights[k];
+  }
+  for (u32 k = 0; k < a.top_k; k++) weights[k] /= sum;
 }

@@ -304,10 +304,7 @@ impl Cuda {
             stride,
             unused: 0,
         };
-        // Few rows are cut for all multiprocessors: a thread's pairs are loaded one after another.
-        let pairs = ((heads + kv_heads) * dim / 2).div_ceil(ROPE_F32.kernel.threads as usize) as u32;
-        let cut = (2 * self.memory.queue.device().multiprocessors() / qkv.len() as u32).clamp(1, pairs.max(1));
-        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, cut, 1], 0, &args)
+        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, 1, 1], 0, &args)
     }
 
     fn attend_rows(
