@@ -57,6 +57,9 @@ use self::sample::Drawn;
 use crate::cpu::{check, need};
 use crate::{KernelError, KvLayer, Precision};
 
+/// Columns of a block, as `csrc/embed.cu` has them.
+const EMBED_COLS: u32 = 512;
+
 /// A CUDA device as a backend.
 #[derive(Debug)]
 pub struct Cuda {
@@ -214,7 +217,7 @@ impl Cuda {
             cols: table.cols as u32,
             vocab: table.vocab as u32,
         };
-        self.launch(&EMBED, [out.len() as u32, 1, 1], 0, &args)
+        self.launch(&EMBED, [out.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     fn norm_rows(&self, x: &Rows, weight: &Vector, eps: f32, out: &mut Rows) -> Result<(), KernelError> {
@@ -393,7 +396,7 @@ impl Cuda {
             cols: x.cols() as u32,
             unused: 0,
         };
-        self.launch(&GATHER, [rows.len() as u32, 1, 1], 0, &args)
+        self.launch(&GATHER, [rows.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     /// Reads what kernels found wrong, and forgets it.
