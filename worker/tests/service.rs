@@ -41,11 +41,13 @@ struct FakeHost {
     wake: mpsc::Receiver<()>,
     progress: ProgressCell,
     outcomes: Outcomes<StepFailure>,
+    /// Begun, and done when finished.
+    begun: Option<StepPlan>,
 }
 
 impl FakeHost {
     fn new(steps: Arc<Mutex<Vec<Fence>>>, wake: mpsc::Receiver<()>) -> Self {
-        Self { steps, wake, progress: ProgressCell::default(), outcomes: Outcomes::new(Fence::default()) }
+        Self { steps, wake, progress: ProgressCell::default(), outcomes: Outcomes::new(Fence::default()), begun: None }
     }
 
     fn step(&self, plan: &StepPlan) -> StepReply {
@@ -87,8 +89,18 @@ impl Host for FakeHost {
         Ok(4096)
     }
 
-    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
-        let fence = plan.header.fence;
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
+        assert!(self.begun.replace(plan.clone()).is_none(), "the one before was done");
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
+        let plan = &self.begun.take().unwrap();
+        assert_eq!(plan.header.fence, fence);
         match self.outcomes.of(fence) {
             Ok(Some(outcome)) => outcome.map_err(NoResult::Failed),
             Ok(None) => {

@@ -248,7 +248,7 @@ impl Device for Emulated {
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes] }))
+        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes], fetched: Vec::new() }))
     }
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
@@ -265,11 +265,12 @@ impl Device for Emulated {
     }
 }
 
-/// Memory of the host, read at once.
+/// Memory of the host, read at once; what is fetched is seen when it was waited for.
 #[derive(Debug)]
 struct EmulatedPinned {
     device: Emulated,
     bytes: Vec<u8>,
+    fetched: Vec<(usize, Vec<u8>)>,
 }
 
 impl Pinned for EmulatedPinned {
@@ -282,7 +283,22 @@ impl Pinned for EmulatedPinned {
         unsafe { self.device.upload(&self.bytes[..bytes], to) }
     }
 
+    unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+        let mut fetched = vec![0; bytes];
+        // SAFETY: the caller promises that the source is allocated.
+        unsafe { self.device.download(from, &mut fetched)? };
+        self.fetched.push((at, fetched));
+        Ok(())
+    }
+
+    fn is_done(&self) -> Result<bool, KernelError> {
+        Ok(true)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
+        for (at, fetched) in self.fetched.drain(..) {
+            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        }
         Ok(())
     }
 }

@@ -1,7 +1,5 @@
 //! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes. Between kernels that can wait for each other
 //! themselves, the next one starts while the last one ends.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
 
 use std::ffi::c_void;
 use std::ptr;

@@ -16,6 +16,7 @@ mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emu")]
 mod emulated;
+mod ended;
 mod exchange;
 mod graph;
 mod inputs;
@@ -32,11 +33,12 @@ mod sequence;
 mod slots;
 mod status;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
+pub use ended::Ended;
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;
@@ -55,10 +57,14 @@ use self::ops::{
 use self::pack::DenseLayout;
 use self::sample::Drawn;
 use crate::cpu::{check, need};
+use crate::threads::Threads;
 use crate::{KernelError, KvLayer, Precision};
 
 /// Columns of a block, as `csrc/embed.cu` has them.
 const EMBED_COLS: u32 = 512;
+
+/// Threads that pack weights, at most: more than these wait for memory.
+const PACKERS_MAX: usize = 16;
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
@@ -81,8 +87,12 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
+    /// Who packs weights; nobody until the first are packed.
+    packers: OnceLock<Threads>,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
+    /// Pinned memory for what steps bring back, while none of them uses it.
+    landings: Vec<Box<dyn Pinned>>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
     error: Option<KernelError>,
     /// The device failed: nothing is enqueued any more.
@@ -108,7 +118,9 @@ impl Cuda {
             late: Late::new(&memory),
             weights: nothing(),
             pieces: nothing(),
+            packers: OnceLock::new(),
             drawn: Vec::new(),
+            landings: Vec::new(),
             error: None,
             broken: false,
             memory,
@@ -163,6 +175,16 @@ impl Cuda {
             Precision::Exact => Family::Mma,
             Precision::Fast => self.memory.queue.device().family(),
         }
+    }
+
+    /// The threads that pack weights.
+    fn packers(&self) -> &Threads {
+        self.packers.get_or_init(|| {
+            let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(PACKERS_MAX));
+            // Fewer are slower and as right.
+            let alone = |_| Threads::new(1, None).expect("the thread that calls is there");
+            Threads::new(threads, None).unwrap_or_else(alone)
+        })
     }
 
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).

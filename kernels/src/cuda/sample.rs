@@ -46,11 +46,16 @@ const fn stride(vocab: usize) -> usize {
     vocab.next_multiple_of(EACH)
 }
 
-/// What one launch drew, on the device.
+/// What one launch drew, on the device: `[draws]` of what was drawn, then the likely tokens of all.
 #[derive(Debug)]
 pub(super) struct Drawn {
-    drawn: Buffer,
-    top: Buffer,
+    buffer: Buffer,
+    report: Report,
+}
+
+/// How what was drawn is read.
+#[derive(Debug)]
+pub(super) struct Report {
     /// Of each draw, whether something is reported, and where its likely tokens begin.
     reports: Vec<(bool, u32)>,
     tops: usize,
@@ -136,7 +141,8 @@ impl Cuda {
         let edits = staging.push(packed.edits);
         let allowed = staging.push(packed.allowed);
         let at = self.late.push(&staging.bytes)?;
-        let (drawn, top) = (self.memory.unfilled(draws.len() * DRAWN)?, self.memory.zeroed(packed.tops * TOP)?);
+        let report = Report { reports: packed.reports, tops: packed.tops };
+        let buffer = self.memory.zeroed(report.bytes())?;
         let args = SampleArgs {
             logits: logits.address() + (first * vocab * 4) as u64,
             weights: self.weights.address() + (DONE + draws.len() * state_bytes(vocab)) as u64,
@@ -145,8 +151,8 @@ impl Cuda {
             draws: at,
             edits: at + edits,
             allowed: at + allowed,
-            drawn: drawn.address(),
-            top: top.address(),
+            drawn: buffer.address(),
+            top: buffer.address() + (draws.len() * DRAWN) as u64,
             slots: self.tokens.address(),
             vocab: vocab as u32,
             stride: stride(vocab) as u32,
@@ -158,7 +164,7 @@ impl Cuda {
         for (kernel, blocks) in kernels(draws, blocks.clamp(1, vocab.div_ceil(CHUNK).max(1))) {
             self.launch(kernel, [blocks as u32, draws.len() as u32, 1], SHARED, &args)?;
         }
-        self.drawn.push(Drawn { drawn, top, reports: packed.reports, tops: packed.tops });
+        self.drawn.push(Drawn { buffer, report });
         Ok(())
     }
 }
@@ -190,10 +196,25 @@ fn at_once(draws: &[Draw], vocab: usize) -> usize {
 }
 
 impl Drawn {
-    /// What was drawn; waits.
-    pub(super) fn read(&self) -> Result<Vec<Sampled>, KernelError> {
-        let drawn = self.drawn.download(self.reports.len() * DRAWN)?;
-        let top = self.top.download(self.tops * TOP)?;
+    /// Where it is, and how many bytes.
+    pub(super) const fn part(&self) -> (&Buffer, usize) {
+        (&self.buffer, self.report.bytes())
+    }
+
+    /// Gives the memory back.
+    pub(super) fn into_report(self) -> Report {
+        self.report
+    }
+}
+
+impl Report {
+    pub(super) const fn bytes(&self) -> usize {
+        self.reports.len() * DRAWN + self.tops * TOP
+    }
+
+    /// What was drawn, from its bytes.
+    pub(super) fn read(&self, bytes: &[u8]) -> Vec<Sampled> {
+        let (drawn, top) = bytes.split_at_checked(self.reports.len() * DRAWN).unwrap_or_default();
         let one = |(drawn, &(reported, first)): (&[u8; DRAWN], &(bool, u32))| {
             let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| drawn[i * 4 + byte]));
             let token = word(0);
@@ -215,7 +236,7 @@ impl Drawn {
             likely.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
             Sampled { token, logprob: logprob(f32::from_bits(word(2))), top: likely }
         };
-        Ok(drawn.as_chunks::<DRAWN>().0.iter().zip(&self.reports).map(one).collect())
+        drawn.as_chunks::<DRAWN>().0.iter().zip(&self.reports).map(one).collect()
     }
 }
 

@@ -30,9 +30,8 @@ pub(crate) fn sampled<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw])
     b.begin(&step(0), &rope_table(8));
     b.write(&mut rows, logits);
     b.sample(&rows, draws);
-    let tokens = b.sampled();
-    b.finish().unwrap();
-    tokens
+    let ended = b.end();
+    b.result(ended).unwrap()
 }
 
 pub(crate) fn takes_the_largest<B: Tested>(make: &Make<B>) {
