@@ -31,9 +31,9 @@ DEVICE float dot(const uint2* tile, const u8* scales, u32 row, u32 blocks, const
     for (u32 c = 0; c < 32; c++) {
       u32 k = c % 16;
       uint2 words = tile[b * WARP + row % 8 * 4 + k % 8 / 2];
-      product = fmaf(code_value(c < 16 ? words.x : words.y, row / 8 + 2 * (k / 8), k % 2), x[b * 32 + c], product);
+      product = fmaf(code_value(words, c / 16, row / 8 + 2 * (k / 8), k % 2), x[b * 32 + c], product);
     }
-    sum = fmaf(scale_of(scales[b * 16 + row]), product, sum);
+    sum = fmaf(scale_of(scales[b * 16 + row % 8 * 2 + row / 8]), product, sum);
   }
   return sum;
 }
@@ -54,6 +54,7 @@ KERNEL(gate_up_f32, EXPERT_WARPS * WARP, ExpertArgs) {
 
 // A block a row tile and a slot; a thread a row and every eighth item.
 KERNEL(down_f32, EXPERT_WARPS * WARP, ExpertArgs) {
+  put_parts(a);
   u32 tile = blockIdx.x, blocks = a.intermediate / 32, row = threadIdx.x % 16;
   const Slot& slot = a.slots[blockIdx.y];
   u64 at = (u64)tile * blocks;
@@ -96,10 +97,9 @@ DEVICE void multiply(const ExpertArgs& a, const uint2* weights, const u8* scales
     if (!inside) continue;
     for (u32 b = chunk; b < chunk + count; b++) {
       uint2 words = weights[(u64)b * WARP + lane_id()];
-      float low = scale_of(scales[b * 16 + g]), high = scale_of(scales[b * 16 + g + 8]);
+      float low = scale_of(scales[b * 16 + 2 * g]), high = scale_of(scales[b * 16 + 2 * g + 1]);
       u32 left[2][4];
-      decode(words.x, left[0]);
-      decode(words.y, left[1]);
+      decode(words, left[0], left[1]);
 #pragma unroll
       for (u32 n = 0; n < TILES; n++) {
         float c[4] = {};
@@ -148,6 +148,7 @@ DEVICE void put_items(const ExpertArgs& a, const Slot& slot, u32 tile, u32 first
 template <bool GATE_UP>
 DEVICE void expert_mma(const ExpertArgs& a) {
   SHARED(smem);
+  if (!GATE_UP) put_parts(a);
   u32 columns = GATE_UP ? a.hidden : a.intermediate, rows = GATE_UP ? 2 * a.intermediate : a.hidden;
   u32 tile = blockIdx.x * EXPERT_WARPS + warp_id(), blocks = columns / 32;
   // Warps beyond the matrix keep the others company at the barriers.

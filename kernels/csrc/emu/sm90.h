@@ -45,10 +45,30 @@ inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { emu::barrier_arr
 inline void barrier_wait(u64* barrier, u32 parity) { emu::barrier_wait(barrier, parity); }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu::bulk_copy(to, from, bytes, barrier); }
 inline void fence_async() {}
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline u32 round_pair(float low, float high) { return narrow2(low, high); }
+inline u32 transpose_8x8(u32 pair) {
+  uint32_t words[6] = {pair}, present;
+  const emu::Words& all = emu::warp_deposit(words, 1, present);
+  unsigned lane = threadIdx.x & 31, row = lane % 4 * 2, column = lane / 4;
+  auto element = [&](unsigned r) { return all[4 * r + column / 2][0] >> 16 * (column % 2) & 0xffff; };
+  u32 out = element(row) | element(row + 1) << 16;
+  emu::warp_release();
+  return out;
+}
+template <u32 N>
+inline void keep_registers() {}
+template <u32 N>
+inline void take_registers() {}
 inline void warpgroup_sync() { emu::warpgroup_sync(); }
 template <u32 N>
 inline void wgmma_fence(u32 (&)[N][4]) {
   emu::products_fence();
+}
+template <u32 N>
+inline void wgmma_zero(float (&d)[N]) {
+  for (float& sum : d) sum = 0.0f;
 }
 inline void wgmma_commit() { emu::products_commit(); }
 template <u32 GROUPS>

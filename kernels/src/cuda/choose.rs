@@ -150,10 +150,12 @@ impl Ring {
     }
 }
 
-const RINGS: [Ring; 3] = [
-    Ring { items: 8, tiles: 4, blocks: 8, stages: 4, resident: 4 },
-    Ring { items: 32, tiles: 4, blocks: 8, stages: 3, resident: 2 },
-    Ring { items: 128, tiles: 12, blocks: 4, stages: 4, resident: 1 },
+const RINGS: [Ring; 5] = [
+    Ring { items: 8, tiles: 4, blocks: 6, stages: 4, resident: 5 },
+    Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
+    Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
+    Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
+    Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
 /// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
@@ -165,11 +167,13 @@ pub(super) fn experts_wgmma(
     items: u32,
     multiprocessors: u32,
 ) -> Choice<ExpertArgs> {
-    // Weights are read once for every `items` of a ring: so a ring holds what most slots have.
+    // Weights are read once for every `items` of a ring: so a ring holds what nearly all slots have where choices are even.
     let ring = match items.div_ceil(slots.max(1)) {
-        0..=4 => 0,
-        5..=32 => 1,
-        _ => 2,
+        0..=2 => 0,
+        3..=8 => 1,
+        9..=20 => 2,
+        21..=44 => 3,
+        _ => 4,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
@@ -245,16 +249,17 @@ mod tests {
         for (items, name) in [
             (0, "gate_up_wgmma_8"),
             (4, "gate_up_wgmma_8"),
-            (4 * 128, "gate_up_wgmma_8"),
-            (4 * 128 + 1, "gate_up_wgmma_32"),
-            (32 * 128, "gate_up_wgmma_32"),
-            (32_768, "gate_up_wgmma_128"),
+            (2 * 128, "gate_up_wgmma_8"),
+            (2 * 128 + 1, "gate_up_wgmma_16"),
+            (20 * 128, "gate_up_wgmma_32"),
+            (44 * 128, "gate_up_wgmma_64"),
+            (32_768, "gate_up_wgmma_176"),
         ] {
             let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
             assert_eq!(choice.op.kernel.name, name, "{items}");
-            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 4 && choice.shared <= SHARED_MAX, "{choice:?}");
+            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 5 && choice.shared <= SHARED_MAX, "{choice:?}");
         }
-        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_128");
+        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_176");
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
         for ring in &RINGS {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);

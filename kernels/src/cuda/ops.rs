@@ -70,22 +70,20 @@ args! {
     /// exchange.cu
     DispatchArgs {
         x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
-        gathered: u32, unused: u32,
+        gathered: u32, stretch: u32,
     }
     /// exchange.cu
     ReceiveArgs {
-        received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, counts: u64,
-        results: u64, status: u64, record_bytes: u64, result_bytes: u64,
-        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32,
+        received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, order: u64, starts: u64,
+        counts: u64, results: u64, status: u64, record_bytes: u64, result_bytes: u64,
+        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32, stretches: u32, unused: u32,
     }
     /// exchange.cu
     CopyRowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, words: u32, unused: u32 }
     /// exchange.cu
-    GroupArgs { item_slot: u64, counts: u64, order: u64, starts: u64, slots: u32, unused: u32 }
-    /// exchange.cu
     CombineArgs {
         results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
-        rows: u32, hidden: u32, top_k: u32, ranks: u32,
+        rows: u32, hidden: u32, top_k: u32, ranks: u32, stretch: u32, unused: u32,
     }
     /// slots.cu
     PackArgs {
@@ -97,13 +95,12 @@ args! {
     }
     /// experts.cu
     ExpertArgs {
-        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64,
-        hidden: u32, intermediate: u32, limit: f32, slots_count: u32,
+        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, parts: u64,
+        results_parts: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
     }
     /// experts_wgmma.cu
     TilesArgs {
-        received: u64, row_source: u64, item_row: u64, item_slot: u64, order: u64, starts: u64, counts: u64, tiles: u64,
-        hidden: u32, unused: u32,
+        received: u64, row_source: u64, item_row: u64, order: u64, starts: u64, tiles: u64, hidden: u32, slots: u32,
     }
     /// sample.cu
     SampleArgs {
@@ -132,9 +129,8 @@ pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu
 pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
 pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
 pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
-pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "exchange.cu", 256);
+pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "exchange.cu", 1024);
 pub(super) const RECEIVE_ROWS: Op<CopyRowsArgs> = Op::new("receive_rows", "exchange.cu", 256);
-pub(super) const RECEIVE_GROUP: Op<GroupArgs> = Op::new("receive_group", "exchange.cu", 32);
 pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange.cu", 256);
 pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256);
 pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.cu", 128);
@@ -144,18 +140,22 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// For 8, 32 and 128 items at once.
-pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 3] = [
+/// For 8, 16, 32, 64 and 176 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512),
 ];
-pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("down_wgmma_176", "experts_wgmma.cu", 512),
 ];
-pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
+pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 256);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);
@@ -166,7 +166,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 45] = [
+pub const KERNELS: [Kernel; 48] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -187,7 +187,6 @@ pub const KERNELS: [Kernel; 45] = [
     DISPATCH_BF16.kernel,
     RECEIVE.kernel,
     RECEIVE_ROWS.kernel,
-    RECEIVE_GROUP.kernel,
     COMBINE_F32.kernel,
     COMBINE_BF16.kernel,
     GATE_UP_F32.kernel,
@@ -200,9 +199,13 @@ pub const KERNELS: [Kernel; 45] = [
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     GATE_UP_WGMMA[2].kernel,
+    GATE_UP_WGMMA[3].kernel,
+    GATE_UP_WGMMA[4].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
     DOWN_WGMMA[2].kernel,
+    DOWN_WGMMA[3].kernel,
+    DOWN_WGMMA[4].kernel,
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,

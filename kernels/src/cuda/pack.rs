@@ -12,7 +12,7 @@ use crate::threads::Threads;
 use crate::{ExpertShape, ExpertSource, KernelError, Stack, bf16};
 
 /// Changes whenever packed bytes change.
-pub(super) const LAYOUT: u32 = 2;
+pub(super) const LAYOUT: u32 = 3;
 
 /// Rows of a tile, and columns of a tile of a dense matrix.
 const TILE: usize = 16;
@@ -117,9 +117,9 @@ pub(super) struct ExpertLayout {
 /// Where the parts of a packed MXFP4 matrix lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MatrixLayout {
-    /// `[row tiles, blocks, 32 lanes, 2]` words of eight codes
+    /// `[row tiles, blocks, 32 lanes, 2]` words of sixteen codes
     pub(super) codes: Range<usize>,
-    /// `[row tiles, blocks, 16]`
+    /// `[row tiles, blocks, 8, 2]`: rows `g` and `g + 8` beside each other
     pub(super) scales: Range<usize>,
     /// f32 `[row tiles * 16]`
     pub(super) bias: Range<usize>,
@@ -247,54 +247,62 @@ impl Tile<'_> {
         for (block, words) in self.codes_out.as_chunks_mut::<{ 64 * 4 }>().0.iter_mut().enumerate() {
             for (g, words) in words.as_chunks_mut::<{ 8 * 4 }>().0.iter_mut().enumerate() {
                 let (upper, lower) = (&rows[g][block], &rows[g + 8][block]);
-                for (i, word) in words.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 are bytes t and t + 4 of a half.
-                    let first = i % 2 * 8 + i / 2;
-                    let pairs = [upper[first], lower[first], upper[first + 4], lower[first + 4]];
-                    let registers: [u32; 4] =
-                        std::array::from_fn(|register| SPREAD[register][usize::from(pairs[register])]);
-                    *word = (registers[0] | registers[1] | registers[2] | registers[3]).to_le_bytes();
+                for (lane, words) in words.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    let mut bits = 0;
+                    for (half, spread) in SPREAD.iter().enumerate() {
+                        // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 of a half are its bytes t and t + 4.
+                        let first = half * 8 + lane;
+                        let pairs = [upper[first], lower[first], upper[first + 4], lower[first + 4]];
+                        bits |= (0..4).fold(0, |bits, register| bits | spread[register][usize::from(pairs[register])]);
+                    }
+                    *words = bits.to_le_bytes();
                 }
             }
         }
         let rows = self.order.map(|row| &self.scales[row * width..(row + 1) * width]);
         for (block, out) in self.scales_out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-            *out = rows.map(|row| row[block]);
+            *out = std::array::from_fn(|i| rows[i % 2 * 8 + i / 2][block]);
         }
         let bias: Vec<f32> = bf16::values(self.bias).collect();
         put(self.order.iter().map(|&row| bias[row]), self.bias_out);
     }
 }
 
-/// [`spread`] of every pair of codes, for each register.
-static SPREAD: [[u32; 256]; 4] = {
-    let mut table = [[0; 256]; 4];
+/// [`spread`] of every pair of codes, for each register of each half.
+static SPREAD: [[[u64; 256]; 4]; 2] = {
+    let mut table = [[[0; 256]; 4]; 2];
     let mut at = 0;
-    while at < 4 * 256 {
-        table[at / 256][at % 256] = spread(at / 256, (at % 256) as u32);
+    while at < 2 * 4 * 256 {
+        let (half, register, pair) = (at / 1024, at / 256 % 4, at % 256);
+        table[half][register][pair] = spread(half, register, pair as u32);
         at += 1;
     }
     table
 };
 
-/// The codes of a register in a lane's word: two elements (low nibble first) of rows `g`, `g + 8`, and of both eight columns
-/// further. Element `h` goes to half `h`: a register's sign and magnitude to where a bf16 has them, three bits further down
-/// for each register before it; the last register's to the bits that are left.
-const fn spread(register: usize, pair: u32) -> u32 {
-    let mut word = 0;
+/// Bits by which a word is turned to the right for registers 0 to 3 of each half.
+const TURNS: [[u32; 4]; 2] = [[0, 4, 10, 8], [2, 6, 12, 14]];
+/// What the fourth registers take from the left word; the rest is the right one's.
+const LEFT_OF_BOTH: u32 = 0x6030_6030;
+
+/// The codes of a register of a half in a lane's two words, the left one below: two elements (low nibble first) of row `g`
+/// (registers 0 and 2) or `g + 8`. A word, turned, has an element's sign and magnitude where a bf16 has its sign and its
+/// lowest exponent and highest fraction bits, element 1 in the upper half.
+const fn spread(half: usize, register: usize, pair: u32) -> u64 {
+    let mut bits = 0;
     let mut element = 0;
     while element < 2 {
         let code = pair >> (4 * element) & 15;
-        let (sign, magnitude) = (code >> 3, code & 7);
-        let half = if register < 3 {
-            sign << (15 - 3 * register) | magnitude << (6 - 3 * register)
-        } else {
-            sign << 14 | magnitude >> 1 << 10 | (magnitude & 1) << 13
-        };
-        word |= half << (16 * element);
+        bits |= (code >> 3 << 15 | (code & 7) << 6) << (16 * element);
         element += 1;
     }
-    word
+    let bits = bits.rotate_left(TURNS[half][register]);
+    let (left, right) = match (register, half) {
+        (3, _) => (bits & LEFT_OF_BOTH, bits & !LEFT_OF_BOTH),
+        (_, 0) => (bits, 0),
+        _ => (0, bits),
+    };
+    left as u64 | (right as u64) << 32
 }
 
 #[cfg(test)]
@@ -385,10 +393,10 @@ mod tests {
                 let (tile, r) = (row / TILE, row % TILE);
                 let (block, k) = (column / BLOCK, column % BLOCK);
                 let (half, lane, register) = (k / 16, r % 8 * 4 + k % 8 / 2, r / 8 + k % 16 / 8 * 2);
-                let word = spread(register, u32::from(blocks[(source * cols + column) / 2])).to_le_bytes();
-                let at = layout.codes.start + (((tile * cols / BLOCK + block) * 32 + lane) * 2 + half) * 4;
-                out[at..at + 4].iter_mut().zip(word).for_each(|(out, byte)| *out |= byte);
-                let at = layout.scales.start + (tile * cols / BLOCK + block) * TILE + r;
+                let words = spread(half, register, u32::from(blocks[(source * cols + column) / 2])).to_le_bytes();
+                let at = layout.codes.start + ((tile * cols / BLOCK + block) * 32 + lane) * 8;
+                out[at..at + 8].iter_mut().zip(words).for_each(|(out, byte)| *out |= byte);
+                let at = layout.scales.start + (tile * cols / BLOCK + block) * TILE + r % 8 * 2 + r / 8;
                 out[at] = scales[source * cols / BLOCK + block];
             }
             let at = layout.bias.start + row * 4;
@@ -428,18 +436,19 @@ mod tests {
 
     #[test]
     fn codes_of_a_lane_lie_as_the_kernel_reads_them() {
-        let word = |pairs: [u32; 2], row: usize| spread(row, pairs[0]) | spread(row + 2, pairs[1]);
-        // Row g: codes 1 and 10 (magnitude 2, negative) at columns 2t, 2t + 1; 3 and 4 eight columns further.
-        assert_eq!(word([0xa1, 0x43], 0), 1 << 6 | 3 | (1 << 15 | 2 << 6 | 4) << 16);
-        // Row g + 8: registers 1 and 3; 15 and 9 there, 8 and 1 eight columns further.
-        assert_eq!(word([0x9f, 0x18], 1), 1 << 12 | 7 << 3 | 1 << 14 | (1 << 12 | 1 << 3 | 1 << 13) << 16);
+        // Row g: codes 1 and 10 (magnitude 2, negative) in register 0 of the left half, as they are; 3 and 4 in register 2,
+        // whose elements lie in the other half of the word, six bits down.
+        let left = 1 << 6 | (1 << 15 | 2 << 6) << 16 | 3 << 16 | 4;
+        assert_eq!(spread(0, 0, 0xa1) | spread(0, 2, 0x43), left);
+        // Row g + 8: code 15 in register 3 of the right half, of which one bit alone is in the right word.
+        assert_eq!(spread(1, 3, 0x0f), 1 << 29 | 3 << 20 | 1 << 22 << 32);
     }
 
     #[test]
-    fn codes_of_a_word_do_not_overlap() {
-        let registers = [0, 1, 2, 3].map(|register| spread(register, 0xff));
-        assert_eq!(registers.iter().map(|bits| bits.count_ones()).sum::<u32>(), u32::BITS);
-        assert_eq!(registers.iter().fold(0, |all, bits| all | bits), u32::MAX);
+    fn codes_of_two_words_do_not_overlap() {
+        let words: Vec<u64> = (0..8).map(|at| spread(at / 4, at % 4, 0xff)).collect();
+        assert_eq!(words.iter().map(|bits| bits.count_ones()).sum::<u32>(), u64::BITS);
+        assert_eq!(words.iter().fold(0, |all, bits| all | bits), u64::MAX);
     }
 
     #[test]
