@@ -1,5 +1,5 @@
-// Drawing a token from a row of logits: [V]. A block for every CHUNK ids of a row; the last block of a row to be done
-// joins what the others found.
+// Drawing a token from a row of logits: [V]. Blocks share the chunks of a row; the last one to be done joins what the
+// others found.
 //
 // At temperature 0 the largest logit wins, the lowest id among equals. Otherwise token i has the weight
 // exp((logit_i - largest) / temperature) and only what the draw keeps has one (edits, allowed tokens, top_k, top_p,
@@ -64,7 +64,7 @@ struct RowState {
   u32 token, unused_too[7];
   Bin bins[BINS];    // weights by their first digit
   u64 list[LISTED];  // (bits of a weight, id)
-  u64 parts[1];      // of every chunk: the largest key, then the sum
+  u64 parts[1];      // the largest key of every block, then the sum of every chunk
 };
 
 struct SampleArgs {
@@ -140,7 +140,7 @@ struct Shared {
   u64 unused[2];
   union {
     Bin bins[BINS];
-    u32 counts[2][BINS];  // how many, and what they have below
+    u32 counts[3][BINS];  // how many, and what they have below: ten bits of it, and the others
     u64 list[CHUNK];
   };
 };
@@ -181,18 +181,17 @@ DEVICE u64 block_before(u64 value, u64& whole, Shared& s) {
 
 // Whether this block is the last one of its row: then it sees what the others wrote.
 DEVICE bool is_last(const SampleArgs& a, Shared& s) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     u32* done = a.done + blockIdx.y;
+    // Of all that the barrier puts before it.
+    __threadfence();
     s.word = atomicAdd(done, 1) == gridDim.x - 1;
     if (s.word) *done = 0;
+    __threadfence();
   }
   __syncthreads();
-  bool last = s.word;
-  __threadfence();
-  __syncthreads();
-  return last;
+  return s.word;
 }
 
 // Where a running sum reaches what is needed: the index, and the sum before it.
@@ -278,16 +277,30 @@ DEVICE Reached reach_bin(const Bin* bins, u32 digit, u32 prefix, Need need, Shar
   return {n - 1 - reached.index, reached.before};
 }
 
+// Visits (i, item_of(i)) for all i below n, each in one thread. Items are loaded EACH at a time: what visits do to shared
+// memory would have them come one after another.
+template <class ItemOf, class Visit>
+DEVICE void each_of(u32 n, ItemOf item_of, Visit visit) {
+  for (u32 first = threadIdx.x; first < n; first += SAMPLE_THREADS * EACH) {
+    u64 items[EACH];
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) items[i] = first + i * SAMPLE_THREADS < n ? item_of(first + i * SAMPLE_THREADS) : 0;
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++)
+      if (first + i * SAMPLE_THREADS < n) visit(first + i * SAMPLE_THREADS, items[i]);
+  }
+}
+
 // A key, how many have it, and what is still needed of them.
 struct Border {
   u32 key, count;
   u64 left;
 };
 
-// The key down to which keys reach what is needed, of `n` items: `key_of(i, key)` says whether there is one and which.
-// `given` is the histogram of the first digit, where there is one.
-template <int BY, class KeyOf, class Need>
-DEVICE Border border_of(u32 n, KeyOf key_of, const Bin* given, Need need_of, Shared& s) {
+// The key down to which keys reach what is needed, of `n` items: `key_of(item_of(i), key)` says whether there is one and
+// which. `given` is the histogram of the first digit, where there is one.
+template <int BY, class ItemOf, class KeyOf, class Need>
+DEVICE Border border_of(u32 n, ItemOf item_of, KeyOf key_of, const Bin* given, Need need_of, Shared& s) {
   u32 prefix = 0, count = 0;
   u64 need = 0;
   for (u32 digit = 0; digit < 3; digit++) {
@@ -298,13 +311,13 @@ DEVICE Border border_of(u32 n, KeyOf key_of, const Bin* given, Need need_of, Sha
       __syncthreads();
       for (u32 i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) s.bins[i] = {0, 0, 0};
       __syncthreads();
-      for (u32 i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
+      each_of(n, item_of, [&](u32, u64 item) {
         u32 key;
-        if (!key_of(i, key) || (digit > 0 && key >> shift_of(digit - 1) != prefix)) continue;
+        if (!key_of(item, key) || (digit > 0 && key >> shift_of(digit - 1) != prefix)) return;
         Bin& bin = s.bins[key >> shift_of(digit) & (bins_of(digit) - 1)];
         atomicAdd(&bin.count, 1);
         if (BY == BY_MASS) atomicAdd(&bin.low, (u64)low_of(key, digit));
-      }
+      });
       __syncthreads();
     }
     auto still = [&](u64 whole) { return need = digit == 0 ? need_of(whole) : need; };
@@ -336,7 +349,7 @@ DEVICE void load_each(const float* row, u32 first, u32 vocab, float none, float 
   for (u32 i = 0; i < EACH; i++) out[i] = first + i < vocab ? row[first + i] : none;
 }
 
-DEVICE u32 first_id() { return blockIdx.x * CHUNK + threadIdx.x * EACH; }
+DEVICE u32 chunks_of(u32 vocab) { return (vocab + CHUNK - 1) / CHUNK; }
 DEVICE float not_a_number() { return float_of(0x7fc00000u); }
 
 DEVICE void put_token(const SampleArgs& a, u32 row, u32 token) {
@@ -360,10 +373,8 @@ KERNEL(sample_change, SAMPLE_THREADS, SampleArgs) {
     if (!is_masked(draw)) return true;
     return id / 64 < draw.allowed_words && (a.allowed[draw.allowed + id / 64] >> id % 64 & 1) != 0;
   };
-  for (u32 i = threadIdx.x; i < CHUNK; i += SAMPLE_THREADS) {
-    u32 id = blockIdx.x * CHUNK + i;
-    if (id < a.vocab) weights[id] = allowed(id) ? logits[id] : -infinity();
-  }
+  for (u32 id = blockIdx.x * SAMPLE_THREADS + threadIdx.x; id < a.vocab; id += gridDim.x * SAMPLE_THREADS)
+    weights[id] = allowed(id) ? logits[id] : -infinity();
   if (!is_last(a, s)) return;
   for (u32 i = threadIdx.x; i < draw.edits_count; i += SAMPLE_THREADS) {
     EditArgs edit = a.edits[draw.edits + i];
@@ -377,21 +388,25 @@ KERNEL(sample_change, SAMPLE_THREADS, SampleArgs) {
 KERNEL(sample_largest, SAMPLE_THREADS, SampleArgs) {
   SHARED(smem);
   Shared& s = *(Shared*)smem;
-  u32 row = blockIdx.y, first = first_id();
+  u32 row = blockIdx.y;
   const DrawArgs& draw = a.draws[row];
   RowState& state = state_of(a, row);
-  float logits[EACH];
-  load_each(is_changed(draw) ? weights_of(a, row) : logits_of(a, row), first, a.vocab, not_a_number(), logits);
+  const float* logits = is_changed(draw) ? weights_of(a, row) : logits_of(a, row);
   // For the next kernels.
   if (blockIdx.x == 0 && is_cut(draw, a.vocab)) {
     for (u32 i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) state.bins[i] = {0, 0, 0};
     if (threadIdx.x == 0) state.listed = 0;
   }
   u64 best = 0;
+  for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
+    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    float own[EACH];
+    load_each(logits, first, a.vocab, not_a_number(), own);
 #pragma unroll
-  for (u32 i = 0; i < EACH; i++) {
-    u64 key = largest_key(logits[i], first + i);
-    best = best > key ? best : key;
+    for (u32 i = 0; i < EACH; i++) {
+      u64 key = largest_key(own[i], first + i);
+      best = best > key ? best : key;
+    }
   }
   best = block_most(best, s);
   if (threadIdx.x == 0) state.parts[blockIdx.x] = best;
@@ -409,34 +424,38 @@ KERNEL(sample_largest, SAMPLE_THREADS, SampleArgs) {
 KERNEL(sample_weigh, SAMPLE_THREADS, SampleArgs) {
   SHARED(smem);
   Shared& s = *(Shared*)smem;
-  u32 row = blockIdx.y, first = first_id();
+  u32 row = blockIdx.y;
   const DrawArgs& draw = a.draws[row];
   RowState& state = state_of(a, row);
   if (!is_random(draw, state.best)) return;
   bool cut = is_cut(draw, a.vocab);
   if (cut) {
-    for (u32 i = threadIdx.x; i < 2 * BINS; i += SAMPLE_THREADS) s.counts[i / BINS][i % BINS] = 0;
+    for (u32 i = threadIdx.x; i < 3 * BINS; i += SAMPLE_THREADS) s.counts[i / BINS][i % BINS] = 0;
     __syncthreads();
   }
   float* weights = weights_of(a, row);
-  float numbers[EACH];
-  load_each(is_changed(draw) ? weights : logits_of(a, row), first, a.vocab, not_a_number(), numbers);
+  const float* logits = is_changed(draw) ? weights : logits_of(a, row);
   float largest = logit_of(state.best >> 32);
+  for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
+    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    float own[EACH];
+    load_each(logits, first, a.vocab, not_a_number(), own);
 #pragma unroll
-  for (u32 i = 0; i < EACH; i++) {
-    float weight = exp_own((numbers[i] - largest) / draw.temperature);
-    numbers[i] = weight > 0.0f ? weight : 0.0f;
-    if (cut && numbers[i] > 0.0f) {
-      u32 key = weight_key(bits_of(numbers[i]));
-      atomicAdd(&s.counts[0][key >> shift_of(0)], 1);
-      atomicAdd(&s.counts[1][key >> shift_of(0)], low_of(key, 0));
+    for (u32 i = 0; i < EACH; i++) {
+      float weight = exp_own((own[i] - largest) / draw.temperature);
+      own[i] = weight > 0.0f ? weight : 0.0f;
+      if (cut && own[i] > 0.0f) {
+        u32 key = weight_key(bits_of(own[i])), bin = key >> shift_of(0), low = low_of(key, 0);
+        atomicAdd(&s.counts[0][bin], 1);
+        atomicAdd(&s.counts[1][bin], low % 1024);
+        atomicAdd(&s.counts[2][bin], low / 1024);
+      }
     }
-  }
-  // Rows of weights are as long as a multiple of EACH.
-  if (first < a.vocab) {
+    // Rows of weights are as long as a multiple of EACH.
+    if (first >= a.vocab) continue;
 #pragma unroll
     for (u32 i = 0; i < EACH; i += 4) {
-      uint4 words = {bits_of(numbers[i]), bits_of(numbers[i + 1]), bits_of(numbers[i + 2]), bits_of(numbers[i + 3])};
+      uint4 words = {bits_of(own[i]), bits_of(own[i + 1]), bits_of(own[i + 2]), bits_of(own[i + 3])};
       *(uint4*)(weights + first + i) = words;
     }
   }
@@ -445,7 +464,7 @@ KERNEL(sample_weigh, SAMPLE_THREADS, SampleArgs) {
   for (u32 i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) {
     if (s.counts[0][i] == 0) continue;
     atomicAdd(&state.bins[i].count, s.counts[0][i]);
-    atomicAdd(&state.bins[i].low, (u64)s.counts[1][i]);
+    atomicAdd(&state.bins[i].low, (u64)s.counts[2][i] * 1024 + s.counts[1][i]);
   }
   if (!is_last(a, s)) return;
   bool counted = draw.top_k != 0 && draw.top_k < a.vocab;
@@ -462,57 +481,61 @@ KERNEL(sample_weigh, SAMPLE_THREADS, SampleArgs) {
 KERNEL(sample_cut, SAMPLE_THREADS, SampleArgs) {
   SHARED(smem);
   Shared& s = *(Shared*)smem;
-  u32 row = blockIdx.y, first = first_id();
+  u32 row = blockIdx.y;
   const DrawArgs& draw = a.draws[row];
   RowState& state = state_of(a, row);
   if (!is_random(draw, state.best) || !is_cut(draw, a.vocab)) return;
   const float* weights = weights_of(a, row);
-  if (threadIdx.x == 0) s.word = 0;
-  __syncthreads();
-  float own[EACH];
-  load_each(weights, first, a.vocab, 0.0f, own);
   u32 first_bin = state.first_bin, last_bin = state.last_bin;
+  for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
+    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    float own[EACH];
+    load_each(weights, first, a.vocab, 0.0f, own);
+    __syncthreads();
+    if (threadIdx.x == 0) s.word = 0;
+    __syncthreads();
 #pragma unroll
-  for (u32 i = 0; i < EACH; i++) {
-    u32 bits = bits_of(own[i]), bin = weight_key(bits) >> shift_of(0);
-    if (bits != 0 && first_bin <= bin && bin <= last_bin) s.list[atomicAdd(&s.word, 1)] = (u64)bits << 32 | (first + i);
+    for (u32 i = 0; i < EACH; i++) {
+      u32 bits = bits_of(own[i]), bin = weight_key(bits) >> shift_of(0);
+      if (bits != 0 && first_bin <= bin && bin <= last_bin)
+        s.list[atomicAdd(&s.word, 1)] = (u64)bits << 32 | (first + i);
+    }
+    __syncthreads();
+    u32 count = s.word;
+    if (count == 0) continue;
+    if (threadIdx.x == 0) s.index = atomicAdd(&state.listed, count);
+    __syncthreads();
+    // A list that is too long is none: `listed` says so.
+    for (u32 i = threadIdx.x, at = s.index + i; i < count && at < LISTED; i += SAMPLE_THREADS, at += SAMPLE_THREADS)
+      state.list[at] = s.list[i];
   }
-  __syncthreads();
-  u32 count = s.word;
-  if (threadIdx.x == 0) s.index = count == 0 ? 0 : atomicAdd(&state.listed, count);
-  __syncthreads();
-  // A list that is too long is none: `listed` says so.
-  for (u32 i = threadIdx.x, at = s.index + i; i < count && at < LISTED; i += SAMPLE_THREADS, at += SAMPLE_THREADS)
-    state.list[at] = s.list[i];
   if (!is_last(a, s)) return;
   bool is_listed = state.listed <= LISTED;
   u32 n = is_listed ? state.listed : a.vocab;
-  auto item = [&](u32 i) { return is_listed ? state.list[i] : (u64)bits_of(weights[i]) << 32 | i; };
+  auto item_of = [&](u32 i) { return is_listed ? state.list[i] : (u64)bits_of(weights[i]) << 32 | i; };
   Kept kept = {0, SAMPLE_NONE};
-  auto key_of = [&](u32 i, u32& key) {
-    u64 own = item(i);
-    key = weight_key(own >> 32);
-    return key != 0 && keeps(kept, own, own >> 32);
+  auto key_of = [&](u64 item, u32& key) {
+    key = weight_key(item >> 32);
+    return key != 0 && keeps(kept, item, item >> 32);
   };
   // The lowest ids among equals, `count` of which are kept so far.
   auto keep = [&](u32 bits, u64 ties, u32 count) {
     if (bits != kept.least) kept = {bits, SAMPLE_NONE};
     if (ties >= count) return;
-    auto id_of = [&](u32 i, u32& key) {
-      u64 own = item(i);
-      key = ~(u32)own;
-      return own >> 32 == bits;
+    auto id_of = [&](u64 item, u32& key) {
+      key = ~(u32)item;
+      return item >> 32 == bits;
     };
-    kept.last = ~border_of<BY_COUNT>(n, id_of, nullptr, [&](u64) { return ties; }, s).key;
+    kept.last = ~border_of<BY_COUNT>(n, item_of, id_of, nullptr, [&](u64) { return ties; }, s).key;
   };
   const Bin* given = state.bins;
   if (draw.top_k != 0 && draw.top_k < a.vocab) {
-    Border border = border_of<BY_COUNT>(n, key_of, given, [&](u64) -> u64 { return draw.top_k; }, s);
+    Border border = border_of<BY_COUNT>(n, item_of, key_of, given, [&](u64) -> u64 { return draw.top_k; }, s);
     keep(border.key >> 2, border.left, border.count);
     given = nullptr;
   }
   if (draw.top_p < 1.0f) {
-    Border border = border_of<BY_MASS>(n, key_of, given, [&](u64 whole) { return share_of(whole, draw); }, s);
+    Border border = border_of<BY_MASS>(n, item_of, key_of, given, [&](u64 whole) { return share_of(whole, draw); }, s);
     u64 units = units_of(border.key >> 2, 1, 0);
     keep(border.key >> 2, units == 0 ? border.count : (border.left + units - 1) / units, border.count);
   }
@@ -526,7 +549,7 @@ KERNEL(sample_cut, SAMPLE_THREADS, SampleArgs) {
 KERNEL(sample_draw, SAMPLE_THREADS, SampleArgs) {
   SHARED(smem);
   Shared& s = *(Shared*)smem;
-  u32 row = blockIdx.y, first = first_id();
+  u32 row = blockIdx.y;
   const DrawArgs& draw = a.draws[row];
   RowState& state = state_of(a, row);
   if (!is_random(draw, state.best)) return;
@@ -535,19 +558,22 @@ KERNEL(sample_draw, SAMPLE_THREADS, SampleArgs) {
   float least_weight = fminf(draw.min_p, 1.0f);
   if (least_weight > float_of(kept.least)) kept = {bits_of(least_weight), SAMPLE_NONE};
   const float* weights = weights_of(a, row);
-  float own[EACH];
-  load_each(weights, first, a.vocab, 0.0f, own);
-  u64 sum = 0, whole;
+  for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
+    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    float own[EACH];
+    load_each(weights, first, a.vocab, 0.0f, own);
+    u64 sum = 0, whole;
 #pragma unroll
-  for (u32 i = 0; i < EACH; i++)
-    if (keeps(kept, first + i, bits_of(own[i]))) sum += units_of(own[i]);
-  block_before(sum, whole, s);
-  if (threadIdx.x == 0) state.parts[blockIdx.x] = whole;
+    for (u32 i = 0; i < EACH; i++)
+      if (keeps(kept, first + i, bits_of(own[i]))) sum += units_of(own[i]);
+    block_before(sum, whole, s);
+    if (threadIdx.x == 0) state.parts[chunk] = whole;
+  }
   if (!is_last(a, s)) return;
   u64 need = 0;
   auto of_chunk = [&](u32 chunk) { return state.parts[chunk]; };
   auto needed = [&](u64 whole) { return need = (u64)(draw.uniform * (double)whole) + 1; };
-  Reached chunk = reach(gridDim.x, of_chunk, needed, s);
+  Reached chunk = reach(chunks_of(a.vocab), of_chunk, needed, s);
   auto of_id = [&](u32 i) {
     u32 id = chunk.index * CHUNK + i;
     return id < a.vocab && keeps(kept, id, bits_of(weights[id])) ? units_of(weights[id]) : 0ull;
@@ -564,43 +590,46 @@ KERNEL(sample_report, SAMPLE_THREADS, SampleArgs) {
   const DrawArgs& draw = a.draws[row];
   if (draw.logprobs == SAMPLE_NONE) return;
   const float* logits = logits_of(a, row);
+  auto bits = [&](u32 id) { return (u64)bits_of(logits[id]) << 32 | id; };
   u64 best = 0;
-  for (u32 id = threadIdx.x; id < a.vocab; id += SAMPLE_THREADS) {
-    u64 key = largest_key(logits[id], id);
+  each_of(a.vocab, bits, [&](u32 id, u64 item) {
+    u64 key = largest_key(float_of(item >> 32), id);
     best = best > key ? best : key;
-  }
+  });
   best = block_most(best, s);
   float largest = logits[token_of(best)];
   u64 units = 0, sum, numbers = 0, count;
-  for (u32 id = threadIdx.x; id < a.vocab; id += SAMPLE_THREADS) {
-    float weight = exp_own(logits[id] - largest);
+  each_of(a.vocab, bits, [&](u32, u64 item) {
+    float logit = float_of(item >> 32), weight = exp_own(logit - largest);
     if (weight > 0.0f) units += units_of(weight);
-    numbers += logits[id] == logits[id];
-  }
+    numbers += logit == logit;
+  });
   block_before(units, sum, s);
   block_before(numbers, count, s);
   if (count > draw.logprobs) count = draw.logprobs;
   if (count > 0) {
-    auto order = [&](u32 id, u32& key) {
-      key = order_of(logits[id]);
-      return logits[id] == logits[id];
+    auto order = [&](u64 item, u32& key) {
+      float logit = float_of(item >> 32);
+      key = order_of(logit);
+      return logit == logit;
     };
-    Border border = border_of<BY_COUNT>(a.vocab, order, nullptr, [&](u64) { return count; }, s);
+    Border border = border_of<BY_COUNT>(a.vocab, bits, order, nullptr, [&](u64) { return count; }, s);
     u32 last = SAMPLE_NONE;
     if (border.left < border.count) {
-      auto id_of = [&](u32 id, u32& key) {
-        key = ~id;
-        return logits[id] == logits[id] && order_of(logits[id]) == border.key;
+      auto id_of = [&](u64 item, u32& key) {
+        bool is = order(item, key) && key == border.key;
+        key = ~(u32)item;
+        return is;
       };
-      last = ~border_of<BY_COUNT>(a.vocab, id_of, nullptr, [&](u64) { return border.left; }, s).key;
+      last = ~border_of<BY_COUNT>(a.vocab, bits, id_of, nullptr, [&](u64) { return border.left; }, s).key;
     }
     if (threadIdx.x == 0) s.word = 0;
     __syncthreads();
-    for (u32 id = threadIdx.x; id < a.vocab; id += SAMPLE_THREADS) {
-      u32 order = order_of(logits[id]);
-      if (logits[id] == logits[id] && (order > border.key || (order == border.key && id <= last)))
-        a.top[draw.top + atomicAdd(&s.word, 1)] = {id, logits[id]};
-    }
+    each_of(a.vocab, bits, [&](u32 id, u64 item) {
+      u32 key;
+      if (order(item, key) && (key > border.key || (key == border.key && id <= last)))
+        a.top[draw.top + atomicAdd(&s.word, 1)] = {id, float_of(item >> 32)};
+    });
   }
   if (threadIdx.x == 0) {
     u32 token = state_of(a, row).token;

@@ -60,6 +60,9 @@ use crate::cpu::{check, need};
 use crate::threads::Threads;
 use crate::{KernelError, KvLayer, Precision};
 
+/// Columns of a block, as `csrc/embed.cu` has them.
+const EMBED_COLS: u32 = 512;
+
 /// Threads that pack weights, at most: more than these wait for memory.
 const PACKERS_MAX: usize = 16;
 
@@ -236,7 +239,7 @@ impl Cuda {
             cols: table.cols as u32,
             vocab: table.vocab as u32,
         };
-        self.launch(&EMBED, [out.len() as u32, 1, 1], 0, &args)
+        self.launch(&EMBED, [out.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     fn norm_rows(&self, x: &Rows, weight: &Vector, eps: f32, out: &mut Rows) -> Result<(), KernelError> {
@@ -440,7 +443,7 @@ impl Cuda {
             cols: x.cols() as u32,
             unused: 0,
         };
-        self.launch(&GATHER, [rows.len() as u32, 1, 1], 0, &args)
+        self.launch(&GATHER, [rows.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     /// Reads what kernels found wrong, and forgets it.

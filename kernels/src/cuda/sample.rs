@@ -3,9 +3,7 @@
 use super::Cuda;
 use super::device::{Buffer, Plain};
 use super::inputs::Staging;
-use super::ops::{
-    Op, SAMPLE_CHANGE, SAMPLE_CUT, SAMPLE_DRAW, SAMPLE_LARGEST, SAMPLE_REPORT, SAMPLE_WEIGH, SampleArgs,
-};
+use super::ops::{Op, SAMPLE_CHANGE, SAMPLE_CUT, SAMPLE_DRAW, SAMPLE_LARGEST, SAMPLE_REPORT, SAMPLE_WEIGH, SampleArgs};
 use super::rows::Rows;
 use crate::cpu::{check, need};
 use crate::random::uniform;
@@ -161,28 +159,29 @@ impl Cuda {
             state_bytes: state_bytes(vocab) as u32,
             unused: 0,
         };
-        let chunks = vocab.div_ceil(CHUNK).max(1);
-        for (kernel, chunks) in kernels(draws, chunks) {
-            self.launch(kernel, [chunks as u32, draws.len() as u32, 1], SHARED, &args)?;
+        // Two blocks for each multiprocessor, no more than a row has chunks.
+        let blocks = 2 * self.memory.queue.device().multiprocessors() as usize / draws.len();
+        for (kernel, blocks) in kernels(draws, blocks.clamp(1, vocab.div_ceil(CHUNK).max(1))) {
+            self.launch(kernel, [blocks as u32, draws.len() as u32, 1], SHARED, &args)?;
         }
         self.drawn.push(Drawn { buffer, report });
         Ok(())
     }
 }
 
-/// The kernels that these draws need, and into how many chunks each cuts a row.
-fn kernels(draws: &[Draw], chunks: usize) -> impl Iterator<Item = (&'static Op<SampleArgs>, usize)> {
+/// The kernels that these draws need, and how many blocks of each share a row.
+fn kernels(draws: &[Draw], blocks: usize) -> impl Iterator<Item = (&'static Op<SampleArgs>, usize)> {
     let any = |what: fn(&Draw) -> bool| draws.iter().any(what);
     let random = any(|draw| draw.temperature > 0.0);
     let needed = [
-        (&SAMPLE_CHANGE, chunks, any(|draw| !draw.edits.is_empty() || draw.allowed.is_some())),
-        (&SAMPLE_LARGEST, chunks, true),
-        (&SAMPLE_WEIGH, chunks, random),
-        (&SAMPLE_CUT, chunks, any(|draw| draw.temperature > 0.0 && (draw.top_k > 0 || draw.top_p < 1.0))),
-        (&SAMPLE_DRAW, chunks, random),
+        (&SAMPLE_CHANGE, blocks, any(|draw| !draw.edits.is_empty() || draw.allowed.is_some())),
+        (&SAMPLE_LARGEST, blocks, true),
+        (&SAMPLE_WEIGH, blocks, random),
+        (&SAMPLE_CUT, blocks, any(|draw| draw.temperature > 0.0 && (draw.top_k > 0 || draw.top_p < 1.0))),
+        (&SAMPLE_DRAW, blocks, random),
         (&SAMPLE_REPORT, 1, any(|draw| draw.logprobs.is_some())),
     ];
-    needed.into_iter().filter_map(|(kernel, chunks, is_needed)| is_needed.then_some((kernel, chunks)))
+    needed.into_iter().filter_map(|(kernel, blocks, is_needed)| is_needed.then_some((kernel, blocks)))
 }
 
 /// How many of these draws one launch takes: at least one, and no more bytes than [`DRAWS_BYTES`] where that is so.

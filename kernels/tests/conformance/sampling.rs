@@ -164,9 +164,8 @@ pub(crate) fn draws_from_long_rows<B: Tested>(make: &Make<B>) {
         b.begin(&step(0), &rope_table(8));
         b.write(&mut rows, logits);
         b.sample(&rows, draws);
-        let tokens = b.sampled();
-        b.finish().unwrap();
-        tokens
+        let ended = b.end();
+        b.result(ended).unwrap()
     };
     for vocab in [4096, 13_001, 4100] {
         let draws: Vec<Draw> = (0..24)
