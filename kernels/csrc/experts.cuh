@@ -33,7 +33,6 @@ struct ExpertArgs {
   u8* results;          // [items, H] of the wire type, in order of arrival
   const Part* parts;    // [ranks]: where each rank's results lie, as receive found it, and where down says so
   Part* results_parts;
-  u32* units;           // on Hopper: units taken, and blocks that are done; zero before and after a kernel
   u32 hidden, intermediate;
   float limit;
   u32 slots_count, ranks, unused;

@@ -10,10 +10,9 @@
 // so it needs no swizzle, and a tile's columns follow each other, so bulk copies need no tensor map. Slot s has the tiles
 // from starts[s] / 8 + s on. receive_tiles puts received rows there, gate_up its activations.
 //
-// A unit is a row stretch of WARPGROUPS * 64 and ITEMS items of a slot. A block takes one after the other, as it comes to
-// them, in an order that slots without items are no part of; no result depends on who has a unit. Its last warp copies, a
-// stage of BLOCKS * 32 columns at a time, as far ahead as there are stages; each warpgroup decodes a block of 32 columns
-// while the products of those before are under way.
+// A block has a row stretch of WARPGROUPS * 64 and ITEMS items of a slot, and goes on to the next such unit, in an order
+// that slots without items are no part of. Its last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
+// as there are stages; each warpgroup decodes a block of 32 columns while the products of the block before are under way.
 //
 // Order: columns ascending by 16, in one sum of the tensor core from zero; bias last. The same for every N and unit.
 // Not measured yet: no GPU.
@@ -25,29 +24,22 @@
 // Shared memory -----------------------------------------------------------------------------------------------------
 
 // As in src/cuda/choose.rs.
-template <u32 WARPGROUPS, u32 COPIERS_, u32 ITEMS_, u32 BLOCKS_, u32 STAGES_, u32 SETS_>
+template <u32 WARPGROUPS, u32 COPIERS_, u32 ITEMS_, u32 BLOCKS_, u32 STAGES_>
 struct Ring {
   static const u32 ITEMS = ITEMS_, BLOCKS = BLOCKS_, STAGES = STAGES_;
-  // Blocks whose weights are in registers: one is decoded while the others are multiplied by.
-  static const u32 SETS = SETS_;
-  // Warps of products, a row tile each; warps behind them, of which one copies.
+  // Warps of products, a row tile each; warps that copy.
   static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
   static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
   static const u32 STAGE = PIECES + ITEMS * BLOCKS * 64;
-  // Barriers, the stages' units, stages, the slots' first chunks.
-  static const u32 UNITS = RING_BARRIERS, START = UNITS + 32, CHUNKS = START + STAGES * STAGE;
-  static_assert(STAGES <= 8 && BLOCKS % SETS == 0, "a unit for each stage, which begins with the first set");
+  // Barriers, stages, the slots' first chunks.
+  static const u32 START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
 };
 
-typedef Ring<1, 1, 8, 6, 4, 3> Ring8;
-typedef Ring<1, 1, 16, 6, 4, 3> Ring16;
-typedef Ring<2, 1, 32, 6, 4, 3> Ring32;
-typedef Ring<3, 1, 64, 6, 5, 3> Ring64;
-typedef Ring<3, 4, 144, 3, 6, 3> Ring144;
-typedef Ring<3, 4, 176, 2, 7, 2> Ring176;
-
-// Behind the last unit.
-#define NO_UNIT 0xffffffffu
+typedef Ring<1, 1, 8, 6, 4> Ring8;
+typedef Ring<1, 1, 16, 6, 4> Ring16;
+typedef Ring<2, 1, 32, 6, 4> Ring32;
+typedef Ring<3, 1, 64, 6, 5> Ring64;
+typedef Ring<3, 4, 176, 2, 7> Ring176;
 
 // Units -------------------------------------------------------------------------------------------------------------
 
@@ -101,78 +93,38 @@ struct Matrix {
   const u16* items;     // tiles of items
 };
 
-// The next unit that nobody has, in all lanes.
-DEVICE u32 take_unit(const ExpertArgs& a) {
-  u32 unit = 0;
-  if (lane_id() == 0) unit = atomicAdd(&a.units[0], 1u);
-  return __shfl_sync(FULL, unit, 0);
-}
-
-// A unit's codes, scales and items, a stage after the other, by one warp.
+// A unit's codes, scales and items, a stage after the other. Each lane of the copying warps has one part, or none.
 template <bool GATE_UP, class R>
-DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, u32 number, const Unit& unit, u8* smem,
-                      Turn<R::STAGES>& turn) {
-  const u32 PARTS = (2 * R::WARPS + R::ITEMS / 8 + WARP - 1) / WARP;
+DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn) {
+  static_assert(2 * R::WARPS + R::ITEMS / 8 <= R::COPIERS * WARP, "a lane has one part at most");
   const Slot& slot = a.slots[unit.slot];
   u32 tiles = least(m.tiles - unit.tile, R::WARPS), item_tiles = (unit.end - unit.first + 7) / 8;
-  // Where a lane's parts go in a stage, where they come from, and their bytes of a block of 32 columns, if any.
-  u32 to[PARTS], bytes[PARTS], all = 0;
-  const u8* from[PARTS];
-#pragma unroll
-  for (u32 i = 0; i < PARTS; i++) {
-    u32 part = i * WARP + lane_id(), tile = part % R::WARPS;
-    to[i] = bytes[i] = 0;
-    from[i] = nullptr;
-    if (part < 2 * R::WARPS) {
-      bool codes = part < R::WARPS;
-      if (tile < tiles) bytes[i] = codes ? 256 : 16;
-      from[i] = codes ? (const u8*)(GATE_UP ? slot.gate_up : slot.down)
-                      : GATE_UP ? slot.gate_up_scales : slot.down_scales;
-      from[i] += (u64)(unit.tile + tile) * m.blocks * bytes[i];
-      to[i] = codes ? R::CODES + tile * R::BLOCKS * 256 : R::SCALES + tile * R::BLOCKS * 16;
-    } else if (part - 2 * R::WARPS < item_tiles) {
-      bytes[i] = 512;
-      from[i] = (const u8*)m.items + (u64)(unit.item_tile + part - 2 * R::WARPS) * m.blocks * 512;
-      to[i] = R::PIECES + (part - 2 * R::WARPS) * R::BLOCKS * 512;
-    }
-    all += bytes[i];
+  u32 part = lane_id() * R::COPIERS + warp_id() - R::WARPS, tile = part % R::WARPS;
+  // Where a part goes in a stage, where it comes from, and its bytes of a block of 32 columns.
+  u32 to = 0, bytes = 0;
+  const u8* from = nullptr;
+  if (part < 2 * R::WARPS) {
+    bool codes = part < R::WARPS;
+    if (tile < tiles) bytes = codes ? 256 : 16;
+    from = codes ? (const u8*)(GATE_UP ? slot.gate_up : slot.down) : GATE_UP ? slot.gate_up_scales : slot.down_scales;
+    from += (u64)(unit.tile + tile) * m.blocks * bytes;
+    to = codes ? R::CODES + tile * R::BLOCKS * 256 : R::SCALES + tile * R::BLOCKS * 16;
+  } else if (part - 2 * R::WARPS < item_tiles) {
+    bytes = 512;
+    from = (const u8*)m.items + (u64)(unit.item_tile + part - 2 * R::WARPS) * m.blocks * bytes;
+    to = R::PIECES + (part - 2 * R::WARPS) * R::BLOCKS * bytes;
   }
-  all = warp_sum(all);
+  u32 all = warp_sum(bytes);
   for (u32 block = 0; block < m.blocks; block += R::BLOCKS) {
     u32 count = least(m.blocks - block, R::BLOCKS);
     u64* full = turn.full(smem);
     barrier_wait(turn.empty(smem), turn.parity ^ 1);
-    if (lane_id() == 0) {
-      ((u32*)(smem + R::UNITS))[turn.stage] = number;
-      barrier_arrive_expecting(full, count * all);
-    }
+    if (lane_id() == 0) barrier_arrive_expecting(full, count * all);
     __syncwarp();
-#pragma unroll
-    for (u32 i = 0; i < PARTS; i++)
-      if (bytes[i] != 0)
-        bulk_copy(smem + R::START + turn.stage * R::STAGE + to[i], from[i] + (u64)block * bytes[i], count * bytes[i],
-                  full);
+    if (bytes != 0)
+      bulk_copy(smem + R::START + turn.stage * R::STAGE + to, from + (u64)block * bytes, count * bytes, full);
     turn.advance();
   }
-}
-
-// All units that there are for a block, and what says that there are no more. The last of all blocks makes the count of
-// units ready for the next kernel.
-template <bool GATE_UP, class R>
-DEVICE void copy_units(const ExpertArgs& a, const Matrix& m, const u32* chunks, u32 units, u32 stretches, u8* smem) {
-  Turn<R::STAGES> turn = {0, 0};
-  u32 number = take_unit(a);
-  while (number < units) {
-    Unit unit = find_unit<R>(a, chunks, number, stretches);
-    u32 next = take_unit(a);
-    copy_unit<GATE_UP, R>(a, m, number, unit, smem, turn);
-    number = next;
-  }
-  barrier_wait(turn.empty(smem), turn.parity ^ 1);
-  if (lane_id() != 0) return;
-  ((u32*)(smem + R::UNITS))[turn.stage] = NO_UNIT;
-  barrier_arrive(turn.full(smem));
-  if (atomicAdd(&a.units[1], 1u) == gridDim.x - 1) a.units[0] = a.units[1] = 0;
 }
 
 // Products ----------------------------------------------------------------------------------------------------------
@@ -262,68 +214,60 @@ struct Walk {
     left = nullptr;
   }
 
-  DEVICE uint2 codes_of(u32 block) const { return *(const uint2*)(codes + block * 256); }
   DEVICE u32 scales_of(u32 block) const { return *(const u16*)(scales + block * 16); }
 
+  DEVICE void widen(u32 block, bool large, u32 (&a)[2][4]) {
+    uint2 words = *(const uint2*)(codes + block * 256);
+    if (large)
+      widen_large_block(words, scales_of(block), a[0], a[1]);
+    else
+      widen_block(words, scales_of(block), a[0], a[1]);
+  }
+
   // Begins the products of a block of the stage; its 16 columns are two pieces, 256 bytes.
-  DEVICE void multiply(u32 block, u32 (&a)[2][4], float (&sums)[R::ITEMS / 2]) {
+  template <u32 N>
+  DEVICE void multiply(u32 block, u32 (&a)[2][4], float (&sums)[N / 2]) {
 #ifndef PLANT_FENCE
     wgmma_fence(a);
 #endif
-    wgmma<R::ITEMS>(sums, a[0], pieces + block * 32, true);
-    wgmma<R::ITEMS>(sums, a[1], pieces + block * 32 + 16, true);
+    wgmma<N>(sums, a[0], pieces + block * 32, true);
+    wgmma<N>(sums, a[1], pieces + block * 32 + 16, true);
     wgmma_commit();
   }
 };
 
-DEVICE void widen(uint2 codes, u32 scales, bool large, u32 (&a)[2][4]) {
-  if (large)
-    widen_large_block(codes, scales, a[0], a[1]);
-  else
-    widen_block(codes, scales, a[0], a[1]);
-}
-
-// Whether a lane has a scale of more than 1, which is seldom.
-DEVICE bool any_large(u32 scales) { return __ballot_sync(FULL, (scales & 0x8080) != 0) != 0; }
-
 // The sums of a unit: a warp has row tile unit.tile + warp.
-template <class R>
-DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn, float (&sums)[R::ITEMS / 2]) {
-  u32 a[R::SETS][2][4];
+template <class R, u32 N>
+DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn, float (&sums)[N / 2]) {
+  static_assert(R::BLOCKS % 2 == 0, "registers of odd and of even blocks");
+  u32 a[2][2][4];
   Walk<R> walk = {smem, turn, warp, shared_address(smem), nullptr, nullptr, nullptr, 0};
   for (u32 first = 0; first < blocks; first += R::BLOCKS) {
+    u32 count = least(blocks - first, R::BLOCKS);
     walk.enter();
-    if (first + R::BLOCKS <= blocks) {
-      uint2 codes[R::BLOCKS];
-      u32 scales[R::BLOCKS], all = 0;
-#pragma unroll
-      for (u32 i = 0; i < R::BLOCKS; i++) {
-        codes[i] = walk.codes_of(i);
-        scales[i] = walk.scales_of(i);
-        all |= scales[i];
-      }
-      bool large = any_large(all);
+    u32 scales = 0;
+    for (u32 i = 0; i < R::BLOCKS; i++) scales |= i < count ? walk.scales_of(i) : 0;
+    bool large = __ballot_sync(FULL, (scales & 0x8080) != 0) != 0;
+    if (count == R::BLOCKS) {
 #pragma unroll
       for (u32 i = 0; i < R::BLOCKS; i++) {
 #ifdef PLANT_REGISTERS
         u32 (&registers)[2][4] = a[0];
 #else
-        u32 (&registers)[2][4] = a[i % R::SETS];
+        u32 (&registers)[2][4] = a[i % 2];
 #endif
-        // Wide products leave no registers for all codes of a stage.
-        widen(R::ITEMS > 64 ? walk.codes_of(i) : codes[i], R::ITEMS > 64 ? walk.scales_of(i) : scales[i], large, registers);
-        walk.multiply(i, registers, sums);
-        wgmma_wait<R::SETS - 1>();
-        // By now the stage before is done.
-        if (i == R::SETS - 2) walk.give_back();
+        walk.widen(i, large, registers);
+        walk.template multiply<N>(i, registers, sums);
+        // The block before is done, and with it the stage before.
+        wgmma_wait<1>();
+        if (i == 0) walk.give_back();
       }
     } else {
-      for (u32 i = 0; first + i < blocks; i++) {
+      for (u32 i = 0; i < count; i++) {
+        walk.widen(i, large, a[0]);
+        walk.template multiply<N>(i, a[0], sums);
         wgmma_wait<0>();
-        walk.give_back();
-        u32 scales = walk.scales_of(i);
-        widen(walk.codes_of(i), scales, any_large(scales), a[0]);
-        walk.multiply(i, a[0], sums);
+        if (i == 0) walk.give_back();
       }
     }
     walk.leave();
@@ -343,15 +287,15 @@ DEVICE float swiglu_fast(float gate, float up, float limit) {
 
 // Bias and SwiGLU, or bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of item 8n + 2t + i % 2. Transposed, a
 // lane has rows 2t and 2t + 1 of item 8n + g.
-template <bool GATE_UP, class R>
-DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, float (&sums)[R::ITEMS / 2]) {
+template <bool GATE_UP, u32 N>
+DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, float (&sums)[N / 2]) {
   u32 t = lane_id() % 4, g = lane_id() / 4, tile = unit.tile + warp;
   if (tile >= m.tiles) return;
   const Slot& slot = a.slots[unit.slot];
   const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16;
   float low = bias[g], high = bias[g + 8];
 #pragma unroll
-  for (u32 n = 0; n < R::ITEMS / 8; n++) {
+  for (u32 n = 0; n < N / 8; n++) {
     if (unit.first + n * 8 >= unit.end) break;
     u32 item = unit.first + n * 8 + g;
     bool inside = item < unit.end;
@@ -374,6 +318,15 @@ DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32
   }
 }
 
+template <bool GATE_UP, class R, u32 N>
+DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, u8* smem,
+                    Turn<R::STAGES>& turn) {
+  float sums[N / 2];
+  wgmma_zero(sums);
+  multiply_unit<R, N>(m.blocks, warp, smem, turn, sums);
+  put_unit<GATE_UP, N>(a, m, unit, warp, sums);
+}
+
 template <bool GATE_UP, class R>
 DEVICE void expert_wgmma(const ExpertArgs& a) {
   SHARED(smem);
@@ -383,29 +336,30 @@ DEVICE void expert_wgmma(const ExpertArgs& a) {
               (const u16*)(GATE_UP ? a.rows : a.activations)};
   u32 stretches = (m.tiles + R::WARPS - 1) / R::WARPS;
   u32 warp = of_warp(warp_id());
-  // Filled by the warp that copies, emptied by all others.
-  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, 1, R::WARPS);
-  if (warp == R::WARPS) count_chunks<R::ITEMS>(a, chunks);
+  // Filled by the warps that copy, each announcing its part; emptied by all others.
+  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, R::COPIERS, R::WARPS);
+  if (warp_id() == R::WARPS) count_chunks<R::ITEMS>(a, chunks);
   __syncthreads();
   u32 units = chunks[a.slots_count] * stretches;
+  Turn<R::STAGES> turn = {0, 0};
   // The widest products need more registers than there are for each of so many threads.
-  const bool wide = R::ITEMS > 128;
+  const bool wide = R::ITEMS == 176;
   if (warp >= R::WARPS) {
     if (wide) keep_registers<40>();
-    if (warp == R::WARPS) copy_units<GATE_UP, R>(a, m, chunks, units, stretches, smem);
-    return;
-  }
-  if (wide) take_registers<152>();
-  Turn<R::STAGES> turn = {0, 0};
-  for (;;) {
-    // A unit is told with each of its stages.
-    barrier_wait(turn.full(smem), turn.parity);
-    u32 number = of_warp(((const u32*)(smem + R::UNITS))[turn.stage]);
-    if (number == NO_UNIT) break;
-    float sums[R::ITEMS / 2];
-    wgmma_zero(sums);
-    multiply_unit<R>(m.blocks, warp, smem, turn, sums);
-    put_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, number, stretches), warp, sums);
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x)
+      copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
+  } else {
+    if (wide) take_registers<152>();
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+      Unit unit = find_unit<R>(a, chunks, i, stretches);
+      // No wider than it must be: columns take as long whether there are items in them or not.
+      if (!wide)
+        do_unit<GATE_UP, R, wide ? 8 : R::ITEMS>(a, m, unit, warp, smem, turn);
+      else if (of_warp(unit.end - unit.first) <= 144)
+        do_unit<GATE_UP, R, 144>(a, m, unit, warp, smem, turn);
+      else
+        do_unit<GATE_UP, R, 176>(a, m, unit, warp, smem, turn);
+    }
   }
 }
 
@@ -418,8 +372,6 @@ KERNEL(gate_up_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<true, Ring1
 KERNEL(down_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<false, Ring16>(a); }
 KERNEL(gate_up_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<true, Ring64>(a); }
 KERNEL(down_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<false, Ring64>(a); }
-KERNEL(gate_up_wgmma_144, Ring144::THREADS, ExpertArgs) { expert_wgmma<true, Ring144>(a); }
-KERNEL(down_wgmma_144, Ring144::THREADS, ExpertArgs) { expert_wgmma<false, Ring144>(a); }
 KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<true, Ring176>(a); }
 KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<false, Ring176>(a); }
 

@@ -173,28 +173,20 @@ struct Ring {
 }
 
 impl Ring {
-    /// Barriers, the stages' units, stages, and the slots' first chunks.
+    /// Barriers, stages, and the slots' first chunks.
     const fn shared(&self, slots: u32) -> u32 {
         let stage = self.blocks * (self.tiles * (256 + 16) + self.items * 64);
-        128 + 32 + self.stages * stage + (slots + 1) * 4
+        128 + self.stages * stage + (slots + 1) * 4
     }
 }
 
-const RINGS: [Ring; 6] = [
-    Ring { items: 8, tiles: 4, blocks: 6, stages: 4, resident: 4 },
+const RINGS: [Ring; 5] = [
+    Ring { items: 8, tiles: 4, blocks: 6, stages: 4, resident: 5 },
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
     Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
-    Ring { items: 144, tiles: 12, blocks: 3, stages: 6, resident: 1 },
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
-
-/// Of the widest rings the one that leaves fewer columns empty where choices are even.
-fn widest(items: u32) -> usize {
-    let most = items + items.isqrt();
-    let columns = |ring: usize| most.next_multiple_of(RINGS[ring].items);
-    if columns(4) < columns(5) { 4 } else { 5 }
-}
 
 /// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
 /// each kernel takes any number, and all add in the same order.
@@ -211,7 +203,7 @@ pub(super) fn experts_wgmma(
         3..=8 => 1,
         9..=20 => 2,
         21..=44 => 3,
-        many => widest(many),
+        _ => 4,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
@@ -302,9 +294,7 @@ mod tests {
             (2 * 128 + 1, "gate_up_wgmma_16"),
             (20 * 128, "gate_up_wgmma_32"),
             (44 * 128, "gate_up_wgmma_64"),
-            (128 * 128, "gate_up_wgmma_144"),
-            (256 * 128, "gate_up_wgmma_144"),
-            (1024 * 128, "gate_up_wgmma_176"),
+            (32_768, "gate_up_wgmma_176"),
         ] {
             let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
             assert_eq!(choice.op.kernel.name, name, "{items}");

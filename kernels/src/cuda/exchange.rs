@@ -253,8 +253,6 @@ pub struct Work {
     starts: Buffer,
     /// `[ranks]`: the parts that go back.
     results: Buffer,
-    /// With wgmma, the units of a matrix that blocks have taken, and the blocks that are done.
-    units: Buffer,
 }
 
 impl Work {
@@ -284,7 +282,6 @@ impl Work {
             counts: memory.zeroed(8)?,
             starts: memory.nothing(),
             results: memory.nothing(),
-            units: memory.zeroed(8)?,
         })
     }
 
@@ -305,7 +302,6 @@ impl Work {
             counts: nothing(),
             starts: nothing(),
             results: nothing(),
-            units: nothing(),
         }
     }
 }
@@ -467,7 +463,6 @@ impl Cuda {
             results,
             parts: work.results.address(),
             results_parts,
-            units: work.units.address(),
             hidden: work.shape.hidden as u32,
             intermediate: work.shape.intermediate as u32,
             limit: work.shape.limit,

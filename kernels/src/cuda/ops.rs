@@ -97,7 +97,7 @@ args! {
     /// experts.cu
     ExpertArgs {
         slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, parts: u64,
-        results_parts: u64, units: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
+        results_parts: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
     }
     /// experts_wgmma.cu
     TilesArgs {
@@ -141,21 +141,19 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// For 8, 16, 32, 64, 144 and 176 items at once.
-pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 6] = [
+/// For 8, 16, 32, 64 and 176 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
     Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("gate_up_wgmma_144", "experts_wgmma.cu", 512),
     Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512),
 ];
-pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 6] = [
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
     Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("down_wgmma_144", "experts_wgmma.cu", 512),
     Op::new("down_wgmma_176", "experts_wgmma.cu", 512),
 ];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 256);
@@ -169,7 +167,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 51] = [
+pub const KERNELS: [Kernel; 49] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -205,13 +203,11 @@ pub const KERNELS: [Kernel; 51] = [
     GATE_UP_WGMMA[2].kernel,
     GATE_UP_WGMMA[3].kernel,
     GATE_UP_WGMMA[4].kernel,
-    GATE_UP_WGMMA[5].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
     DOWN_WGMMA[2].kernel,
     DOWN_WGMMA[3].kernel,
     DOWN_WGMMA[4].kernel,
-    DOWN_WGMMA[5].kernel,
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,
