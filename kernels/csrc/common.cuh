@@ -2,8 +2,7 @@
 //
 // A kernel is KERNEL(name, threads, Args): one block dimension, and one struct by value that src/cuda/ops.rs mirrors.
 // Its blocks may start while the kernel before it still runs, but every thread waits for that one's end before anything
-// else: so no kernel can tell, and the end of one is the end of all before it. KERNEL_AHEAD waits itself, by
-// wait_for_before in every thread: what comes before that reads nothing but weights, and writes nothing.
+// else: so no kernel can tell, and the end of one is the end of all before it.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once
@@ -15,27 +14,22 @@ typedef unsigned long long u64;
 
 #ifdef CUDA_EMU
 #include "emu/emu.h"
-#define EMU_BEGIN wait_for_before()
-#define EMU_KERNEL(begin, name, threads, Args)                                                 \
+#define KERNEL(name, threads, Args)                                                            \
   static void name(const Args& a);                                                             \
   static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                \
-                                       [](const void* args) { begin; name(*(const Args*)args); }); \
+                                       [](const void* args) { name(*(const Args*)args); });    \
   static void name(const Args& a)
-#define KERNEL(name, threads, Args) EMU_KERNEL(EMU_BEGIN, name, threads, Args)
-#define KERNEL_AHEAD(name, threads, Args) EMU_KERNEL(, name, threads, Args)
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
-#define KERNEL_BEGINNING(begin, name, threads, Args)                                              \
-  __device__ __forceinline__ void name##_body(const Args& a);                                     \
-  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args a) { \
-    let_next_start();                                                                             \
-    begin;                                                                                        \
-    name##_body(a);                                                                               \
-  }                                                                                               \
-  __device__ __forceinline__ void name##_body(const Args& a)
-#define KERNEL(name, threads, Args) KERNEL_BEGINNING(wait_for_before(), name, threads, Args)
-#define KERNEL_AHEAD(name, threads, Args) KERNEL_BEGINNING(, name, threads, Args)
+#define KERNEL(name, threads, Args)                                                                        \
+  __device__ __forceinline__ void name##_after_others(const Args& a);                                      \
+  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args a) {          \
+    let_next_start();                                                                                      \
+    wait_for_before();                                                                                     \
+    name##_after_others(a);                                                                                \
+  }                                                                                                        \
+  __device__ __forceinline__ void name##_after_others(const Args& a)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
 #include "ptx_grid.cuh"

@@ -31,8 +31,6 @@ struct Place {
 Place& place();
 unsigned char* shared();
 
-// The thread has waited for the kernel before; none may end without.
-void waited();
 // Waits for all threads of the block that have not ended.
 void block_barrier();
 // Every lane deposits six words, then all may read those of any lane, until warp_release.
@@ -127,9 +125,7 @@ inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   return out;
 }
 
-// Twins of ptx_grid.cuh and ptx.cuh --------------------------------------------------------------------------------------------------
-
-inline void wait_for_before() { emu::waited(); }
+// Twins of ptx.cuh --------------------------------------------------------------------------------------------------
 
 inline float bf16_half(u32 word, unsigned half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
 

@@ -38,7 +38,7 @@ const size_t STACK_BYTES = 64 << 10;
 const unsigned THREADS_MAX = 1024;
 
 struct Fiber {
-  bool done, waited;
+  bool done;
 #if defined(__x86_64__)
   void* top;
 #else
@@ -102,8 +102,6 @@ static void yield() {
   while (true) yield();
 }
 
-void waited() { block->fibers[block->current].waited = true; }
-
 static void open_block_barrier() {
   block->arrived = 0;
   block->generation++;
@@ -119,7 +117,6 @@ static void open_warp_barrier(Warp& warp) {
 
 static void run_thread() {
   block->body(block->args);
-  if (!block->fibers[block->current].waited) fail("a thread ends that has not waited for the kernel before");
   unsigned lane = block->current % 32;
   Warp& warp = block->warps[block->current / 32];
   block->fibers[block->current].done = true;
@@ -164,7 +161,7 @@ void warp_release() { warp_barrier(block->warps[block->current / 32]); }
 static void make_fiber(unsigned thread) {
   Fiber& fiber = block->fibers[thread];
   char* stack = block->stacks.data() + thread * STACK_BYTES;
-  fiber.done = fiber.waited = false;
+  fiber.done = false;
 #if defined(__x86_64__)
   void** top = (void**)(((uintptr_t)stack + STACK_BYTES) & ~(uintptr_t)15);
   *--top = nullptr;

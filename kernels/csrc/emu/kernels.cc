@@ -49,16 +49,6 @@ namespace with_swapped_nibbles {
 }
 #undef PLANT_NIBBLES
 
-#undef EMU_SUFFIX
-#define EMU_SUFFIX "!ahead"
-#undef EMU_BEGIN
-#define EMU_BEGIN
-namespace ahead_of_the_kernel_before {
-#include "../rms_norm.cu"
-}
-#undef EMU_BEGIN
-#define EMU_BEGIN wait_for_before()
-
 // Of Hopper's kernels those for 32 items alone.
 #define PLANTED
 #undef EMU_SUFFIX

@@ -31,8 +31,6 @@ pub enum Fault {
     Barrier,
     /// Attention's window is longer by one.
     Window,
-    /// The norm does not wait for the kernel before it.
-    Ahead,
     /// The experts' two codes of a byte are exchanged.
     Nibbles,
     /// The device makes no graphs.
@@ -117,7 +115,6 @@ impl Emulated {
         let suffix = match fault {
             Fault::Barrier => "barrier",
             Fault::Window => "window",
-            Fault::Ahead => "ahead",
             Fault::Nibbles => "nibbles",
             Fault::NoGraphs | Fault::Stale => return plain,
             Fault::Wait => "wait",

@@ -114,21 +114,6 @@ fn faults_in_kernels_are_seen() {
     }
 }
 
-#[test]
-fn a_kernel_that_does_not_wait_for_the_one_before_is_seen() {
-    let norm = |fault| {
-        let mut b = make_cuda(Emulated { fault, ..Emulated::default() }, Precision::Fast).backend();
-        let weight = b.vector(Random(63).tensor(32, 1.0).source()).unwrap();
-        let (mut x, mut out) = (b.rows(1, 32), b.rows(1, 32));
-        b.write(&mut x, &[1.0; 32]);
-        b.norm(&x, &weight, 1e-5, &mut out);
-        b.finish()
-    };
-    norm(None).unwrap();
-    let seen = norm(Some(Planted::Ahead)).unwrap_err().to_string();
-    assert!(seen.contains("has not waited"), "{seen}");
-}
-
 /// Experts on Hopper as wide as several turns of a ring; what breaks a rule of an instruction is an error, and the rest
 /// makes other numbers.
 fn hopper_experts(device: Emulated) -> Result<(), String> {
