@@ -1,8 +1,6 @@
 // What every kernel shares: number types, bf16, exp, launches and shared memory. No CUDA header is included.
 //
 // A kernel is KERNEL(name, threads, Args): one block dimension, and one struct by value that src/cuda/ops.rs mirrors.
-// Its blocks may start while the kernel before it still runs, but every thread waits for that one's end before anything
-// else: so no kernel can tell, and the end of one is the end of all before it.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once
@@ -22,17 +20,9 @@ typedef unsigned long long u64;
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
-#define KERNEL(name, threads, Args)                                                                        \
-  __device__ __forceinline__ void name##_after_others(const Args& a);                                      \
-  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args a) {          \
-    let_next_start();                                                                                      \
-    wait_for_before();                                                                                     \
-    name##_after_others(a);                                                                                \
-  }                                                                                                        \
-  __device__ __forceinline__ void name##_after_others(const Args& a)
+#define KERNEL(name, threads, Args) extern "C" __global__ void __launch_bounds__(threads, 1) name(const Args a)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
-#include "ptx_grid.cuh"
 DEVICE u8* shared_memory() {
   extern __shared__ __align__(16) u8 dynamic[];
   return dynamic;

@@ -27,8 +27,6 @@ pub struct Driver {
     arch: String,
     family: Family,
     multiprocessors: u32,
-    /// Kernels start while the one before them ends, for which they wait: `csrc/ptx_grid.cuh`.
-    starts_ahead: bool,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<Module>,
 }
@@ -56,11 +54,6 @@ pub(super) fn failed(what: &'static str) -> impl Fn(DriverError) -> KernelError 
 pub(super) fn arch_of((major, minor): (i32, i32)) -> String {
     let own = if matches!((major, minor), (9, 0) | (10, 0 | 3) | (12, 0)) { "a" } else { "" };
     format!("{major}{minor}{own}")
-}
-
-/// Whether kernels of this architecture can wait for the end of the one before them themselves.
-fn starts_ahead((major, _): (i32, i32)) -> bool {
-    major >= 9
 }
 
 /// GPUs of this machine; `None` where there is no CUDA driver.
@@ -111,7 +104,6 @@ impl Driver {
             arch: arch_of(capability),
             family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
-            starts_ahead: starts_ahead(capability),
             functions: HashMap::new(),
             modules: Vec::new(),
         };
@@ -256,31 +248,19 @@ impl Device for Driver {
         self.bind()?;
         let function = self.function(&launch, args_bytes)?;
         let (kernel, [x, y, z]) = (launch.kernel, launch.grid);
-        let mut ahead = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: kernel.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut ahead,
-            numAttrs: u32::from(self.starts_ahead),
-        };
-        let mut pointers = [args.cast_mut()];
         // SAFETY: the caller promises that the one argument is the kernel's struct, which the driver copies, and that
-        // all it points to is allocated; the attribute outlives the call.
-        let launched =
-            unsafe { sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
-        launched
-            .result()
-            .map_err(|error| KernelError::Device { what: "run a kernel", why: format!("{}: {error}", kernel.name) })
+        // all it points to is allocated.
+        let launched = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (kernel.threads, 1, 1),
+                launch.shared,
+                self.stream.cu_stream(),
+                &mut [args.cast_mut()],
+            )
+        };
+        launched.map_err(|error| KernelError::Device { what: "run a kernel", why: format!("{}: {error}", kernel.name) })
     }
 
     fn synchronize(&self) -> Result<(), KernelError> {
@@ -290,7 +270,7 @@ impl Device for Driver {
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
-        Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, self.starts_ahead, function)?))
+        Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {

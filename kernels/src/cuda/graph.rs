@@ -1,5 +1,4 @@
-//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes. Between kernels that can wait for each other
-//! themselves, the next one starts while the last one ends.
+//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -36,13 +35,11 @@ struct Link {
 unsafe impl Send for Chain {}
 
 impl Chain {
-    /// A graph of these nodes; `function` finds a launch's kernel. `starts_ahead`: kernels wait for the end of the one
-    /// before themselves.
+    /// A graph of these nodes; `function` finds a launch's kernel.
     pub(super) fn new(
         context: &Arc<CudaContext>,
         stream: &Arc<CudaStream>,
         nodes: &Sequence,
-        starts_ahead: bool,
         function: impl Fn(&Launch<'_>, usize) -> Result<sys::CUfunction, KernelError>,
     ) -> Result<Self, KernelError> {
         let make = failed("make a graph");
@@ -63,7 +60,7 @@ impl Chain {
                 Node::Launch(launch, args) => function(&launch, size_of_val(args))?,
                 _ => ptr::null_mut(),
             };
-            chain.add(node, function, starts_ahead).map_err(&make)?;
+            chain.add(node, function).map_err(&make)?;
         }
         // SAFETY: the graph is valid and whole; no flag is set.
         chain.exec =
@@ -72,12 +69,8 @@ impl Chain {
     }
 
     /// Adds a node behind the last one.
-    fn add(&mut self, node: Node<'_>, function: sys::CUfunction, starts_ahead: bool) -> Result<(), DriverError> {
-        // Only kernels wait, and only for kernels.
-        let ahead_of = self.nodes.last().filter(|last| starts_ahead && !last.function.is_null() && !function.is_null());
-        let ahead_of = ahead_of.map(|last| last.node);
-        let before: Vec<sys::CUgraphNode> =
-            self.nodes.last().filter(|_| ahead_of.is_none()).map(|last| last.node).into_iter().collect();
+    fn add(&mut self, node: Node<'_>, function: sys::CUfunction) -> Result<(), DriverError> {
+        let before: Vec<sys::CUgraphNode> = self.nodes.last().map(|last| last.node).into_iter().collect();
         let (graph, context) = (self.graph, self.context.cu_ctx());
         let mut added = ptr::null_mut();
         // SAFETY: the graph is valid, and so is the node before, which is of it; parameters outlive the call and are
@@ -108,11 +101,6 @@ impl Chain {
             }
         };
         outcome.result()?;
-        if let Some(before) = ahead_of {
-            // SAFETY: both nodes are of this graph, are kernels, and have no edge yet; all outlives the call.
-            unsafe { sys::cuGraphAddDependencies_v2(graph, &raw const before, &raw const added, &raw const AHEAD, 1) }
-                .result()?;
-        }
         self.nodes.push(Link { node: added, function });
         Ok(())
     }
@@ -167,14 +155,6 @@ impl Drop for Chain {
         }
     }
 }
-
-/// From a kernel to one that may start once all blocks of the first have said so, and waits for its end itself.
-static AHEAD: sys::CUgraphEdgeData = sys::CUgraphEdgeData {
-    from_port: sys::CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC as u8,
-    to_port: 0,
-    type_: sys::CUgraphDependencyType_enum::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC as u8,
-    reserved: [0; 5],
-};
 
 /// One argument, the kernel's struct, to which `pointers` points.
 const fn kernel_params(
