@@ -130,10 +130,8 @@ impl Driver {
         let cubins = cache
             .cubins(&self.arch, on_progress)
             .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
-        let load = failed("load its kernels");
-        let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let shared = self.context.attribute(most).map_err(&load)?.min(SHARED_MAX as i32);
         for (file, cubin) in cubins {
+            let load = failed("load its kernels");
             // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
             // own size, and is copied by the driver.
             let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(&load)?;
@@ -142,9 +140,12 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
-                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
-                unsafe { result::function::set_function_attribute(function, attribute, shared) }.map_err(&load)?;
+                if self.family == Family::Wgmma {
+                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
+                        .map_err(&load)?;
+                }
                 self.functions.insert(kernel.name, function);
             }
         }
