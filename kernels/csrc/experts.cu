@@ -54,7 +54,6 @@ KERNEL(gate_up_f32, EXPERT_WARPS * WARP, ExpertArgs) {
 
 // A block a row tile and a slot; a thread a row and every eighth item.
 KERNEL(down_f32, EXPERT_WARPS * WARP, ExpertArgs) {
-  put_parts(a);
   u32 tile = blockIdx.x, blocks = a.intermediate / 32, row = threadIdx.x % 16;
   const Slot& slot = a.slots[blockIdx.y];
   u64 at = (u64)tile * blocks;
@@ -148,7 +147,6 @@ DEVICE void put_items(const ExpertArgs& a, const Slot& slot, u32 tile, u32 first
 template <bool GATE_UP>
 DEVICE void expert_mma(const ExpertArgs& a) {
   SHARED(smem);
-  if (!GATE_UP) put_parts(a);
   u32 columns = GATE_UP ? a.hidden : a.intermediate, rows = GATE_UP ? 2 * a.intermediate : a.hidden;
   u32 tile = blockIdx.x * EXPERT_WARPS + warp_id(), blocks = columns / 32;
   // Warps beyond the matrix keep the others company at the barriers.

@@ -31,18 +31,10 @@ struct ExpertArgs {
   const void* rows;     // [rows, H] of the wire type; on Hopper the items' tiles of experts_wgmma.cu
   void* activations;    // [items, I] grouped by slot: f32 or bf16; on Hopper tiles as well
   u8* results;          // [items, H] of the wire type, in order of arrival
-  const Part* parts;    // [ranks]: where each rank's results lie, as receive found it, and where down says so
-  Part* results_parts;
   u32 hidden, intermediate;
   float limit;
-  u32 slots_count, ranks, unused;
+  u32 slots_count;
 };
-
-// Says where each rank's results lie; by every block of down, of which one does it.
-DEVICE void put_parts(const ExpertArgs& a) {
-  if (blockIdx.x != 0 || blockIdx.y != 0) return;
-  for (u32 rank = threadIdx.x; rank < a.ranks; rank += blockDim.x) a.results_parts[rank] = a.parts[rank];
-}
 
 // Decoding ----------------------------------------------------------------------------------------------------------
 

@@ -331,7 +331,6 @@ template <bool GATE_UP, class R>
 DEVICE void expert_wgmma(const ExpertArgs& a) {
   SHARED(smem);
   u32* chunks = (u32*)(smem + R::CHUNKS);
-  if (!GATE_UP) put_parts(a);
   Matrix m = {(GATE_UP ? 2 * a.intermediate : a.hidden) / 16, (GATE_UP ? a.hidden : a.intermediate) / 32,
               (const u16*)(GATE_UP ? a.rows : a.activations)};
   u32 stretches = (m.tiles + R::WARPS - 1) / R::WARPS;
@@ -377,48 +376,32 @@ KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<false, Ring1
 
 // Tiles of items ----------------------------------------------------------------------------------------------------
 
-#define TILES_WARPS 8
+#define TILES_THREADS 128
 
 struct TilesArgs {
   const u8* received;
   const u64* row_source;  // [rows]: where a row begins
   const u32* item_row;    // [items], by order of arrival
+  const u32* item_slot;
   const u32* order;       // [items]: grouped by slot
   const u32* starts;      // [slots + 1]
+  const u32* counts;      // rows and items
   u16* tiles;
-  u32 hidden, slots;
+  u32 hidden, unused;
 };
 
-// 16 bytes that begin at a border of 4.
-DEVICE uint4 load_piece(const u8* from) {
-  if ((u64)from % 16 == 0) return *(const uint4*)from;
-  const u32* words = (const u32*)from;
-  return {words[0], words[1], words[2], words[3]};
-}
-
-// Received rows to the places of their items. A block a tile, and every further one that is as far away as there are
-// blocks; a lane has 8 columns of an item.
-KERNEL(receive_tiles, TILES_WARPS * WARP, TilesArgs) {
+// Received rows to the places of their items. A block an item, and every further one that is as far away as there are
+// blocks.
+KERNEL(receive_tiles, TILES_THREADS, TilesArgs) {
   u32 pieces = a.hidden / 8;
-  for (u32 tile = blockIdx.x; tile < a.starts[a.slots] / 8 + a.slots; tile += gridDim.x) {
-    u32 low = 0, high = a.slots;
-    // The slot that has the tile.
-    while (high - low > 1) {
-      u32 middle = (low + high) / 2;
-      if (a.starts[middle] / 8 + middle <= tile)
-        low = middle;
-      else
-        high = middle;
-    }
-    u32 start = a.starts[low], item = start + (tile - start / 8 - low) * 8 + lane_id() % 8;
-    if (item >= a.starts[low + 1]) continue;
-    const u8* from = a.received + a.row_source[a.item_row[a.order[item]]];
-    uint4* to = (uint4*)a.tiles + (u64)tile * pieces * 8 + lane_id() % 8;
-#pragma unroll 4
-    for (u32 piece = warp_id() * 4 + lane_id() / 8; piece < pieces; piece += TILES_WARPS * 4)
-      to[piece * 8] = load_piece(from + piece * 16);
+  for (u32 item = blockIdx.x; item < a.counts[1]; item += gridDim.x) {
+    u32 arrived = a.order[item], slot = a.item_slot[arrived], start = a.starts[slot], within = item - start;
+    const u32* from = (const u32*)(a.received + a.row_source[a.item_row[arrived]]);
+    u16* to = a.tiles + (u64)(start / 8 + slot + within / 8) * pieces * 64 + within % 8 * 8;
+    for (u32 i = threadIdx.x; i < pieces; i += TILES_THREADS)
+      *(uint4*)(to + i * 64) = {from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]};
   }
 }
 
-#undef TILES_WARPS
+#undef TILES_THREADS
 #endif

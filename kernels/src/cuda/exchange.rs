@@ -7,7 +7,7 @@ use super::choose::{self, Choice, ExpertMatrix};
 use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
     COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, ExpertArgs,
-    RECEIVE, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
+    GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
 };
 use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
@@ -15,12 +15,8 @@ use super::slots::SLOT_HEADER;
 use crate::cpu::{check, need};
 use crate::{ExpertShape, HostParts, KernelError, NO_SLOT, Precision, wire};
 
-/// Rows of a block of dispatch and combine, at most.
+/// Rows of a block of dispatch and combine.
 const BLOCK_ROWS: usize = 32;
-/// Warps of a receive.
-const RECEIVE_WARPS: u32 = 32;
-/// Items that a receive counts by stretch and slot, as many as every device has shared memory for.
-const RECEIVE_COUNTS: u32 = 11 << 10;
 /// Bytes of a part's place: where it begins and how long it is, u64 each.
 pub(super) const PART: usize = 16;
 /// Parts that lie one after the other begin at multiples of this.
@@ -306,12 +302,6 @@ impl Work {
     }
 }
 
-/// Rows of a block of dispatch and combine: few enough that there are blocks for all multiprocessors, and many where each
-/// block would count the same records again.
-fn stretch(rows: usize, multiprocessors: u32) -> usize {
-    rows.div_ceil(2 * multiprocessors as usize).clamp(1, BLOCK_ROWS)
-}
-
 /// Tiles of as many items: slot `s` has those from `starts[s] / 8 + s` on.
 const fn item_tiles(items: usize, slots: usize) -> usize {
     items / ITEM_TILE + slots
@@ -338,7 +328,6 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
         out.bytes_now = most;
-        let stretch = stretch(x.len(), self.memory.queue.device().multiprocessors());
         let args = DispatchArgs {
             x: x.address(),
             experts: routes.experts(),
@@ -350,11 +339,11 @@ impl Cuda {
             top_k: routes.top_k() as u32,
             ranks: out.ranks as u32,
             gathered: u32::from(out.gathered.is_some()),
-            stretch: stretch as u32,
+            unused: 0,
         };
         let parts = if out.gathered.is_some() { 1 } else { out.ranks as u32 };
         // A step without rows has parts too: they are empty.
-        let blocks = x.len().div_ceil(stretch).max(1) as u32;
+        let blocks = x.len().div_ceil(BLOCK_ROWS).max(1) as u32;
         let op = self.by_precision(DISPATCH_F32, DISPATCH_BF16);
         self.launch(&op, [blocks, parts, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
     }
@@ -371,8 +360,6 @@ impl Cuda {
         work.ranks = received.ranks;
         work.results.reserve(received.ranks * PART)?;
         work.starts.reserve((experts.slots.len() + 1) * 4)?;
-        let slots = experts.slots.len() as u32;
-        let stretches = (RECEIVE_COUNTS / slots.max(1)).clamp(1, RECEIVE_WARPS);
         let args = ReceiveArgs {
             received: received.bytes.address(),
             parts: received.places.address(),
@@ -380,8 +367,6 @@ impl Cuda {
             row_source: work.row_source.address(),
             item_row: work.item_row.address(),
             item_slot: work.item_slot.address(),
-            order: work.order.address(),
-            starts: work.starts.address(),
             counts: work.counts.address(),
             results: work.results.address(),
             status: self.status.address(),
@@ -389,16 +374,23 @@ impl Cuda {
             result_bytes: (hidden * size) as u64,
             ranks: received.ranks as u32,
             top_k: self.top_k as u32,
-            slots,
+            slots: experts.slots.len() as u32,
             rows_max: work.rows_max as u32,
             items_max: work.items_max as u32,
             me: received.gathered.unwrap_or(NO_SLOT),
-            stretches,
-            unused: 0,
         };
-        self.launch(&RECEIVE, [1, 1, 1], (RECEIVE_WARPS + stretches * slots) * 4, &args)?;
+        self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
         let rows_now = (received.bytes_now / args.record_bytes as usize).min(work.rows_max);
         work.items_now = (rows_now * self.top_k).min(work.items_max);
+        let group = GroupArgs {
+            item_slot: work.item_slot.address(),
+            counts: work.counts.address(),
+            order: work.order.address(),
+            starts: work.starts.address(),
+            slots: experts.slots.len() as u32,
+            unused: 0,
+        };
+        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)?;
         match self.family() {
             Family::Mma => {
                 let copy = CopyRowsArgs {
@@ -419,16 +411,17 @@ impl Cuda {
                     received: received.bytes.address(),
                     row_source: work.row_source.address(),
                     item_row: work.item_row.address(),
+                    item_slot: work.item_slot.address(),
                     order: work.order.address(),
                     starts: work.starts.address(),
+                    counts: work.counts.address(),
                     tiles: work.rows.address_mut(),
                     hidden: hidden as u32,
-                    slots,
+                    unused: 0,
                 };
                 // What the host knows of the number of items is a guess.
-                let blocks = item_tiles(work.items_now, experts.slots.len());
-                let most = 8 * self.memory.queue.device().multiprocessors() as usize;
-                self.launch(&RECEIVE_TILES, [blocks.min(most) as u32, 1, 1], 0, &args)
+                let blocks = work.items_now.clamp(1, 8 * self.memory.queue.device().multiprocessors() as usize);
+                self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
             }
         }
     }
@@ -446,12 +439,7 @@ impl Cuda {
     }
 
     /// The experts' arguments, after a receive.
-    fn expert_args(
-        &self,
-        experts: &Experts,
-        work: &Work,
-        [results, results_parts]: [u64; 2],
-    ) -> Result<ExpertArgs, KernelError> {
+    fn expert_args(&self, experts: &Experts, work: &Work, results: u64) -> Result<ExpertArgs, KernelError> {
         check("expert slot", experts.slots.len(), work.starts.bytes() / 4)?;
         Ok(ExpertArgs {
             slots: experts.table.address(),
@@ -461,19 +449,15 @@ impl Cuda {
             rows: work.rows.address(),
             activations: work.activations.address(),
             results,
-            parts: work.results.address(),
-            results_parts,
             hidden: work.shape.hidden as u32,
             intermediate: work.shape.intermediate as u32,
             limit: work.shape.limit,
             slots_count: experts.slots.len() as u32,
-            ranks: work.ranks as u32,
-            unused: 0,
         })
     }
 
     pub(super) fn gate_up_items(&self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
-        let args = self.expert_args(experts, work, [0; 2])?;
+        let args = self.expert_args(experts, work, 0)?;
         let rows = 2 * work.shape.intermediate;
         let choice = self.choose_experts(ExpertMatrix::GateUp, rows, experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
@@ -486,11 +470,8 @@ impl Cuda {
         }
         need("the ranks of results", out.ranks, work.ranks)?;
         out.gathered = None;
-        if experts.slots.is_empty() {
-            // Nobody is there to say where results lie.
-            return out.places.copy_from(&work.results, work.ranks * PART);
-        }
-        let args = self.expert_args(experts, work, [out.address_mut(), out.places.address_mut()])?;
+        out.places.copy_from(&work.results, work.ranks * PART)?;
+        let args = self.expert_args(experts, work, out.address_mut())?;
         let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
@@ -504,7 +485,6 @@ impl Cuda {
     ) -> Result<(), KernelError> {
         need("the rows combined", residual.len(), routes.len())?;
         places.check(routes, returned.ranks)?;
-        let stretch = stretch(residual.len(), self.memory.queue.device().multiprocessors());
         let args = CombineArgs {
             results: returned.bytes.address(),
             parts: returned.places.address(),
@@ -517,12 +497,10 @@ impl Cuda {
             hidden: residual.cols() as u32,
             top_k: routes.top_k() as u32,
             ranks: returned.ranks as u32,
-            stretch: stretch as u32,
-            unused: 0,
         };
         // A step without rows still sees that nothing came.
-        let blocks = residual.len().div_ceil(stretch).max(1) as u32;
-        let shared = stretch * routes.top_k() * 8 + (2 * returned.ranks + 1) * 4;
+        let blocks = residual.len().div_ceil(BLOCK_ROWS).max(1) as u32;
+        let shared = (2 * returned.ranks + BLOCK_ROWS * routes.top_k() + 1) * 4;
         self.launch(&self.by_precision(COMBINE_F32, COMBINE_BF16), [blocks, 1, 1], shared as u32, &args)
     }
 }
