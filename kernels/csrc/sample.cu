@@ -16,7 +16,7 @@
 
 #define SAMPLE_THREADS 512
 #define EACH 8  // ids of a thread
-#define CHUNK (SAMPLE_THREADS * EACH)
+#define SAMPLE_CHUNK (SAMPLE_THREADS * EACH)
 #define SAMPLE_NONE 0xffffffffu
 #define BINS 2048
 #define LISTED 4096
@@ -141,7 +141,7 @@ struct Shared {
   union {
     Bin bins[BINS];
     u32 counts[3][BINS];  // how many, and what they have below: ten bits of it, and the others
-    u64 list[CHUNK];
+    u64 list[SAMPLE_CHUNK];
   };
 };
 
@@ -349,7 +349,7 @@ DEVICE void load_each(const float* row, u32 first, u32 vocab, float none, float 
   for (u32 i = 0; i < EACH; i++) out[i] = first + i < vocab ? row[first + i] : none;
 }
 
-DEVICE u32 chunks_of(u32 vocab) { return (vocab + CHUNK - 1) / CHUNK; }
+DEVICE u32 chunks_of(u32 vocab) { return (vocab + SAMPLE_CHUNK - 1) / SAMPLE_CHUNK; }
 DEVICE float not_a_number() { return float_of(0x7fc00000u); }
 
 DEVICE void put_token(const SampleArgs& a, u32 row, u32 token) {
@@ -399,7 +399,7 @@ KERNEL(sample_largest, SAMPLE_THREADS, SampleArgs) {
   }
   u64 best = 0;
   for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
-    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    u32 first = chunk * SAMPLE_CHUNK + threadIdx.x * EACH;
     float own[EACH];
     load_each(logits, first, a.vocab, not_a_number(), own);
 #pragma unroll
@@ -437,7 +437,7 @@ KERNEL(sample_weigh, SAMPLE_THREADS, SampleArgs) {
   const float* logits = is_changed(draw) ? weights : logits_of(a, row);
   float largest = logit_of(state.best >> 32);
   for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
-    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    u32 first = chunk * SAMPLE_CHUNK + threadIdx.x * EACH;
     float own[EACH];
     load_each(logits, first, a.vocab, not_a_number(), own);
 #pragma unroll
@@ -488,7 +488,7 @@ KERNEL(sample_cut, SAMPLE_THREADS, SampleArgs) {
   const float* weights = weights_of(a, row);
   u32 first_bin = state.first_bin, last_bin = state.last_bin;
   for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
-    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    u32 first = chunk * SAMPLE_CHUNK + threadIdx.x * EACH;
     float own[EACH];
     load_each(weights, first, a.vocab, 0.0f, own);
     __syncthreads();
@@ -559,7 +559,7 @@ KERNEL(sample_draw, SAMPLE_THREADS, SampleArgs) {
   if (least_weight > float_of(kept.least)) kept = {bits_of(least_weight), SAMPLE_NONE};
   const float* weights = weights_of(a, row);
   for (u32 chunk = blockIdx.x; chunk < chunks_of(a.vocab); chunk += gridDim.x) {
-    u32 first = chunk * CHUNK + threadIdx.x * EACH;
+    u32 first = chunk * SAMPLE_CHUNK + threadIdx.x * EACH;
     float own[EACH];
     load_each(weights, first, a.vocab, 0.0f, own);
     u64 sum = 0, whole;
@@ -575,11 +575,11 @@ KERNEL(sample_draw, SAMPLE_THREADS, SampleArgs) {
   auto needed = [&](u64 whole) { return need = (u64)(draw.uniform * (double)whole) + 1; };
   Reached chunk = reach(chunks_of(a.vocab), of_chunk, needed, s);
   auto of_id = [&](u32 i) {
-    u32 id = chunk.index * CHUNK + i;
+    u32 id = chunk.index * SAMPLE_CHUNK + i;
     return id < a.vocab && keeps(kept, id, bits_of(weights[id])) ? units_of(weights[id]) : 0ull;
   };
-  Reached token = reach(CHUNK, of_id, [&](u64) { return need - chunk.before; }, s);
-  if (threadIdx.x == 0) put_token(a, row, chunk.index * CHUNK + token.index);
+  Reached token = reach(SAMPLE_CHUNK, of_id, [&](u64) { return need - chunk.before; }, s);
+  if (threadIdx.x == 0) put_token(a, row, chunk.index * SAMPLE_CHUNK + token.index);
 }
 
 // How likely the token was, and the most likely tokens. A block a row.
