@@ -10,7 +10,6 @@
 //   the four lanes of a row are added ascending. A warp a segment, up to 8 tokens a block.
 // - dense_mma_8 (fast, few tokens): x rounded to bf16, a warp a segment of one row tile, up to 8 tokens a block.
 // - dense_mma_64 (fast, many tokens): a warp a row tile, 64 tokens a block staged in shared memory, segments in turn.
-// Not measured yet: no GPU.
 #include "ptx.cuh"
 
 #define DENSE_WARPS 8

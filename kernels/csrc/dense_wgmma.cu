@@ -9,7 +9,6 @@
 //
 // Order: that of dense.cu: 8 segments of column tiles, each in one sum of the tensor core from zero; segments added
 // ascending, then the bias. The same for both.
-// Not measured yet: no GPU.
 #include "ptx_sm90.cuh"
 
 #include "ring.cuh"

@@ -10,7 +10,6 @@
 // codes are exact in bf16 whatever the scale.
 // - exact: f32 rows; within a block columns ascending, fused: the orders of src/cpu/mxfp4.rs.
 // - fast: bf16 rows; a block is two mma. 8 items at once read straight into registers, 32 staged in shared memory.
-// Not measured yet: no GPU.
 #include "ptx.cuh"
 
 #include "experts.cuh"

@@ -15,7 +15,6 @@
 // as there are stages; each warpgroup decodes a block of 32 columns while the products of the block before are under way.
 //
 // Order: columns ascending by 16, in one sum of the tensor core from zero; bias last. The same for every N and unit.
-// Not measured yet: no GPU.
 #include "ptx_sm90.cuh"
 
 #include "experts.cuh"

@@ -3,9 +3,7 @@
 use super::Cuda;
 use super::device::{Buffer, Plain};
 use super::inputs::Staging;
-use super::ops::{
-    Op, SAMPLE_CHANGE, SAMPLE_CUT, SAMPLE_DRAW, SAMPLE_LARGEST, SAMPLE_REPORT, SAMPLE_WEIGH, SampleArgs,
-};
+use super::ops::{Op, SAMPLE_CHANGE, SAMPLE_CUT, SAMPLE_DRAW, SAMPLE_LARGEST, SAMPLE_REPORT, SAMPLE_WEIGH, SampleArgs};
 use super::rows::Rows;
 use crate::cpu::{check, need};
 use crate::random::uniform;
