@@ -16,7 +16,9 @@ use phalanx_proto::{DenseType, Precision};
 use phalanx_worker::device::Processor;
 use serde_json::json;
 
-use self::cases::{Arithmetic, Case, DIM, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Sequences, VOCAB, norm, sample};
+use self::cases::{
+    Arithmetic, Case, DIM, Does, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, VOCAB, norm, sample, sequences,
+};
 use self::machine::{Ceiling, Machine, median};
 use crate::cli::DeviceArgs;
 use crate::commands::{advance, byte_bar, note, say, say_json};
@@ -31,7 +33,8 @@ pub struct KernelsArgs {
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32,64,512", value_name = "T",
           value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
-    /// Only ops whose name contains this: norm, qkv, attend-full, attend-window, attention-out, experts, unembed, sample
+    /// Only ops whose name contains this: norm, qkv, rotate, attend-full, attend-window, attention-out, route, experts,
+    /// unembed, sample
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
     /// Tokens of context that each row of attention sees
@@ -166,15 +169,21 @@ fn cases<B: Machine>(
         let matrices = Matrices::new(backend, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, dense)?;
         cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
-    for (name, window) in [("attend-full", None), ("attend-window", Some(128))] {
+    for (name, does) in
+        [("rotate", Does::Rotate), ("attend-full", Does::Attend(None)), ("attend-window", Does::Attend(Some(128)))]
+    {
         if wanted(name) {
-            let sequences = Sequences::new(backend, name, args.context, window)?;
-            cases.extend(rows().map(|rows| sequences.case(backend, rows)));
+            let one = |rows| sequences(backend, name, does, args.context, rows);
+            cases.extend(rows().map(one).collect::<Result<Vec<_>>>()?);
         }
     }
     if wanted("attention-out") {
         let matrices = Matrices::new(backend, "attention-out", HIDDEN, HEADS * DIM, dense)?;
         cases.extend(rows().map(|rows| matrices.case(backend, rows)));
+    }
+    if wanted("route") {
+        let matrices = Matrices::router(backend, args.shape.experts())?;
+        cases.extend(rows().map(|rows| matrices.routing(backend, rows)));
     }
     if wanted("experts") {
         let layer = Layer::new(backend, args.shape.experts(), experts)?;
@@ -193,18 +202,23 @@ fn cases<B: Machine>(
 }
 
 /// Seconds of one op: as many in a row as take a while, since a device may have only been told of them when they return.
+/// They are handed to it so many at a time that the next are the same again: as graphs, as a step's are.
 fn measure<B: Machine>(backend: &mut B, case: &mut Case<B>) -> Result<f64> {
     const WHILE: f64 = 0.03;
+    let together = B::together(case.period);
     let mut times = 1_u32;
     loop {
         let begun = Instant::now();
         for time in 0..times {
-            (case.run)(backend, time == 0);
+            for one in 0..together {
+                (case.run)(backend, time == 0 && one == 0);
+            }
+            backend.hand_over()?;
         }
         backend.finish().with_context(|| format!("{} with {} rows", case.name, case.rows))?;
         let spent = begun.elapsed().as_secs_f64();
         if spent >= WHILE || times >= 1 << 16 {
-            return Ok(spent / f64::from(times));
+            return Ok(spent / f64::from(times) / together as f64);
         }
         times = times.saturating_mul(if spent < WHILE / 16.0 { 8 } else { 2 });
     }

@@ -14,9 +14,6 @@ use super::machine::Machine;
 /// Bytes of weights, or of keys and values, that an op goes through before it meets the same again: beyond any cache.
 const COLD_BYTES: usize = 256 << 20;
 
-/// Most bytes of keys and values that are held.
-const MOST_KV_BYTES: usize = 512 << 20;
-
 pub(super) const HIDDEN: usize = 2880;
 const INTERMEDIATE: usize = 2880;
 pub(super) const HEADS: usize = 64;
@@ -60,6 +57,8 @@ pub(super) struct Case<B> {
     /// Two for each multiplication.
     pub(super) operations: u64,
     pub(super) arithmetic: Arithmetic,
+    /// After so many times it meets the same memory again.
+    pub(super) period: usize,
     /// Does it once; says whether it is the first time since another op was measured.
     pub(super) run: Run<B>,
 }
@@ -108,6 +107,7 @@ pub(super) fn norm<B: Machine>(backend: &mut B, rows: usize) -> Result<Case<B>> 
         bytes: (rows * HIDDEN * 8) as u64,
         operations: (rows * HIDDEN * 4) as u64,
         arithmetic: B::FLOATS,
+        period: 1,
         run: Box::new(move |backend, _| backend.norm(&x, &weight, 1e-5, &mut out)),
     })
 }
@@ -131,11 +131,40 @@ impl<B: Machine> Matrices<B> {
         cols: usize,
         arithmetic: Arithmetic,
     ) -> Result<Self, KernelError> {
-        let bytes = backend.dense_bytes(DenseUse::Projection, height, cols);
+        Self::of(backend, DenseUse::Projection, name, [height, cols], arithmetic)
+    }
+
+    /// Those that choose among `experts`.
+    pub(super) fn router(backend: &mut B, experts: usize) -> Result<Self, KernelError> {
+        Self::of(backend, DenseUse::Router, "route", [experts, HIDDEN], B::FLOATS)
+    }
+
+    fn of(
+        backend: &mut B,
+        used: DenseUse,
+        name: &'static str,
+        [height, cols]: [usize; 2],
+        arithmetic: Arithmetic,
+    ) -> Result<Self, KernelError> {
+        let bytes = backend.dense_bytes(used, height, cols);
         let copies = packed(COLD_BYTES.div_ceil(bytes), bytes)?
-            .map(|packed| backend.hold_dense(DenseUse::Projection, height, cols, packed))
+            .map(|packed| backend.hold_dense(used, height, cols, packed))
             .collect::<Result<_, KernelError>>()?;
         Ok(Self { name, height, cols, arithmetic, bytes, copies })
+    }
+
+    /// Choices of experts.
+    pub(super) fn routing(&self, backend: &mut B, rows: usize) -> Case<B> {
+        let mut routes = backend.routes(rows, TOP_K);
+        let case = self.case(backend, rows);
+        let mut x = backend.rows(rows, self.cols);
+        backend.write(&mut x, &numbers(rows * self.cols));
+        let (copies, mut next) = (Rc::clone(&self.copies), 0);
+        let run = move |backend: &mut B, _| {
+            next = (next + 1) % copies.len();
+            backend.route(&x, &copies[next], &mut routes);
+        };
+        Case { run: Box::new(run), ..case }
     }
 
     pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
@@ -149,6 +178,7 @@ impl<B: Machine> Matrices<B> {
             bytes: (bytes + rows * (cols + height) * 4) as u64,
             operations: 2 * (rows * height * cols) as u64,
             arithmetic,
+            period: copies.len(),
             run: Box::new(move |backend, _| {
                 next = (next + 1) % copies.len();
                 backend.project(&x, &copies[next], &mut out);
@@ -157,67 +187,83 @@ impl<B: Machine> Matrices<B> {
     }
 }
 
-/// Keys and values of sequences, each `context` tokens long, to be gone through one after the other.
-pub(super) struct Sequences<B: Backend> {
-    name: &'static str,
-    window: Option<u32>,
-    tokens: u32,
-    sequences: usize,
-    kv: Rc<B::Kv>,
-    sinks: Rc<B::Vector>,
+/// What is done on keys and values.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Does {
+    /// Rotates and stores.
+    Rotate,
+    /// Attends, within a window or to all.
+    Attend(Option<u32>),
 }
 
-impl<B: Machine> Sequences<B> {
-    const COLS: usize = (HEADS + 2 * KV_HEADS) * DIM;
-
-    pub(super) fn new(backend: &mut B, name: &'static str, tokens: u32, window: Option<u32>) -> Result<Self> {
-        let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
-        // A window touches so much of a sequence.
-        let seen = window.map_or(stretch, |window| (window as usize).div_ceil(BLOCK_SIZE).min(stretch));
-        let of_sequence = seen * BLOCK_SIZE * 2 * KV_HEADS * DIM * backend.kv_bytes();
-        let sequences = COLD_BYTES.div_ceil(of_sequence).min(MOST_KV_BYTES / (of_sequence / seen * stretch)).max(1);
-        let pool = PoolShape { layers: 1, blocks: sequences * stretch };
-        let kv = backend.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
-        let sinks = vec![0x3f; HEADS * 2];
-        let sinks = backend.vector(Source::memory(&sinks))?;
-        Ok(Self { name, window, tokens, sequences, kv: Rc::new(kv), sinks: Rc::new(sinks) })
-    }
-
-    /// Each row belongs to another sequence as long as there are any.
-    pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
-        let (tokens, sequences, window) = (self.tokens, self.sequences, self.window);
-        let stretch = (tokens as usize).div_ceil(BLOCK_SIZE);
-        let mut qkv = backend.rows(rows, Self::COLS);
-        let mut out = backend.rows(rows, HEADS * DIM);
-        backend.write(&mut qkv, &numbers(rows * Self::COLS));
-        let table = |i: usize| ((i * stretch) as u32..((i + 1) * stretch) as u32).collect::<Vec<u32>>();
-        let step = |first: usize| StepInputs {
-            tokens: vec![TokenSource::Given(0); rows],
-            positions: vec![tokens - 1; rows],
-            sequences: (0..rows).map(|row| (row % sequences) as u32).collect(),
-            tables: vec![(0..rows.min(sequences)).map(|i| table((first + i) % sequences)).collect()],
-        };
-        let steps: Vec<StepInputs> = (0..sequences.div_ceil(rows)).map(|i| step(i * rows)).collect();
-        let seen = u64::from(window.unwrap_or(tokens).min(tokens));
-        let (kv, sinks, mut next) = (Rc::clone(&self.kv), Rc::clone(&self.sinks), 0);
-        let rope = RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 };
-        Case {
-            name: self.name,
-            rows,
-            bytes: rows.min(sequences) as u64 * seen * (2 * KV_HEADS * DIM * backend.kv_bytes()) as u64
-                + (rows * 2 * HEADS * DIM * 4) as u64,
-            operations: rows as u64 * seen * (4 * HEADS * DIM) as u64,
-            arithmetic: B::FLOATS,
-            // What begins a step says whose keys are seen; unless all are seen each time, it is measured along.
-            run: Box::new(move |backend, first| {
-                next = (next + 1) % steps.len();
-                if first || steps.len() > 1 {
-                    backend.begin(&steps[next], &rope);
-                }
-                backend.attend(&qkv, &kv, KvLayer { pool: 0, layer: 0 }, &sinks, window, &mut out);
-            }),
-        }
-    }
+/// Rows of sequences of their own, as long as there is room for any, each `context` tokens long; in as many layers as no
+/// cache holds.
+///
+/// # Errors
+/// There is no memory for them.
+pub(super) fn sequences<B: Machine>(
+    backend: &mut B,
+    name: &'static str,
+    does: Does,
+    context: u32,
+    rows: usize,
+) -> Result<Case<B>> {
+    let cols = (HEADS + 2 * KV_HEADS) * DIM;
+    let seen = match does {
+        Does::Rotate => 1,
+        Does::Attend(window) => window.unwrap_or(context).min(context),
+    };
+    // The stretches that are seen; those before may be anyone's.
+    let last = (context as usize - 1) / BLOCK_SIZE;
+    let first = (context - seen) as usize / BLOCK_SIZE;
+    let stretches = last - first + 1;
+    let of_block = BLOCK_SIZE * 2 * KV_HEADS * DIM * backend.kv_bytes();
+    let count = rows.min(B::MOST_KV_BYTES / (stretches * of_block)).max(1);
+    let layers = match does {
+        // What is written needs not be cold.
+        Does::Rotate => 4,
+        Does::Attend(_) => COLD_BYTES.div_ceil(count * stretches * of_block),
+    };
+    let pool = PoolShape { layers, blocks: count * stretches };
+    let mut kv = backend.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
+    let sinks = vec![0x3f; HEADS * 2];
+    let sinks = backend.vector(Source::memory(&sinks))?;
+    let (mut qkv, mut out) = (backend.rows(rows, cols), backend.rows(rows, HEADS * DIM));
+    backend.write(&mut qkv, &numbers(rows * cols));
+    let table = |i: usize| (0..=last).map(|at| (i * stretches + at.saturating_sub(first)) as u32).collect();
+    let step = StepInputs {
+        tokens: vec![TokenSource::Given(0); rows],
+        positions: vec![context - 1; rows],
+        sequences: (0..rows).map(|row| (row % count) as u32).collect(),
+        tables: vec![(0..count).map(table).collect()],
+    };
+    let rope = RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 };
+    let read = count * seen as usize * 2 * KV_HEADS * DIM * backend.kv_bytes();
+    let (bytes, operations) = match does {
+        Does::Rotate => (read + rows * (2 * HEADS + 3 * KV_HEADS) * DIM * 4, rows * (HEADS + KV_HEADS) * DIM * 3),
+        Does::Attend(_) => (read + rows * 2 * HEADS * DIM * 4, rows * seen as usize * 4 * HEADS * DIM),
+    };
+    let mut next = 0;
+    Ok(Case {
+        name,
+        rows,
+        bytes: bytes as u64,
+        operations: operations as u64,
+        arithmetic: B::FLOATS,
+        period: layers,
+        run: Box::new(move |backend, first| {
+            // What begins a step says whose keys are seen.
+            if first {
+                backend.begin(&step, &rope);
+            }
+            next = (next + 1) % layers;
+            let layer = KvLayer { pool: 0, layer: next };
+            match does {
+                Does::Rotate => backend.rotate_and_store(&mut qkv, &mut kv, layer),
+                Does::Attend(window) => backend.attend(&qkv, &kv, layer, &sinks, window, &mut out),
+            }
+        }),
+    })
 }
 
 /// A layer's experts.
@@ -264,6 +310,7 @@ impl<B: Machine> Layer<B> {
             bytes: (visited * self.bytes as f64) as u64 + (rows * (1 + TOP_K) * backend.combine_record(HIDDEN)) as u64,
             operations: 6 * (rows * TOP_K * HIDDEN * INTERMEDIATE) as u64,
             arithmetic: self.arithmetic,
+            period: steps,
             run: Box::new(move |backend, _| {
                 next = (next + 1) % received.len();
                 backend.receive(&received[next], &experts, &mut work);
@@ -317,6 +364,7 @@ pub(super) fn sample<B: Machine>(backend: &mut B, rows: usize) -> Case<B> {
         bytes: (rows * VOCAB * 4) as u64,
         operations: (rows * VOCAB * 2) as u64,
         arithmetic: B::FLOATS,
+        period: 1,
         run: Box::new(move |backend, _| {
             backend.begin(&StepInputs::default(), &RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 });
             backend.sample(&logits, &draws);

@@ -47,6 +47,15 @@ pub(super) trait Machine: Backend {
     /// What bounds arithmetic that is not done on weights.
     const FLOATS: Arithmetic;
 
+    /// Most bytes of keys and values that are held for a case.
+    const MOST_KV_BYTES: usize;
+
+    /// How often an op is done before it is handed over, if it meets the same memory again after `period` times.
+    fn together(period: usize) -> usize;
+
+    /// Hands what is enqueued to the device.
+    fn hand_over(&mut self) -> Result<()>;
+
     /// Records of one rank, as if they had been received.
     fn received(&mut self, records: Vec<u8>) -> Result<Self::Parts>;
 
@@ -64,6 +73,15 @@ pub(super) trait Machine: Backend {
 
 impl Machine for Cpu {
     const FLOATS: Arithmetic = Arithmetic::F32;
+    const MOST_KV_BYTES: usize = 512 << 20;
+
+    fn together(_period: usize) -> usize {
+        1
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     fn received(&mut self, records: Vec<u8>) -> Result<HostParts> {
         Ok(HostParts { by_rank: vec![records] })
@@ -76,6 +94,16 @@ impl Machine for Cpu {
 
 impl Machine for Cuda {
     const FLOATS: Arithmetic = Arithmetic::Bf16;
+    const MOST_KV_BYTES: usize = 8 << 30;
+
+    fn together(period: usize) -> usize {
+        // Enough for what lies between two graphs not to count, and the next are like these: they are the same graph.
+        period * 32_usize.div_ceil(period)
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        Ok(self.submit()?)
+    }
 
     fn received(&mut self, records: Vec<u8>) -> Result<Self::Parts> {
         let mut parts = self.parts(1, records.len());
