@@ -24,7 +24,7 @@ mod slots;
 mod tolerances;
 mod widths;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use operand::Operand;
 use phalanx_kernels::cuda::compile::Cache;
@@ -147,24 +147,25 @@ fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
     }
 }
 
-/// The CUDA kernels on the GPU that `PHALANX_GPU` numbers, if it does; it must then be there.
+/// The CUDA kernels on the GPU that `PHALANX_GPU` numbers, if it does; it must then be there. It is opened once: that takes
+/// longer than most checks.
 fn gpus() -> Option<Vec<Make<Cuda>>> {
+    static GPU: OnceLock<[Arc<Driver>; 2]> = OnceLock::new();
     let ordinal: usize = std::env::var("PHALANX_GPU").ok()?.parse().unwrap();
-    let cubins = std::env::var("PHALANX_KERNEL_CACHE").map_or_else(|_| std::env::temp_dir(), Into::into);
-    let cache = Cache::new(&cubins);
-    let own = Driver::open(ordinal, &cache, &mut |_, _| ()).unwrap().family();
-    let kinds = PRECISIONS.map(|precision| (precision, Family::Mma)).into_iter();
-    let kinds = kinds.chain((own == Family::Wgmma).then_some((Precision::Fast, Family::Wgmma)));
-    let on_gpu = |(precision, family)| {
-        let cubins = cubins.clone();
-        let make = move || {
-            let driver = Driver::open(ordinal, &Cache::new(&cubins), &mut |_, _| ()).unwrap();
-            Cuda::new(Arc::new(driver.restricted_to(family)), precision).unwrap()
-        };
-        let name = format!("cuda {precision:?} by {family:?} on GPU {ordinal}");
+    let drivers = GPU.get_or_init(|| {
+        let cubins = std::env::var("PHALANX_KERNEL_CACHE").map_or_else(|_| std::env::temp_dir(), Into::into);
+        let open = || Driver::open(ordinal, &Cache::new(&cubins), &mut |_, _| ()).unwrap();
+        [Arc::new(open().restricted_to(Family::Mma)), Arc::new(open())]
+    });
+    let kinds = PRECISIONS.map(|precision| (precision, &drivers[0])).into_iter();
+    let own = (drivers[1].family() == Family::Wgmma).then_some((Precision::Fast, &drivers[1]));
+    let on_gpu = |(precision, driver): (Precision, &Arc<Driver>)| {
+        let driver = Arc::clone(driver);
+        let name = format!("cuda {precision:?} by {:?} on GPU {ordinal}", driver.family());
+        let make = move || Cuda::new(Arc::<Driver>::clone(&driver), precision).unwrap();
         Make { name, make: Box::new(make), ..make_cuda(Emulated::default(), precision) }
     };
-    Some(kinds.map(on_gpu).collect())
+    Some(kinds.chain(own).map(on_gpu).collect())
 }
 
 /// The CUDA kernels: on a GPU where one is numbered, else emulated.
