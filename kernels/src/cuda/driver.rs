@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-use super::choose::SHARED_MAX;
+use super::choose::{SHARED_MAX, SHARED_MAX_OF_ALL};
 use super::compile::Cache;
 use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::graph::Chain;
@@ -142,12 +142,11 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
-                if self.family == Family::Wgmma {
-                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
-                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
-                        .map_err(&load)?;
-                }
+                let shared = if self.family == Family::Wgmma { SHARED_MAX } else { SHARED_MAX_OF_ALL };
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+                    .map_err(&load)?;
                 self.functions.insert(kernel.name, function);
             }
         }
