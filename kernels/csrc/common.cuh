@@ -4,6 +4,7 @@
 // Its blocks may start while the kernel before it still runs, but every thread waits for that one's end before anything
 // else: so no kernel can tell, and the end of one is the end of all before it. KERNEL_AHEAD waits itself, by
 // wait_for_before in every thread: what comes before that reads nothing but weights, and writes nothing.
+// KERNEL_OF_CLUSTERS: so many blocks run together and reach each other's shared memory; a grid is whole clusters.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once
@@ -16,26 +17,29 @@ typedef unsigned long long u64;
 #ifdef CUDA_EMU
 #include "emu/emu.h"
 #define EMU_BEGIN wait_for_before()
-#define EMU_KERNEL(begin, name, threads, Args)                                                 \
-  static void name(const Args& a);                                                             \
-  static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                \
-                                       [](const void* args) { begin; name(*(const Args*)args); }); \
+#define EMU_KERNEL(begin, name, threads, cluster, Args)                                                     \
+  static void name(const Args& a);                                                                          \
+  static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                             \
+                                       [](const void* args) { begin; name(*(const Args*)args); }, cluster); \
   static void name(const Args& a)
-#define KERNEL(name, threads, Args) EMU_KERNEL(EMU_BEGIN, name, threads, Args)
-#define KERNEL_AHEAD(name, threads, Args) EMU_KERNEL(, name, threads, Args)
+#define KERNEL(name, threads, Args) EMU_KERNEL(EMU_BEGIN, name, threads, 1, Args)
+#define KERNEL_AHEAD(name, threads, Args) EMU_KERNEL(, name, threads, 1, Args)
+#define KERNEL_OF_CLUSTERS(name, threads, blocks, Args) EMU_KERNEL(EMU_BEGIN, name, threads, blocks, Args)
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
-#define KERNEL_BEGINNING(begin, name, threads, Args)                                              \
-  __device__ __forceinline__ void name##_body(const Args& a);                                     \
-  extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args a) { \
-    let_next_start();                                                                             \
-    begin;                                                                                        \
-    name##_body(a);                                                                               \
-  }                                                                                               \
+#define KERNEL_BEGINNING(begin, cluster, name, threads, Args)                                             \
+  __device__ __forceinline__ void name##_body(const Args& a);                                             \
+  extern "C" __global__ void cluster __launch_bounds__(threads, 1) name(const __grid_constant__ Args a) { \
+    let_next_start();                                                                                     \
+    begin;                                                                                                \
+    name##_body(a);                                                                                       \
+  }                                                                                                       \
   __device__ __forceinline__ void name##_body(const Args& a)
-#define KERNEL(name, threads, Args) KERNEL_BEGINNING(wait_for_before(), name, threads, Args)
-#define KERNEL_AHEAD(name, threads, Args) KERNEL_BEGINNING(, name, threads, Args)
+#define KERNEL(name, threads, Args) KERNEL_BEGINNING(wait_for_before(), , name, threads, Args)
+#define KERNEL_AHEAD(name, threads, Args) KERNEL_BEGINNING(, , name, threads, Args)
+#define KERNEL_OF_CLUSTERS(name, threads, blocks, Args) \
+  KERNEL_BEGINNING(wait_for_before(), __cluster_dims__(blocks, 1, 1), name, threads, Args)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
 #include "ptx_grid.cuh"

@@ -17,6 +17,8 @@
 #define DENSE_SEGMENTS 8
 #define DENSE_TOKENS 8    // of dense_f32 and dense_mma_8
 #define DENSE_WIDE 64     // of dense_mma_64
+#define DENSE_AHEAD 8     // column tiles of dense_f32 that are read at once
+#define DENSE_HELD (92 << 10)  // bytes of tokens that a block of dense_f32 holds, at most; as in src/cuda/choose.rs
 #define DENSE_STAGED 64   // columns staged at once
 #define DENSE_STRIDE (DENSE_STAGED + 8)  // an odd number of 16 bytes: no bank conflicts
 
@@ -48,30 +50,74 @@ DEVICE void put_segments(const DenseArgs& a, const float* partials, u32 tile, u3
   put(a, first + token, tile * 16 + row, sum);
 }
 
+// Two columns of x.
+DEVICE void columns(const float* x, u32 c, u32 cols, float (&values)[2]) {
+  if (cols % 2 == 0) {
+    uint2 both = c < cols ? *(const uint2*)(x + c) : uint2{0, 0};
+    values[0] = float_of(both.x), values[1] = float_of(both.y);
+  } else {
+    values[0] = column(x, c, cols), values[1] = column(x, c + 1, cols);
+  }
+}
+
+// So many numbers to shared memory, all at once as far as they are aligned.
+DEVICE void hold(const float* from, u32 count, float* to) {
+  u32 wide = (u64)from % 16 == 0 ? count / 4 : 0;
+#pragma unroll 8
+  for (u32 i = threadIdx.x; i < wide; i += DENSE_WARPS * WARP) ((uint4*)to)[i] = ((const uint4*)from)[i];
+  for (u32 i = wide * 4 + threadIdx.x; i < count; i += DENSE_WARPS * WARP) to[i] = from[i];
+}
+
 KERNEL(dense_f32, DENSE_WARPS * WARP, DenseArgs) {
   SHARED(smem);
-  float* partials = (float*)smem;
-  u32 tiles = (a.cols + 15) / 16, tile = blockIdx.x, first = blockIdx.y * DENSE_TOKENS;
-  u32 t = lane_id() % 4, g = lane_id() / 4;
+  float *partials = (float*)smem, *held = partials + DENSE_SEGMENTS * 16 * DENSE_TOKENS;
+  // Tokens of a block, DENSE_TOKENS at most.
+  u32 each = (a.n + gridDim.y - 1) / gridDim.y, first = blockIdx.y * each, count = least(a.n - first, each);
+  u32 tiles = (a.cols + 15) / 16, tile = blockIdx.x, t = lane_id() % 4, g = lane_id() / 4;
+  u32 begin = segment_start(tiles, warp_id()), end = segment_start(tiles, warp_id() + 1);
+  const uint4* weights = a.weights + (u64)tile * tiles * WARP + lane_id();
+  const float* x = a.x + (u64)first * a.cols;
+  // Of several column tiles all is asked for before it is multiplied, and the first before tokens are.
+  uint4 w[DENSE_AHEAD];
+#pragma unroll
+  for (u32 i = 0; i < DENSE_AHEAD; i++) w[i] = begin + i < end ? weights[(begin + i) * WARP] : uint4{0, 0, 0, 0};
+  if ((u64)each * a.cols * 4 <= DENSE_HELD) {
+    hold(x, count * a.cols, held);
+    x = held;
+    __syncthreads();
+  }
   float sums[2][DENSE_TOKENS] = {};
-  for (u32 k = segment_start(tiles, warp_id()); k < segment_start(tiles, warp_id() + 1); k++) {
-    uint4 w = a.weights[((u64)tile * tiles + k) * WARP + lane_id()];
-    u32 words[4] = {w.x, w.y, w.z, w.w};
+  for (u32 k = begin; k < end; k += DENSE_AHEAD) {
+    uint4 next[DENSE_AHEAD];
 #pragma unroll
-    for (u32 token = 0; token < DENSE_TOKENS; token++) {
-      if (first + token >= a.n) break;
-      const float* x = a.x + (u64)(first + token) * a.cols;
+    for (u32 i = 0; i < DENSE_AHEAD; i++) {
+      u32 at = k + DENSE_AHEAD + i;
+      next[i] = at < end ? weights[at * WARP] : uint4{0, 0, 0, 0};
+    }
 #pragma unroll
-      for (u32 i = 0; i < 4; i++) {
-        float value = column(x, k * 16 + 2 * t + i % 2 + 8 * (i / 2), a.cols);
-        u32 low = words[i / 2 * 2], high = words[i / 2 * 2 + 1];
-        sums[0][token] = fmaf(widen((u16)(i % 2 ? low >> 16 : low)), value, sums[0][token]);
-        sums[1][token] = fmaf(widen((u16)(i % 2 ? high >> 16 : high)), value, sums[1][token]);
+    for (u32 i = 0; i < DENSE_AHEAD; i++) {
+      if (k + i >= end) break;
+      u32 words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+#pragma unroll
+      for (u32 token = 0; token < DENSE_TOKENS; token++) {
+        if (token >= count) break;
+        float values[2][2];
+        columns(x + token * a.cols, (k + i) * 16 + 2 * t, a.cols, values[0]);
+        columns(x + token * a.cols, (k + i) * 16 + 2 * t + 8, a.cols, values[1]);
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+          u32 low = words[j / 2 * 2], high = words[j / 2 * 2 + 1];
+          sums[0][token] = fmaf(widen((u16)(j % 2 ? low >> 16 : low)), values[j / 2][j % 2], sums[0][token]);
+          sums[1][token] = fmaf(widen((u16)(j % 2 ? high >> 16 : high)), values[j / 2][j % 2], sums[1][token]);
+        }
       }
     }
+#pragma unroll
+    for (u32 i = 0; i < DENSE_AHEAD; i++) w[i] = next[i];
   }
 #pragma unroll
   for (u32 token = 0; token < DENSE_TOKENS; token++) {
+    if (token >= count) break;
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       float sum = 0.0f;
@@ -80,7 +126,7 @@ KERNEL(dense_f32, DENSE_WARPS * WARP, DenseArgs) {
     }
   }
   __syncthreads();
-  put_segments(a, partials, tile, first);
+  if (threadIdx.x % DENSE_TOKENS < count) put_segments(a, partials, tile, first);
 }
 
 KERNEL(dense_mma_8, DENSE_WARPS * WARP, DenseArgs) {

@@ -54,11 +54,26 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
                : "memory");
 }
 
+// The same, and to the same place of every block of the cluster of two; each block's own barrier counts its bytes.
+DEVICE void bulk_copy_to_all(void* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "h"((u16)3)
+      : "memory");
+}
+
 // Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Waits for the other threads of a warpgroup; one warpgroup of a block may.
 DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+// Waits for so many threads of the block, whole warps; one such group of a block may.
+template <u32 THREADS>
+DEVICE void some_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
 
 // Numbers -----------------------------------------------------------------------------------------------------------
 
@@ -87,6 +102,29 @@ DEVICE u32 transpose_8x8(u32 pair) {
   u32 out;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
   return out;
+}
+
+// Clusters ----------------------------------------------------------------------------------------------------------
+
+// Which of the cluster's blocks this is.
+DEVICE u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of the cluster that have not ended.
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at the barrier at the same place in a block of the cluster.
+DEVICE void barrier_arrive_at(u64* barrier, u32 rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
+      "[there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 // Registers ---------------------------------------------------------------------------------------------------------
@@ -236,6 +274,24 @@ DEVICE void wgmma<176>(float (&d)[88], const u32 (&a)[4], u64 b, bool accumulate
       "%80,%81,%82,%83,%84,%85,%86,%87}, "
       "{%88,%89,%90,%91}, %92, accumulate, 1, 1, 0;}"
       : EACH_64(d, 0), EACH_16(d, 64), EACH_4(d, 80), EACH_4(d, 84)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
+DEVICE void wgmma<256>(float (&d)[128], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %133, 0;"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
+      "{%128,%129,%130,%131}, %132, accumulate, 1, 1, 0;}"
+      : EACH_64(d, 0), EACH_64(d, 64)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
 }
 

@@ -1,5 +1,6 @@
 // Rotation of queries and keys in place, half-split pairs (j, j + D/2), and the write of keys and values to the KV
-// memory. qkv: [T, Nq*D + 2*Nkv*D]. A block a row; a thread owns the pairs it rotates, so nothing is shared.
+// memory. qkv: [T, Nq*D + 2*Nkv*D]. A row has as many blocks as it has pairs for: a thread owns the one that it rotates or
+// stores, so nothing is shared and memory is waited for once.
 //
 // a' = fma(a, cos, -(b sin)), b' = fma(b, cos, a sin), with cosines and sines made on the host.
 // KV memory of a layer: [block][kv head], there keys [16][D] and then values [16][D].
@@ -16,31 +17,36 @@ struct RopeArgs {
   u32 cols, heads, kv_heads, dim, stride, unused;
 };
 
+#define ROPE_THREADS 128
+
 template <class E>
 DEVICE void rotate_and_store(const RopeArgs& a) {
-  u32 row = blockIdx.x, half = a.dim / 2;
-  float* qkv = a.qkv + (u64)row * a.cols;
-  u32 position = a.positions[row];
-  u32 block = a.tables[(u64)a.sequences[row] * a.stride + position / BLOCK_SIZE];
-  E* kv = (E*)a.kv + (u64)block * a.kv_heads * 2 * BLOCK_SIZE * a.dim + (u64)(position % BLOCK_SIZE) * a.dim;
-  for (u32 i = threadIdx.x; i < (a.heads + a.kv_heads) * half; i += blockDim.x) {
-    u32 head = i / half, j = i % half;
+  u32 row = blockIdx.y, half = a.dim / 2;
+  u32 pair = blockIdx.x * ROPE_THREADS + threadIdx.x, head = pair / half, j = pair % half;
+  if (head >= a.heads + 2 * a.kv_heads) return;
+  bool rotates = head < a.heads + a.kv_heads, stores = head >= a.heads;
+  float* low = a.qkv + (u64)row * a.cols + head * a.dim + j;
+  float* high = low + half;
+  float x = *low, y = *high;
+  u32 position = a.positions[row], sequence = a.sequences[row];
+  if (rotates) {
     float cos = a.cos[(u64)row * half + j], sin = a.sin[(u64)row * half + j];
-    float* low = qkv + head * a.dim + j;
-    float* high = low + half;
-    float x = *low, y = *high;
-    *low = fmaf(x, cos, -(y * sin));
-    *high = fmaf(y, cos, x * sin);
-    if (head >= a.heads) {
-      E* key = kv + (u64)(head - a.heads) * 2 * BLOCK_SIZE * a.dim;
-      store(key + j, *low);
-      store(key + j + half, *high);
-    }
+    float rotated = fmaf(x, cos, -(y * sin));
+    y = fmaf(y, cos, x * sin);
+    x = rotated;
+    *low = x;
+    *high = y;
   }
-  const float* values = qkv + (a.heads + a.kv_heads) * a.dim;
-  for (u32 i = threadIdx.x; i < a.kv_heads * a.dim; i += blockDim.x)
-    store(kv + (u64)(i / a.dim * 2 + 1) * BLOCK_SIZE * a.dim + i % a.dim, values[i]);
+  if (!stores) return;
+  u32 block = a.tables[(u64)sequence * a.stride + position / BLOCK_SIZE], kv_head = (head - a.heads) % a.kv_heads;
+  // Keys of a head, then its values.
+  u64 at = ((u64)block * a.kv_heads + kv_head) * 2 + (rotates ? 0 : 1);
+  E* to = (E*)a.kv + (at * BLOCK_SIZE + position % BLOCK_SIZE) * a.dim + j;
+  store(to, x);
+  store(to + half, y);
 }
 
-KERNEL(rope_f32, 128, RopeArgs) { rotate_and_store<float>(a); }
-KERNEL(rope_bf16, 128, RopeArgs) { rotate_and_store<u16>(a); }
+KERNEL(rope_f32, ROPE_THREADS, RopeArgs) { rotate_and_store<float>(a); }
+KERNEL(rope_bf16, ROPE_THREADS, RopeArgs) { rotate_and_store<u16>(a); }
+
+#undef ROPE_THREADS

@@ -48,8 +48,7 @@ const BUILD: &[&str] = &[
     "nano",
 ];
 /// What the tests read.
-const FIXTURES: &[&str] =
-    &["tests/fixtures/tiny-a", "tests/fixtures/tiny-b", "models/gpt-oss-nano/eval_prompts.jsonl"];
+const FIXTURES: &[&str] = &["tests/fixtures/tiny-a", "tests/fixtures/tiny-b", "models/gpt-oss-nano/eval_prompts.jsonl"];
 
 /// Makes the pack anew. Says whether all was well.
 pub(crate) fn gpu_pack(house: &House) -> bool {

@@ -4,9 +4,9 @@
 //! every token count takes `mma`, in exact none does.
 
 use super::ops::{
-    ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_MMA_8,
-    DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16,
-    GATE_UP_F32, GATE_UP_WGMMA, Op,
+    ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_FEW_8,
+    DENSE_FEW_16, DENSE_MMA_8, DENSE_MMA_64, DENSE_WGMMA_32, DENSE_WGMMA_64, DENSE_WGMMA_128, DENSE_WGMMA_256,
+    DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op,
 };
 use crate::{Precision, SEGMENT};
 
@@ -29,11 +29,23 @@ const PARTIALS_BYTES: u32 = 8 * TILE * NARROW * 4;
 /// Tokens whose columns are staged, 64 and 8 for padding.
 const STAGED_BYTES: u32 = WIDE[0] * (64 + 8) * 2;
 
-/// A dense matrix of `rows` for `n` tokens; `widened` keeps activations in f32.
-pub(super) fn dense(widened: bool, n: u32, rows: u32) -> Choice<DenseArgs> {
+/// Most bytes of tokens that a block of `dense_f32` holds, as `csrc/dense.cu` has it.
+const HELD_BYTES_MAX: u32 = 92 << 10;
+
+/// A dense matrix `[rows, cols]` for `n` tokens; `widened` keeps activations in f32.
+pub(super) fn dense(widened: bool, n: u32, rows: u32, cols: u32) -> Choice<DenseArgs> {
     let (tiles, chunks) = (rows.div_ceil(TILE), n.div_ceil(NARROW));
     if widened {
-        return Choice { op: DENSE_F32, grid: [tiles, chunks, 1], shared: PARTIALS_BYTES };
+        // Few tokens wait for memory, so they have blocks of their own; many read the weights once for eight.
+        let tokens = match n {
+            0..=16 => 1,
+            17..=32 => 2,
+            33..=64 => 4,
+            _ => NARROW,
+        };
+        let held = u64::from(tokens * cols) * 4;
+        let held = if held <= u64::from(HELD_BYTES_MAX) { held.next_multiple_of(16) as u32 } else { 0 };
+        return Choice { op: DENSE_F32, grid: [tiles, n.div_ceil(tokens), 1], shared: PARTIALS_BYTES + held };
     }
     // The narrow kernel reads the weights once for every 8 tokens, the wide one has an eighth of the blocks.
     if n <= 2 * NARROW {
@@ -42,31 +54,90 @@ pub(super) fn dense(widened: bool, n: u32, rows: u32) -> Choice<DenseArgs> {
     Choice { op: DENSE_MMA_64, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: STAGED_BYTES }
 }
 
-/// A dense kernel on Hopper, as `csrc/dense_wgmma.cu` has it; a multiprocessor holds one block.
+/// A dense kernel on Hopper for few tokens, as `csrc/dense_wgmma.cu` has it; a multiprocessor holds one block, and all
+/// columns of its tokens.
+struct DenseFew {
+    op: Op<DenseArgs>,
+    /// Tokens of a block.
+    tokens: u32,
+    /// Barriers and rings.
+    shared: u32,
+}
+
+const DENSE_FEW: [DenseFew; 2] = [
+    DenseFew { op: DENSE_FEW_8, tokens: 8, shared: 640 + 3 * 12 * 4096 },
+    DenseFew { op: DENSE_FEW_16, tokens: 16, shared: 384 + 3 * 7 * 4096 },
+];
+
+impl DenseFew {
+    /// Shared memory with `n` tokens of `cols` columns.
+    fn shared(&self, n: u32, cols: u32) -> u64 {
+        u64::from(self.shared) + u64::from(n) * (u64::from(cols.div_ceil(64)) * 8 + 4) * 16
+    }
+}
+
+/// A dense kernel on Hopper for more tokens; a multiprocessor holds one block.
 struct DenseRing {
+    op: Op<DenseArgs>,
     /// Tokens of a block.
     tokens: u32,
     /// Row tiles of a block.
     tiles: u32,
+    /// Blocks of a cluster, with the same tokens.
+    cluster: u32,
     /// Barriers and stages.
     shared: u32,
 }
 
-const DENSE_FEW: DenseRing = DenseRing { tokens: 8, tiles: 4, shared: 128 + 6 * 4 * 8 * 512 };
-const DENSE_MANY: DenseRing = DenseRing { tokens: 128, tiles: 8, shared: 128 + 3 * (8 * 8 * 512 + 128 * 8 * 32) };
+const DENSE_RINGS: [DenseRing; 4] = [
+    DenseRing { op: DENSE_WGMMA_32, tokens: 32, tiles: 4, cluster: 1, shared: ring(8, 4, 8, 32) },
+    DenseRing { op: DENSE_WGMMA_64, tokens: 64, tiles: 4, cluster: 1, shared: ring(6, 4, 8, 64) },
+    DenseRing { op: DENSE_WGMMA_128, tokens: 128, tiles: 8, cluster: 1, shared: ring(3, 8, 8, 128) },
+    DenseRing { op: DENSE_WGMMA_256, tokens: 256, tiles: 8, cluster: 2, shared: ring(4, 8, 4, 256) },
+];
 
-/// A dense matrix `[rows, cols]` for `n` tokens on Hopper. `true`: of tokens that `dense_pieces` has rounded.
-pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> (Choice<DenseArgs>, bool) {
-    // Few tokens stay with a block, all columns of them.
-    let resident = u64::from(DENSE_FEW.shared) + u64::from(cols.div_ceil(TILE)) * 256;
-    let few = n <= DENSE_FEW.tokens && resident <= u64::from(SHARED_MAX);
-    let (op, ring, shared) = if few {
-        (DENSE_WGMMA_8, DENSE_FEW, resident as u32)
-    } else {
-        (DENSE_WGMMA_128, DENSE_MANY, DENSE_MANY.shared)
-    };
-    let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
-    (Choice { op, grid: [units.min(u64::from(multiprocessors)) as u32, 1, 1], shared }, !few)
+impl DenseRing {
+    /// Clusters' work on a matrix of so many row tiles and `n` tokens.
+    fn units(&self, row_tiles: u32, n: u32) -> u64 {
+        u64::from(row_tiles.div_ceil(self.tiles * self.cluster)) * u64::from(n.div_ceil(self.tokens))
+    }
+
+    /// Clusters that run at once.
+    fn clusters(&self, multiprocessors: u32) -> u64 {
+        u64::from((multiprocessors / self.cluster).max(1))
+    }
+
+    /// What a multiprocessor gets of weights and tokens until all units are done, in bytes for a column tile: that bounds
+    /// the time, see docs/performance.md.
+    fn cost(&self, row_tiles: u32, n: u32, multiprocessors: u32) -> u64 {
+        let turns = self.units(row_tiles, n).div_ceil(self.clusters(multiprocessors));
+        turns * u64::from(self.tiles * 512 + self.tokens * 32)
+    }
+}
+
+/// Barriers, and stages of so many column tiles of row tiles and tokens.
+const fn ring(stages: u32, row_tiles: u32, column_tiles: u32, tokens: u32) -> u32 {
+    128 + stages * column_tiles * (row_tiles * 512 + tokens * 32)
+}
+
+/// Tokens of the widest block on Hopper: what `dense_pieces` rounds is as many whole blocks.
+pub(super) const DENSE_GROUP_MAX: usize = 256;
+
+/// A dense matrix `[rows, cols]` for `n` tokens on Hopper, and, if it wants tokens that `dense_pieces` has rounded, in groups
+/// of how many.
+pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> (Choice<DenseArgs>, Option<u32>) {
+    let row_tiles = rows.div_ceil(TILE);
+    let few = DENSE_FEW.iter().find(|few| n <= few.tokens && few.shared(n, cols) <= u64::from(SHARED_MAX));
+    if let Some(few) = few {
+        let grid = [row_tiles.min(multiprocessors), n.min(1), 1];
+        return (Choice { op: few.op, grid, shared: few.shared(n, cols) as u32 }, None);
+    }
+    // Of equals the largest.
+    let dearness = |ring: &&DenseRing| ring.cost(row_tiles, n, multiprocessors);
+    let ring = DENSE_RINGS.iter().rev().min_by_key(dearness).expect("there are rings");
+    let clusters = ring.units(row_tiles, n).min(ring.clusters(multiprocessors)) as u32;
+    let grid = [clusters * ring.cluster, 1, 1];
+    (Choice { op: ring.op, grid, shared: ring.shared }, Some(ring.tokens))
 }
 
 /// Query heads of a block of attention.
@@ -248,11 +319,14 @@ pub(super) fn experts(precision: Precision, matrix: ExpertMatrix, rows: u32, slo
 mod tests {
     use super::*;
 
+    /// Shared memory that a block can have on every device.
+    const SHARED_MAX_OF_ALL: u32 = 99 << 10;
+
     #[test]
     fn fast_matrices_take_mma_for_any_number_of_tokens_and_exact_ones_never() {
         for n in [1, 2, 7, 8, 9, 16, 17, 64, 65, 8192] {
-            assert!(dense(false, n, 5120).op.kernel.name.starts_with("dense_mma"), "{n}");
-            assert_eq!(dense(true, n, 5120).op.kernel.name, "dense_f32", "{n}");
+            assert!(dense(false, n, 5120, 2880).op.kernel.name.starts_with("dense_mma"), "{n}");
+            assert_eq!(dense(true, n, 5120, 2880).op.kernel.name, "dense_f32", "{n}");
         }
     }
 
@@ -260,8 +334,13 @@ mod tests {
     fn blocks_cover_every_row_and_token_once() {
         for (n, rows) in [(1, 1), (16, 16), (17, 17), (64, 128), (65, 129), (200, 201_088)] {
             for widened in [false, true] {
-                let choice = dense(widened, n, rows);
-                let [tokens, tiles] = if choice.op.kernel.name == "dense_mma_64" { WIDE } else { [NARROW, 1] };
+                let choice = dense(widened, n, rows, 64);
+                let [tokens, tiles] = match choice.op.kernel.name {
+                    "dense_mma_64" => WIDE,
+                    // As the kernel has it.
+                    "dense_f32" => [n.div_ceil(choice.grid[1]), 1],
+                    _ => [NARROW, 1],
+                };
                 assert!((choice.grid[0] - 1) * tiles * TILE < rows && rows <= choice.grid[0] * tiles * TILE);
                 assert!((choice.grid[1] - 1) * tokens < n && n <= choice.grid[1] * tokens);
             }
@@ -322,18 +401,27 @@ mod tests {
     #[test]
     fn dense_matrices_on_hopper_have_a_block_for_each_multiprocessor_at_most() {
         for (n, rows, cols, name, blocks) in [
-            (1, 5120, 2880, "dense_wgmma_8", 80),
-            (8, 2880, 4096, "dense_wgmma_8", 45),
-            (8, 201_088, 2880, "dense_wgmma_8", 132),
-            (9, 5120, 2880, "dense_wgmma_128", 40),
+            (1, 5120, 2880, "dense_few_8", 132),
+            (8, 2880, 4096, "dense_few_8", 132),
+            (8, 201_088, 2880, "dense_few_8", 132),
+            (3, 65, 90, "dense_few_8", 5),
+            (9, 5120, 2880, "dense_few_16", 132),
+            (16, 2880, 4096, "dense_few_16", 132),
+            (17, 5120, 2880, "dense_wgmma_32", 80),
+            (64, 5120, 2880, "dense_wgmma_64", 80),
+            (64, 2880, 4096, "dense_wgmma_32", 90),
+            (128, 2880, 4096, "dense_wgmma_64", 90),
             (129, 5120, 2880, "dense_wgmma_128", 80),
-            (8192, 5120, 2880, "dense_wgmma_128", 132),
+            (1024, 2880, 4096, "dense_wgmma_256", 96),
+            (8192, 5120, 2880, "dense_wgmma_256", 132),
             // More columns than there is room for.
-            (1, 64, 1 << 20, "dense_wgmma_128", 1),
+            (1, 64, 1 << 20, "dense_wgmma_32", 1),
+            (16, 64, 5 << 10, "dense_wgmma_32", 1),
         ] {
-            let (choice, pieces) = dense_wgmma(n, rows, cols, 132);
+            let (choice, group) = dense_wgmma(n, rows, cols, 132);
             assert_eq!((choice.op.kernel.name, choice.grid), (name, [blocks, 1, 1]), "{n} {rows} {cols}");
-            assert_eq!(pieces, name == "dense_wgmma_128");
+            assert_eq!(group, name.strip_prefix("dense_wgmma_").map(|tokens| tokens.parse().unwrap()));
+            assert!(group.is_none_or(|group| group as usize <= DENSE_GROUP_MAX));
             assert!(choice.shared <= SHARED_MAX, "{n} {rows} {cols}: {choice:?}");
         }
     }
@@ -350,7 +438,12 @@ mod tests {
     #[test]
     fn nothing_needs_more_shared_memory_than_every_device_has() {
         let experts = experts(Precision::Fast, ExpertMatrix::Down, 64, 1).shared;
-        let shared = [dense(true, 1, 1).shared, dense(false, 64, 64).shared, experts];
+        let shared = [dense(true, 1, 1, 1).shared, dense(false, 64, 64, 64).shared, experts];
         assert!(shared.iter().all(|&bytes| bytes <= 48 << 10), "{shared:?}");
+        // What a launch asks for beyond that, the smallest devices have up to 99 KiB of.
+        for (n, cols) in [(1, 2880), (64, 2880), (8192, 2880), (8192, 2944), (8192, 2945), (1, 1 << 20)] {
+            let shared = dense(true, n, 128, cols).shared;
+            assert!(shared <= SHARED_MAX_OF_ALL, "{n} rows of {cols}: {shared}");
+        }
     }
 }

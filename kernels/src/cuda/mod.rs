@@ -271,16 +271,17 @@ impl Cuda {
             add: u32::from(add),
         };
         if widened || self.family() == Family::Mma {
-            let choice = choose::dense(widened, args.n, args.rows);
+            let choice = choose::dense(widened, args.n, args.rows, args.cols);
             return self.launch(&choice.op, choice.grid, choice.shared, &args);
         }
         let multiprocessors = self.memory.queue.device().multiprocessors();
-        let (choice, pieces) = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
-        if pieces {
-            let across = weight.cols.div_ceil(16) * 2;
-            self.pieces.reserve_exactly(x.len().next_multiple_of(8) * across * 16)?;
-            let round = PiecesArgs { x: x.address(), pieces: self.pieces.address_mut(), n: args.n, cols: args.cols };
-            self.launch(&DENSE_PIECES, [(x.len() * across).div_ceil(128) as u32, 1, 1], 0, &round)?;
+        let (choice, group) = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
+        if let Some(group) = group {
+            let across = weight.cols.div_ceil(16);
+            self.pieces.reserve_exactly(x.len().next_multiple_of(group as usize) * across * 32)?;
+            let (n, cols) = (args.n, args.cols);
+            let round = PiecesArgs { x: x.address(), pieces: self.pieces.address_mut(), n, cols, group, unused: 0 };
+            self.launch(&DENSE_PIECES, [across.div_ceil(8) as u32, n.div_ceil(8), 1], 0, &round)?;
             args.x = self.pieces.address();
         }
         self.launch(&choice.op, choice.grid, choice.shared, &args)
@@ -329,7 +330,9 @@ impl Cuda {
             stride,
             unused: 0,
         };
-        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, 1, 1], 0, &args)
+        // A thread a pair of numbers.
+        let pairs = ((heads + 2 * kv_heads) * (dim / 2)) as u32;
+        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [pairs.div_ceil(128), qkv.len() as u32, 1], 0, &args)
     }
 
     fn attend_rows(

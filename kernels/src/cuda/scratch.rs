@@ -1,7 +1,7 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
 use super::arena::ALIGNMENT;
-use super::choose::PARTIALS_BYTES_MAX;
+use super::choose::{DENSE_GROUP_MAX, PARTIALS_BYTES_MAX};
 use super::device::grown;
 use super::inputs::STRIDE;
 use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP, rows_bytes};
@@ -73,7 +73,7 @@ impl ScratchShape {
 
     /// Bytes of rounded rows before a projection.
     pub(super) fn pieces(&self) -> usize {
-        self.rows.next_multiple_of(8) * self.projected.next_multiple_of(16) * 2
+        self.rows.next_multiple_of(DENSE_GROUP_MAX) * self.projected.next_multiple_of(16) * 2
     }
 
     /// Bytes of what is kept of rows that are drawn from.

@@ -118,6 +118,8 @@ pub(super) struct Matrices<B: Backend> {
     height: usize,
     cols: usize,
     arithmetic: Arithmetic,
+    /// Whether products are added to what was there.
+    adds: bool,
     /// Bytes of a copy.
     bytes: usize,
     copies: Rc<[B::Dense]>,
@@ -150,7 +152,12 @@ impl<B: Machine> Matrices<B> {
         let copies = packed(COLD_BYTES.div_ceil(bytes), bytes)?
             .map(|packed| backend.hold_dense(used, height, cols, packed))
             .collect::<Result<_, KernelError>>()?;
-        Ok(Self { name, height, cols, arithmetic, bytes, copies })
+        Ok(Self { name, height, cols, arithmetic, adds: false, bytes, copies })
+    }
+
+    /// Those whose products are added to what was there.
+    pub(super) fn adding(self) -> Self {
+        Self { adds: true, ..self }
     }
 
     /// Choices of experts.
@@ -168,20 +175,25 @@ impl<B: Machine> Matrices<B> {
     }
 
     pub(super) fn case(&self, backend: &mut B, rows: usize) -> Case<B> {
-        let Self { name, height, cols, arithmetic, bytes, .. } = *self;
+        let Self { name, height, cols, arithmetic, adds, bytes, .. } = *self;
         let (mut x, mut out) = (backend.rows(rows, cols), backend.rows(rows, height));
         backend.write(&mut x, &numbers(rows * cols));
+        backend.write(&mut out, &vec![0.0; rows * height]);
         let (copies, mut next) = (Rc::clone(&self.copies), 0);
         Case {
             name,
             rows,
-            bytes: (bytes + rows * (cols + height) * 4) as u64,
+            bytes: (bytes + rows * (cols + height + if adds { height } else { 0 }) * 4) as u64,
             operations: 2 * (rows * height * cols) as u64,
             arithmetic,
             period: copies.len(),
             run: Box::new(move |backend, _| {
                 next = (next + 1) % copies.len();
-                backend.project(&x, &copies[next], &mut out);
+                if adds {
+                    backend.project_add(&x, &copies[next], &mut out);
+                } else {
+                    backend.project(&x, &copies[next], &mut out);
+                }
             }),
         }
     }
