@@ -4,13 +4,12 @@
 // tile in one access and nothing passes through shared memory. Lane 4g + t holds, for rows g and g + 8, columns 2t,
 // 2t + 1 (words 0 and 1) and 2t + 8, 2t + 9 (words 2 and 3). Rows and columns are padded with zeros.
 //
-// Order: the column tiles are cut into 8 segments fixed by the number of columns; a segment's sum is from zero, the
-// segments are added ascending, then the bias. Which warp or which kernel computes a segment changes nothing:
-// - dense_f32 (exact precision, and the router in both): fused multiply-adds of f32; a lane sums its columns ascending,
-//   the four lanes of a row are added ascending. A warp a segment, up to 8 tokens a block.
-// - dense_mma_8 (fast, few tokens): x rounded to bf16, a warp a segment of one row tile, up to 8 tokens a block.
-// - dense_mma_64 (fast, many tokens): a warp a row tile, 64 tokens a block staged in shared memory, segments in turn.
-// Not measured yet: no GPU.
+// Order: nothing depends on which warp or which kernel computes a number, or on how many tokens there are.
+// - dense_f32 (exact precision, and the router in both): the column tiles are cut into 8 segments fixed by the number of
+//   columns; a lane sums its columns of a segment ascending from zero, by fused multiply-adds, the four lanes of a row are
+//   added ascending, then the segments, then the bias. A warp a segment, up to 8 tokens a block.
+// - dense_mma_8, dense_mma_64 (fast, x rounded to bf16): columns ascending by 16, in one sum of the tensor core from zero;
+//   bias last. A warp a row tile; up to 8 tokens a block, or 64 that are staged in shared memory.
 #include "ptx.cuh"
 
 #define DENSE_WARPS 8
@@ -130,25 +129,36 @@ KERNEL(dense_f32, DENSE_WARPS * WARP, DenseArgs) {
 }
 
 KERNEL(dense_mma_8, DENSE_WARPS * WARP, DenseArgs) {
-  SHARED(smem);
-  float* partials = (float*)smem;
-  u32 tiles = (a.cols + 15) / 16, tile = blockIdx.x, first = blockIdx.y * DENSE_TOKENS;
+  u32 tiles = (a.cols + 15) / 16, row_tiles = (a.rows + 15) / 16;
+  u32 tile = blockIdx.x * DENSE_WARPS + warp_id(), first = blockIdx.y * DENSE_TOKENS;
   u32 t = lane_id() % 4, g = lane_id() / 4;
+  if (tile >= row_tiles) return;
   // A token beyond the last reads the last one's numbers; its results are dropped.
   const float* x = a.x + (u64)least(first + g, a.n - 1) * a.cols;
+  const uint4* weights = a.weights + (u64)tile * tiles * WARP + lane_id();
   float c[4] = {};
-  for (u32 k = segment_start(tiles, warp_id()); k < segment_start(tiles, warp_id() + 1); k++) {
-    uint4 w = a.weights[((u64)tile * tiles + k) * WARP + lane_id()];
-    u32 words[4] = {w.x, w.y, w.z, w.w};
-    u32 at = k * 16 + 2 * t;
-    u32 b0 = narrow2(column(x, at, a.cols), column(x, at + 1, a.cols));
-    u32 b1 = narrow2(column(x, at + 8, a.cols), column(x, at + 9, a.cols));
-    mma_bf16(c, words, b0, b1);
+  // Of several column tiles all is asked for before it is multiplied. Columns beyond the last are zero.
+  for (u32 k = 0; k < tiles; k += DENSE_AHEAD) {
+    uint4 w[DENSE_AHEAD];
+    float values[DENSE_AHEAD][2][2];
+#pragma unroll
+    for (u32 i = 0; i < DENSE_AHEAD; i++) {
+      w[i] = k + i < tiles ? weights[(k + i) * WARP] : uint4{0, 0, 0, 0};
+      columns(x, (k + i) * 16 + 2 * t, a.cols, values[i][0]);
+      columns(x, (k + i) * 16 + 2 * t + 8, a.cols, values[i][1]);
+    }
+#pragma unroll
+    for (u32 i = 0; i < DENSE_AHEAD; i++) {
+      if (k + i >= tiles) break;
+      u32 words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+      mma_bf16(c, words, narrow2(values[i][0][0], values[i][0][1]), narrow2(values[i][1][0], values[i][1][1]));
+    }
   }
   // c holds rows g (0, 1) and g + 8 (2, 3) of tokens 2t and 2t + 1.
-  for (u32 i = 0; i < 4; i++) partials[(warp_id() * 16 + g + i / 2 * 8) * DENSE_TOKENS + 2 * t + i % 2] = c[i];
-  __syncthreads();
-  put_segments(a, partials, tile, first);
+  for (u32 i = 0; i < 4; i++) {
+    u32 row = tile * 16 + g + i / 2 * 8, token = first + 2 * t + i % 2;
+    if (row < a.rows && token < a.n) put(a, token, row, c[i]);
+  }
 }
 
 KERNEL(dense_mma_64, DENSE_WARPS * WARP, DenseArgs) {
@@ -160,37 +170,29 @@ KERNEL(dense_mma_64, DENSE_WARPS * WARP, DenseArgs) {
   u32 t = lane_id() % 4, g = lane_id() / 4;
   // Warps beyond the matrix keep the others company at the barriers.
   bool inside = tile < row_tiles;
-  float total[n_tiles][4] = {};
-  for (u32 s = 0; s < DENSE_SEGMENTS; s++) {
-    float c[n_tiles][4] = {};
-    u32 end = segment_start(tiles, s + 1);
-    for (u32 from = segment_start(tiles, s); from < end; from += DENSE_STAGED / 16) {
-      u32 count = least(end - from, DENSE_STAGED / 16);
-      __syncthreads();
-      for (u32 i = threadIdx.x; i < DENSE_WIDE * count * 8; i += DENSE_WARPS * WARP) {
-        u32 token = i / (count * 8), pair = i % (count * 8), at = from * 16 + 2 * pair;
-        const float* x = a.x + (u64)least(first + token, a.n - 1) * a.cols;
-        *(u32*)(staged + token * DENSE_STRIDE + 2 * pair) = narrow2(column(x, at, a.cols), column(x, at + 1, a.cols));
-      }
-      __syncthreads();
-      if (!inside) continue;
-      for (u32 k = 0; k < count; k++) {
-        uint4 w = a.weights[((u64)tile * tiles + from + k) * WARP + lane_id()];
-        u32 words[4] = {w.x, w.y, w.z, w.w};
+  float c[n_tiles][4] = {};
+  for (u32 from = 0; from < tiles; from += DENSE_STAGED / 16) {
+    u32 count = least(tiles - from, DENSE_STAGED / 16);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < DENSE_WIDE * count * 8; i += DENSE_WARPS * WARP) {
+      u32 token = i / (count * 8), pair = i % (count * 8), at = from * 16 + 2 * pair;
+      const float* x = a.x + (u64)least(first + token, a.n - 1) * a.cols;
+      *(u32*)(staged + token * DENSE_STRIDE + 2 * pair) = narrow2(column(x, at, a.cols), column(x, at + 1, a.cols));
+    }
+    __syncthreads();
+    if (!inside) continue;
+    for (u32 k = 0; k < count; k++) {
+      uint4 w = a.weights[((u64)tile * tiles + from + k) * WARP + lane_id()];
+      u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-        for (u32 n = 0; n < n_tiles; n += 2) {
-          // Matrices: columns 0..8 and 8..16 of tokens 8n.., then of the next eight.
-          u32 matrix = lane_id() / 8, b[4];
-          ldmatrix_x4(b, staged + ((n + matrix / 2) * 8 + lane_id() % 8) * DENSE_STRIDE + k * 16 + matrix % 2 * 8);
-          mma_bf16(c[n], words, b[0], b[1]);
-          mma_bf16(c[n + 1], words, b[2], b[3]);
-        }
+      for (u32 n = 0; n < n_tiles; n += 2) {
+        // Matrices: columns 0..8 and 8..16 of tokens 8n.., then of the next eight.
+        u32 matrix = lane_id() / 8, b[4];
+        ldmatrix_x4(b, staged + ((n + matrix / 2) * 8 + lane_id() % 8) * DENSE_STRIDE + k * 16 + matrix % 2 * 8);
+        mma_bf16(c[n], words, b[0], b[1]);
+        mma_bf16(c[n + 1], words, b[2], b[3]);
       }
     }
-#pragma unroll
-    for (u32 n = 0; n < n_tiles; n++)
-#pragma unroll
-      for (u32 i = 0; i < 4; i++) total[n][i] += c[n][i];
   }
   if (!inside) return;
 #pragma unroll
@@ -198,6 +200,6 @@ KERNEL(dense_mma_64, DENSE_WARPS * WARP, DenseArgs) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       u32 row = tile * 16 + g + i / 2 * 8, token = first + n * 8 + 2 * t + i % 2;
-      if (row < a.rows && token < a.n) put(a, token, row, total[n][i]);
+      if (row < a.rows && token < a.n) put(a, token, row, c[n][i]);
     }
 }

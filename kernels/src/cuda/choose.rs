@@ -22,7 +22,7 @@ pub(super) struct Choice<A> {
 const TILE: u32 = 16;
 /// Tokens of a block of the narrow kernels.
 const NARROW: u32 = 8;
-/// Tokens and row tiles of a block of the wide kernel.
+/// Tokens and row tiles of a block of the wide kernel; the narrow one has as many row tiles.
 const WIDE: [u32; 2] = [64, 8];
 /// Partial sums of eight segments of a tile.
 const PARTIALS_BYTES: u32 = 8 * TILE * NARROW * 4;
@@ -47,9 +47,9 @@ pub(super) fn dense(widened: bool, n: u32, rows: u32, cols: u32) -> Choice<Dense
         let held = if held <= u64::from(HELD_BYTES_MAX) { held.next_multiple_of(16) as u32 } else { 0 };
         return Choice { op: DENSE_F32, grid: [tiles, n.div_ceil(tokens), 1], shared: PARTIALS_BYTES + held };
     }
-    // The narrow kernel reads the weights once for every 8 tokens, the wide one has an eighth of the blocks.
+    // The narrow kernel reads the weights once for every 8 tokens, the wide one for every 64.
     if n <= 2 * NARROW {
-        return Choice { op: DENSE_MMA_8, grid: [tiles, chunks, 1], shared: PARTIALS_BYTES };
+        return Choice { op: DENSE_MMA_8, grid: [tiles.div_ceil(WIDE[1]), chunks, 1], shared: 0 };
     }
     Choice { op: DENSE_MMA_64, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: STAGED_BYTES }
 }
@@ -339,7 +339,7 @@ mod tests {
                     "dense_mma_64" => WIDE,
                     // As the kernel has it.
                     "dense_f32" => [n.div_ceil(choice.grid[1]), 1],
-                    _ => [NARROW, 1],
+                    _ => [NARROW, WIDE[1]],
                 };
                 assert!((choice.grid[0] - 1) * tiles * TILE < rows && rows <= choice.grid[0] * tiles * TILE);
                 assert!((choice.grid[1] - 1) * tokens < n && n <= choice.grid[1] * tokens);
