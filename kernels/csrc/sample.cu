@@ -636,3 +636,5 @@ KERNEL(sample_report, SAMPLE_THREADS, SampleArgs) {
     a.drawn[row] = {token, (u32)count, logits[token], largest, (double)sum / (double)(1ull << 40)};
   }
 }
+
+#undef CHUNK
