@@ -17,6 +17,11 @@ use super::page_locked::PageLocked;
 use super::sequence::Sequence;
 use crate::KernelError;
 
+const DYNAMIC_SHARED: sys::CUfunction_attribute =
+    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+const SHARED_OPTIN: sys::CUdevice_attribute =
+    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+
 /// A loaded file of kernels.
 struct Module(sys::CUmodule);
 
@@ -130,6 +135,8 @@ impl Driver {
         let cubins = cache
             .cubins(&self.arch, on_progress)
             .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
+        // A kernel has 48 KiB unless it is allowed more: what the device has, and no kernel wants more than the constant.
+        let shared = self.context.attribute(SHARED_OPTIN).map_err(failed("load its kernels"))?.min(SHARED_MAX as i32);
         for (file, cubin) in cubins {
             let load = failed("load its kernels");
             // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
@@ -140,12 +147,8 @@ impl Driver {
                 let name = CString::new(kernel.name).expect("names of kernels have no zero");
                 // SAFETY: the module was just loaded.
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
-                if self.family == Family::Wgmma {
-                    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                    // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
-                    unsafe { result::function::set_function_attribute(function, attribute, SHARED_MAX as i32) }
-                        .map_err(&load)?;
-                }
+                // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
+                unsafe { result::function::set_function_attribute(function, DYNAMIC_SHARED, shared) }.map_err(&load)?;
                 self.functions.insert(kernel.name, function);
             }
         }
