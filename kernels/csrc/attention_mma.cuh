@@ -29,20 +29,20 @@ struct Stream {
   u16* ring;
   const u16* kv;      // of the kv head: this thread's piece of the first key of block 0
   const uint4* table;  // blocks of a step
-  u64 block;           // numbers of a block
+  u32 block;           // numbers of a block
   u32 first, end;      // positions that some row sees
-  u32 dim, step, parts, loaded, taken;
+  u32 dim, step, parts, loaded;
   uint4 blocks, ahead;
 
   DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 from, u32 to)
-      : ring((u16*)smem), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0), taken(0) {
+      : ring((u16*)smem), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0) {
     table = (const uint4*)(a.tables + (u64)tile.sequence * a.stride);
     ahead = table[step];
     kv = (const u16*)a.kv + (u64)kv_head * 2 * BLOCK_SIZE * dim + threadIdx.x % PIECES * 8;
-    block = (u64)a.kv_heads * 2 * BLOCK_SIZE * dim;
+    block = a.kv_heads * 2 * BLOCK_SIZE * dim;
     first = first_visible(tile.position, a.window);
     end = tile.position + tile.count;
-#pragma unroll
+#pragma unroll 1
     for (u32 i = 0; i < RING - 1; i++) load();
   }
 
@@ -62,7 +62,7 @@ struct Stream {
         for (u32 turn = 0; turn < TURNS; turn++) {
           u32 key = turn * KEYS + threadIdx.x / PIECES;
           bool there = start + key >= first && start + key < end && d < dim;
-          const u16* from = kv + names[turn * KEYS / BLOCK_SIZE] * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim;
+          const u16* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim;
           copy_async(stage + key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8, there ? from : kv, there);
         }
       } else {
@@ -76,8 +76,8 @@ struct Stream {
           stage[key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + i % 8] = there ? kv[at] : 0;
         }
       }
-      loaded++;
     }
+    loaded++;
     copies_commit();
   }
 
@@ -88,7 +88,7 @@ struct Stream {
     __syncthreads();
 #endif
     load();
-    return ring + taken++ % RING * STAGE;
+    return ring + (loaded - RING) % RING * STAGE;
   }
 };
 

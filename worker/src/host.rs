@@ -104,6 +104,10 @@ impl Host for ModelHost {
         self.rank.as_ref().is_none_or(|rank| rank.is_done())
     }
 
+    fn overlaps(&self, fence: Fence) -> bool {
+        self.rank.as_ref().is_none_or(|rank| rank.overlaps(fence))
+    }
+
     fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
         let rank = self.rank.as_mut().ok_or_else(|| no_epoch(fence))?;
         rank.finish(fence).map_err(|error| no_result(fence, &error))

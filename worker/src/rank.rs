@@ -156,6 +156,9 @@ pub trait LoadedRank: Send {
     /// See [`Runner::is_done`].
     fn is_done(&self) -> bool;
 
+    /// See [`Runner::overlaps`].
+    fn overlaps(&self, fence: Fence) -> bool;
+
     /// See [`Runner::finish`].
     ///
     /// # Errors
@@ -182,6 +185,10 @@ impl<B: Backend, C: Collectives<B::Parts>> LoadedRank for Runner<B, C> {
 
     fn is_done(&self) -> bool {
         Self::is_done(self)
+    }
+
+    fn overlaps(&self, fence: Fence) -> bool {
+        Self::overlaps(self, fence)
     }
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError> {

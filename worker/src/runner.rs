@@ -141,11 +141,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// A plan that is refused leaves everything as it was.
     pub fn begin(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<(), StepError> {
         let fence = plan.header.fence;
-        let newest = self.under_way.back();
-        // Ranks that exchange rows wait for each other within a step, and learn there of each other's failures.
-        let alone = self.collectives.size() == 1;
-        let wait = !alone || newest.is_some_and(|newest| newest.fence().next() != fence || newest.is_needed());
-        while self.under_way.len() >= if wait { 1 } else { DEPTH } {
+        while self.under_way.len() >= if self.overlaps(fence) { DEPTH } else { 1 } {
             self.collect();
         }
         if self.under_way.is_empty() && self.outcomes.of(fence)?.is_some() {
@@ -156,6 +152,15 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let asked = self.asked(plan);
         self.under_way.push_back(UnderWay { header: plan.header.clone(), asked, step });
         Ok(())
+    }
+
+    /// Whether this step can begin before those under way have ended: they are this rank's alone, and nothing of it depends
+    /// on what comes of them.
+    #[must_use]
+    pub fn overlaps(&self, fence: Fence) -> bool {
+        // Ranks that exchange rows wait for each other within a step, and learn there of each other's failures.
+        let alone = self.collectives.size() == 1;
+        self.under_way.back().is_none_or(|newest| alone && newest.fence().next() == fence && !newest.is_needed())
     }
 
     /// Waits for a step that has begun, and tells what came of it.

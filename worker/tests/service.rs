@@ -37,6 +37,8 @@ const PANIC: u32 = 2;
 const HANG: u32 = 3;
 /// Is done once the next step has begun.
 const HOLD: u32 = 4;
+/// Is not done until it is waited for, and no step may begin before.
+const ALONE: u32 = 5;
 
 /// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
@@ -99,13 +101,22 @@ impl Host for FakeHost {
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
+        assert!(self.overlaps(plan.header.fence), "the step under way is told first");
         self.begun.push_back(plan.clone());
         assert!(self.begun.len() <= 2);
         Ok(())
     }
 
     fn is_done(&self) -> bool {
-        self.begun.front().is_none_or(|plan| plan.header.deadline_ms != HOLD || self.begun.len() > 1)
+        self.begun.front().is_none_or(|plan| match plan.header.deadline_ms {
+            HOLD => self.begun.len() > 1,
+            ALONE => false,
+            _ => true,
+        })
+    }
+
+    fn overlaps(&self, _fence: Fence) -> bool {
+        self.begun.back().is_none_or(|plan| plan.header.deadline_ms != ALONE)
     }
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
@@ -365,6 +376,18 @@ async fn the_next_step_begins_before_the_last_one_is_done() {
     let before = steps.run(plan(fence(1, 3, 1), OBEY)).await.unwrap();
     assert_eq!(before.fence, fence(1, 2, 1));
     release(&mut client, 1).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_of_a_step_is_not_held_back_by_one_that_waits_for_it() {
+    let (_worker, _client, mut steps) = ready().await;
+    steps.send(plan(fence(1, 1, 1), ALONE)).await;
+    steps.send(plan(fence(1, 1, 2), HOLD)).await;
+    assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, 1));
+    steps.send(plan(fence(1, 1, 3), OBEY)).await;
+    for step in 2..=3 {
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

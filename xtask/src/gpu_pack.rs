@@ -334,6 +334,10 @@ mod tests {
         for line in ["cuda::fails: exit status 101 ... FAILED", "cuda::hangs: still running after 1 s ... FAILED"] {
             assert!(output.contains(line), "`{line}` is not in: {output}");
         }
+        for nothing in ["exit 127", "exit 0"] {
+            let pack = Pack::new("apart-nothing", &[("kernels.conformance", nothing)]);
+            assert_eq!(pack.run(None, &[]).0, Some(1), "a suite that does not list its checks has not passed");
+        }
     }
 
     const GOOD: &str = "echo 'test result: ok. 3 passed; 0 failed; 1 ignored'";

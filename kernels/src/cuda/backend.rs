@@ -1,4 +1,4 @@
-//! The trait, op by op: each does its work in [`Cuda`], and what goes wrong waits for [`Backend::finish`].
+//! The trait, op by op: each does its work in [`Cuda`], and what goes wrong waits for the end of the step, or [`Backend::finish`].
 
 use super::device::{Memory, bytes_of};
 use super::pack::{ExpertLayout, LAYOUT, dense_bytes, pack_dense, pack_expert};

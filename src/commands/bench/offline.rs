@@ -30,7 +30,7 @@ pub struct OfflineArgs {
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     prompt_len: Vec<u32>,
     /// Tokens generated after each prompt
-    #[arg(long, value_name = "G", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    #[arg(long, value_name = "G", default_value_t = 32, value_parser = clap::value_parser!(u32).range(3..=1 << 20))]
     gen_len: u32,
     /// Sequences at once; several numbers are measured one after the other, with one load
     #[arg(long, value_name = "B,..", default_value = "1", value_delimiter = ',')]

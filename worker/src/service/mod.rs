@@ -76,6 +76,9 @@ pub trait Host: Send + 'static {
     /// Whether the oldest step under way is done, so that finishing it does not wait.
     fn is_done(&self) -> bool;
 
+    /// Whether this step can begin before the one under way has ended. Where it cannot, what came of that one is told first.
+    fn overlaps(&self, fence: Fence) -> bool;
+
     /// Waits for a step that was begun, and tells what came of it; steps are finished in their order.
     ///
     /// # Errors

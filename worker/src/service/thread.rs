@@ -150,6 +150,10 @@ impl<H: Host> ModelThread<H> {
             reply.send(Ok(Err(failure(fence, why))));
             return Ok(());
         }
+        // What came of a step is not held back by one that waits for it.
+        if !self.host.overlaps(fence) {
+            self.answer()?;
+        }
         let before = std::mem::replace(&mut self.shared.status().state, WorkerState::Stepping);
         if self.under_way.is_none() {
             self.resting = before;

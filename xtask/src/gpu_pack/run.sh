@@ -64,6 +64,7 @@ one_by_one() {
 # Each check of the CUDA backend in a process of its own, as many at once as there are cores: most of their time goes to
 # the reference, which is one thread's work.
 each_apart() {
+    set -o pipefail # a suite that lists nothing has not passed
     "$1" --list | sed -n 's/: test$//p' | grep cuda |
         xargs -P "$(nproc)" -I '{}' bash -c 'log=$4.$(tr -c "[:alnum:]" _ <<<"$3")
             timeout --kill-after=10 "$1" "$2" --exact "$3" --include-ignored --test-threads=1 >"$log" 2>&1
