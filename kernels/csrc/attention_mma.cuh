@@ -34,22 +34,21 @@ struct Stream {
   u16* ring;
   const u16* kv;       // of the kv head: this thread's piece of its key of a turn, in block 0
   const uint4* table;  // blocks of a step
-  u64 block;           // numbers of a block
   u64 policy;
+  u32 block;       // numbers of a block
   u32 first, end;  // positions that some row sees
-  u32 dim, step, parts, loaded, taken;
+  u32 dim, step, parts, loaded;
   uint4 blocks, ahead;
 
   DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 from, u32 to)
-      : ring((u16*)smem), policy(ONCE ? read_once() : 0), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0),
-        taken(0) {
+      : ring((u16*)smem), policy(ONCE ? read_once() : 0), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0) {
     table = (const uint4*)(a.tables + (u64)tile.sequence * a.stride);
     ahead = table[step];
     kv = (const u16*)a.kv + ((u64)kv_head * 2 * BLOCK_SIZE + threadIdx.x / PIECES) * dim + threadIdx.x % PIECES * 8;
-    block = (u64)a.kv_heads * 2 * BLOCK_SIZE * dim;
+    block = a.kv_heads * 2 * BLOCK_SIZE * dim;
     first = first_visible(tile.position, a.window);
     end = tile.position + tile.count;
-#pragma unroll
+#pragma unroll 1
     for (u32 i = 0; i < RING - 1; i++) load();
   }
 
@@ -66,8 +65,8 @@ struct Stream {
         load_whole(stage, part);
       else
         load_some(stage, part, start);
-      loaded++;
     }
+    loaded++;
     copies_commit();
   }
 
@@ -76,7 +75,7 @@ struct Stream {
 #pragma unroll
     for (u32 turn = 0; turn < TURNS; turn++) {
       u32 key = turn * KEYS + threadIdx.x / PIECES;
-      const u16* from = kv + names[turn * KEYS / BLOCK_SIZE] * block + part * (BLOCK_SIZE * LINE);
+      const u16* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block + part * (BLOCK_SIZE * LINE);
       from += turn * KEYS % BLOCK_SIZE * LINE;
       u16* to = stage + threadIdx.x / PIECES * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + turn * KEYS * LINE;
       if (ONCE)
@@ -113,7 +112,7 @@ struct Stream {
     __syncthreads();
 #endif
     load();
-    return ring + taken++ % RING * STAGE;
+    return ring + (loaded - RING) % RING * STAGE;
   }
 };
 
