@@ -185,9 +185,15 @@ impl<B: Machine> Sequences<B> {
         let sinks = backend.vector(Source::memory(&sinks))?;
         let batch = (tokens as usize).min(512);
         let mut qkv = backend.rows(batch, Self::COLS);
+        let values = numbers(batch * Self::COLS);
+        let mut written = 0;
         for (sequence, first) in (0..sequences).flat_map(|i| (0..tokens).step_by(batch).map(move |first| (i, first))) {
             let rows = batch.min((tokens - first) as usize);
-            backend.write(&mut qkv, &numbers(rows * Self::COLS));
+            // Turned again and again, they stay as large as they were.
+            if written != rows {
+                backend.write(&mut qkv, &values[..rows * Self::COLS]);
+                written = rows;
+            }
             backend.begin(
                 &StepInputs {
                     tokens: vec![TokenSource::Given(0); rows],
