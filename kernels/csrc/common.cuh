@@ -1,7 +1,6 @@
 // What every kernel shares: number types, bf16, exp, launches and shared memory. No CUDA header is included.
 //
 // A kernel is KERNEL(name, threads, Args): one block dimension, and one struct by value that src/cuda/ops.rs mirrors.
-// KERNEL_OF_CLUSTERS: so many blocks run together and reach each other's shared memory; a grid is whole clusters.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once
@@ -18,17 +17,10 @@ typedef unsigned long long u64;
   static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                \
                                        [](const void* args) { name(*(const Args*)args); });    \
   static void name(const Args& a)
-#define KERNEL_OF_CLUSTERS(name, threads, blocks, Args)                                        \
-  static void name(const Args& a);                                                             \
-  static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                \
-                                       [](const void* args) { name(*(const Args*)args); }, blocks); \
-  static void name(const Args& a)
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
 #define KERNEL(name, threads, Args) extern "C" __global__ void __launch_bounds__(threads, 1) name(const Args a)
-#define KERNEL_OF_CLUSTERS(name, threads, blocks, Args) \
-  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1) name(const Args a)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
 DEVICE u8* shared_memory() {

@@ -4,9 +4,8 @@
 // - dense_few_8, dense_few_16 (few tokens): memory bounds them. A warp streams a row tile through a ring of its own, as far
 //   ahead as that has stages, and multiplies by mma; a block holds all tokens, rounded by itself. Row tiles go round the
 //   blocks, so that no multiprocessor has two more than another.
-// - dense_wgmma_32, _64, _128, _256 (more): warpgroups have 64 rows each, a block's ring has weights and tokens. What reaches a
-//   multiprocessor in a second bounds the last: two blocks are a cluster with the same tokens, and each gets half of them
-//   for both.
+// - dense_wgmma_32, _64, _128, _256 (more): warpgroups have 64 rows each, a block's ring has weights and tokens. What
+//   reaches a multiprocessor in a second bounds them.
 //   Tokens: dense_pieces has rounded them before, [group of as many tokens][column tile of 16][tile of 8 tokens][2]
 //   [8 tokens][8 columns], as wgmma reads B (see experts_wgmma.cu). Columns beyond the last are zero, tokens beyond the
 //   last are whatever was there.
@@ -107,8 +106,9 @@ struct Few {
 typedef Few<8, 12> Few8;
 typedef Few<16, 7> Few16;
 
-// 16-byte words from one token to the next in shared memory; eight lanes of two tokens meet no bank twice.
-DEVICE u32 few_stride(u32 cols) { return (cols + 63) / 64 * 8 + 4; }
+// 16-byte words from one token to the next in shared memory: whole stages, and as many more that eight lanes of two tokens
+// meet no bank twice.
+DEVICE u32 few_stride(u32 cols) { return (cols + FEW_TILES * 16 - 1) / (FEW_TILES * 16) * (FEW_TILES * 2) + 4; }
 
 #define FEW_AT_ONCE 8  // pieces of a thread that are asked for at once
 
@@ -117,7 +117,7 @@ DEVICE u32 few_stride(u32 cols) { return (cols + 63) / 64 * 8 + 4; }
 template <class F>
 DEVICE void hold_tokens(const DenseArgs& a, u32* held) {
   const u32 threads = (F::WARPS - 1) * WARP;
-  u32 across = (a.cols + 63) / 64 * 8, stride = few_stride(a.cols) * 4, all = a.n * across;
+  u32 across = (a.cols + 31) / 32 * 4, stride = few_stride(a.cols) * 4, all = a.n * across;
   u32 thread = threadIdx.x - (warp_id() > F::STREAMS ? WARP : 0);
   auto put = [&](u32 i, const uint4& words) {
     u32 *to = held + i / across * stride + i % across / 4 * 16 + i % 4;
@@ -278,8 +278,6 @@ struct DenseRing {
   // Warps of products, a row tile each, and one that copies; among 256 tokens a warpgroup of which one copies, since
   // warpgroups alone hand registers over to others.
   static const bool HANDS_OVER = TOKENS == 256;
-  // Blocks with the same tokens.
-  static const u32 CLUSTER = TOKENS == 256 ? 2 : 1;
   static const u32 WARPS = WARPGROUPS * 4, THREADS = (WARPS + (HANDS_OVER ? 4 : 1)) * WARP;
   // Column tiles that are multiplied before they are waited for.
   static const u32 STEP = 4;
@@ -295,28 +293,21 @@ typedef DenseRing<2, 256, 4, 4> DenseRing256;
 template <class R>
 DEVICE void copy_unit(const DenseArgs& a, u32 across, u32 row_tile, u32 group, u8* smem, Turn<R::STAGES>& turn) {
   static_assert(R::WARPS + R::TILES <= WARP, "a lane has one part at most");
-  const u32 of_tile = R::TOKENS * 32, of_block = of_tile / R::CLUSTER;
-  u32 all = (a.rows + 15) / 16, row_tiles = all > row_tile ? least(all - row_tile, R::WARPS) : 0, lane = lane_id();
+  const u32 of_tile = R::TOKENS * 32;
+  u32 row_tiles = least((a.rows + 15) / 16 - row_tile, R::WARPS), lane = lane_id(), column = lane - R::WARPS;
   bool weights = lane < R::WARPS;
-  u32 column = lane - R::WARPS, own = R::CLUSTER > 1 ? cluster_rank() * of_block : 0;
   const u8* from = weights ? (const u8*)a.weights + (u64)(row_tile + lane) * across * 512
-                           : (const u8*)a.x + ((u64)group * across + column) * of_tile + own;
-  u32 to = weights ? lane * R::TILES * 512 : R::PIECES + column * of_tile + own;
+                           : (const u8*)a.x + ((u64)group * across + column) * of_tile;
+  u32 to = weights ? lane * R::TILES * 512 : R::PIECES + column * of_tile;
   for (u32 tile = 0; tile < across; tile += R::TILES) {
     u32 count = least(across - tile, R::TILES);
     u64* full = turn.full(smem);
     u8* stage = smem + RING_BARRIERS + turn.stage * R::STAGE;
-    // The stage is empty in every block of the cluster.
     barrier_wait(turn.empty(smem), turn.parity ^ 1);
     if (lane == 0) barrier_arrive_expecting(full, count * (row_tiles * 512 + of_tile));
     __syncwarp();
     if (weights && lane < row_tiles) bulk_copy(stage + to, from + (u64)tile * 512, count * 512, full);
-    if (!weights && column < count) {
-      if (R::CLUSTER > 1)
-        bulk_copy_to_all(stage + to, from + (u64)tile * of_tile, of_block, full);
-      else
-        bulk_copy(stage + to, from + (u64)tile * of_tile, of_block, full);
-    }
+    if (!weights && column < count) bulk_copy(stage + to, from + (u64)tile * of_tile, of_tile, full);
     turn.advance();
   }
 }
@@ -350,54 +341,40 @@ DEVICE void multiply_unit(u32 across, u8* smem, Turn<R::STAGES>& turn, float (&s
     for (; i + R::STEP <= count; i += R::STEP) multiply_tiles<R, R::STEP>(stage, i, tile + i == 0, sums);
     for (; i < count; i++) multiply_tiles<R, 1>(stage, i, tile + i == 0, sums);
     __syncwarp();
-    if (R::CLUSTER > 1) {
-      if (lane_id() < R::CLUSTER) barrier_arrive_at(turn.empty(smem), lane_id());
-    } else if (lane_id() == 0) {
-      barrier_arrive(turn.empty(smem));
-    }
+    if (lane_id() == 0) barrier_arrive(turn.empty(smem));
     turn.advance();
   }
 }
 
-// A cluster has a stretch of WARPS row tiles for each of its blocks and TOKENS tokens, and goes on to the next such unit:
-// stretches first, so that those who work at once read the same tokens.
+// A block has a stretch of WARPS row tiles and TOKENS tokens, and goes on to the next such unit: stretches first, so that
+// those who work at once read the same tokens.
 template <class R>
 DEVICE void dense_wgmma(const DenseArgs& a) {
   SHARED(smem);
-  const u32 height = R::WARPS * R::CLUSTER;
-  u32 across = (a.cols + 15) / 16, stretches = ((a.rows + 15) / 16 + height - 1) / height;
-  u32 units = stretches * ((a.n + R::TOKENS - 1) / R::TOKENS), clusters = gridDim.x / R::CLUSTER;
-  u32 above = R::CLUSTER > 1 ? cluster_rank() * R::WARPS : 0;
-  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, 1, R::WARPS * R::CLUSTER);
-  if (R::CLUSTER > 1)
-    cluster_sync();
-  else
-    __syncthreads();
+  u32 across = (a.cols + 15) / 16, stretches = ((a.rows + 15) / 16 + R::WARPS - 1) / R::WARPS;
+  u32 units = stretches * ((a.n + R::TOKENS - 1) / R::TOKENS);
+  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, 1, R::WARPS);
+  __syncthreads();
   Turn<R::STAGES> turn = {0, 0};
   if (warp_id() >= R::WARPS) {
     if (R::HANDS_OVER) keep_registers<40>();
-    if (warp_id() == R::WARPS) {
-      for (u32 i = blockIdx.x / R::CLUSTER; i < units; i += clusters)
-        copy_unit<R>(a, across, i % stretches * height + above, i / stretches, smem, turn);
-    }
-  } else {
-    if (R::HANDS_OVER) take_registers<232>();
-    float sums[R::TOKENS / 2];
-    for (u32 i = blockIdx.x / R::CLUSTER; i < units; i += clusters) {
-      multiply_unit<R>(across, smem, turn, sums);
-      put_tile<R::TOKENS>(a, i % stretches * height + above + warp_id(), i / stretches * R::TOKENS, sums);
-    }
+    if (warp_id() > R::WARPS) return;
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x)
+      copy_unit<R>(a, across, i % stretches * R::WARPS, i / stretches, smem, turn);
+    return;
   }
-  // What the other block still sends must find this one there.
-  if (R::CLUSTER > 1) cluster_sync();
+  if (R::HANDS_OVER) take_registers<232>();
+  float sums[R::TOKENS / 2];
+  for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+    multiply_unit<R>(across, smem, turn, sums);
+    put_tile<R::TOKENS>(a, i % stretches * R::WARPS + warp_id(), i / stretches * R::TOKENS, sums);
+  }
 }
 
 KERNEL(dense_wgmma_32, DenseRing32::THREADS, DenseArgs) { dense_wgmma<DenseRing32>(a); }
 KERNEL(dense_wgmma_64, DenseRing64::THREADS, DenseArgs) { dense_wgmma<DenseRing64>(a); }
 KERNEL(dense_wgmma_128, DenseRing128::THREADS, DenseArgs) { dense_wgmma<DenseRing128>(a); }
-KERNEL_OF_CLUSTERS(dense_wgmma_256, DenseRing256::THREADS, DenseRing256::CLUSTER, DenseArgs) {
-  dense_wgmma<DenseRing256>(a);
-}
+KERNEL(dense_wgmma_256, DenseRing256::THREADS, DenseArgs) { dense_wgmma<DenseRing256>(a); }
 
 #undef FEW_TILES
 #undef FEW_AT_ONCE

@@ -54,15 +54,6 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
                : "memory");
 }
 
-// The same, and to the same place of every block of the cluster of two; each block's own barrier counts its bytes.
-DEVICE void bulk_copy_to_all(void* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "h"((u16)3)
-      : "memory");
-}
-
 // Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -73,29 +64,6 @@ DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 template <u32 THREADS>
 DEVICE void some_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
-
-// Clusters ----------------------------------------------------------------------------------------------------------
-
-// Which of the cluster's blocks this is.
-DEVICE u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// Waits for all threads of the cluster that have not ended.
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Arrives at the barrier at the same place in a block of the cluster.
-DEVICE void barrier_arrive_at(u64* barrier, u32 rank) {
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-      "[there];}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
 }
 
 // Registers ---------------------------------------------------------------------------------------------------------

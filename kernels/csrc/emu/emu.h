@@ -16,13 +16,11 @@ struct Dim3 {
 
 // A kernel that was compiled in; entries register themselves before main.
 struct Entry {
-  Entry(const char* name, size_t args, unsigned threads, void (*body)(const void*), unsigned cluster = 1);
+  Entry(const char* name, size_t args, unsigned threads, void (*body)(const void*));
   const char* name;
   size_t args;
   unsigned threads;
   void (*body)(const void*);
-  // Blocks that run together and reach each other's shared memory.
-  unsigned cluster;
   const Entry* next;
 };
 

@@ -55,8 +55,6 @@ struct Warp {
 };
 
 struct Block {
-  // Which of its cluster's blocks it is.
-  unsigned rank;
   Place place;
   unsigned char* shared;
   size_t shared_bytes;
@@ -78,15 +76,11 @@ struct Block {
 #endif
 };
 
-// Blocks that run together; those beyond a kernel's cluster do not.
-const unsigned CLUSTER_MAX = 2;
-static thread_local Block cluster[CLUSTER_MAX];
-static thread_local unsigned cluster_size, cluster_arrived, cluster_generation;
 static thread_local Block* block;
 static const Entry* entries;
 
-Entry::Entry(const char* name, size_t args, unsigned threads, void (*body)(const void*), unsigned cluster)
-    : name(name), args(args), threads(threads), body(body), cluster(cluster), next(entries) {
+Entry::Entry(const char* name, size_t args, unsigned threads, void (*body)(const void*))
+    : name(name), args(args), threads(threads), body(body), next(entries) {
   entries = this;
 }
 
@@ -114,18 +108,6 @@ static void open_block_barrier() {
   block->progress++;
 }
 
-static unsigned cluster_alive() {
-  unsigned alive = 0;
-  for (unsigned i = 0; i < cluster_size; i++) alive += cluster[i].alive;
-  return alive;
-}
-
-static void open_cluster_barrier() {
-  cluster_arrived = 0;
-  cluster_generation++;
-  block->progress++;
-}
-
 static void open_warp_barrier(Warp& warp) {
   warp.present = warp.arrived;
   warp.arrived = 0;
@@ -144,7 +126,6 @@ static void run_thread() {
   if (warp.alive != 0 && warp.arrived == warp.alive) open_warp_barrier(warp);
   block->alive--;
   if (block->alive != 0 && block->arrived == block->alive) open_block_barrier();
-  if (cluster_alive() != 0 && cluster_arrived == cluster_alive()) open_cluster_barrier();
   yield();
 }
 
@@ -155,15 +136,6 @@ void block_barrier() {
     return;
   }
   while (block->generation == generation) yield();
-}
-
-void cluster_barrier() {
-  unsigned generation = cluster_generation;
-  if (++cluster_arrived == cluster_alive()) {
-    open_cluster_barrier();
-    return;
-  }
-  while (cluster_generation == generation) yield();
 }
 
 static void warp_barrier(Warp& warp) {
@@ -224,9 +196,7 @@ namespace emu {
 
 enum { LAUNCHED = 0, UNKNOWN = 1, WRONG_ARGS = 2, WRONG_SIZE = 3, DEADLOCK = 4, BROKEN = 5 };
 
-// Makes a block's threads ready to run.
-static void begin_block(unsigned threads) {
-  memset(block->shared, 0xff, block->shared_bytes);
+static int run_block(unsigned threads, bool backwards) {
   block->alive = threads;
   block->broken = nullptr;
   begin_async(threads);
@@ -236,56 +206,41 @@ static void begin_block(unsigned threads) {
     block->warps[i / 32].alive |= 1u << i % 32;
     make_fiber(i);
   }
-}
-
-// Runs the cluster's blocks side by side.
-static int run_cluster(unsigned threads, bool backwards) {
-  cluster_arrived = cluster_generation = 0;
-  for (unsigned i = 0; i < cluster_size; i++) {
-    block = &cluster[i];
-    begin_block(threads);
-  }
-  unsigned all = threads * cluster_size;
-  while (cluster_alive() != 0) {
-    unsigned long before = 0, after = 0;
-    for (unsigned i = 0; i < cluster_size; i++) before += cluster[i].progress;
-    for (unsigned i = 0; i < all; i++) {
-      unsigned thread = backwards ? all - 1 - i : i;
-      block = &cluster[thread / threads];
-      if (!block->fibers[thread % threads].done) enter(thread % threads);
+  while (block->alive != 0) {
+    unsigned long before = block->progress;
+    for (unsigned i = 0; i < threads; i++) {
+      unsigned thread = backwards ? threads - 1 - i : i;
+      if (!block->fibers[thread].done) enter(thread);
       if (block->broken) return BROKEN;
     }
-    for (unsigned i = 0; i < cluster_size; i++) after += cluster[i].progress;
-    if (after == before) return DEADLOCK;
+    if (block->progress == before) return DEADLOCK;
   }
   return LAUNCHED;
 }
 
 static int launch(const Entry& entry, const void* args, const uint32_t* grid, size_t shared) {
-  if (entry.threads > THREADS_MAX || shared > 227 << 10 || grid[0] % entry.cluster) return WRONG_SIZE;
+  if (entry.threads > THREADS_MAX || shared > 227 << 10) return WRONG_SIZE;
+  static thread_local Block own;
+  block = &own;
   unsigned threads = entry.threads;
-  cluster_size = entry.cluster;
-  for (unsigned i = 0; i < cluster_size; i++) {
-    block = &cluster[i];
-    block->rank = i;
-    block->body = entry.body;
-    block->args = args;
-    block->fibers.resize(threads);
-    block->warps.resize((threads + 31) / 32);
-    if (block->stacks.size() < threads * STACK_BYTES) block->stacks.resize(threads * STACK_BYTES);
-    block->memory.resize(shared + 16);
-    block->shared = (unsigned char*)(((uintptr_t)block->memory.data() + 15) & ~(uintptr_t)15);
-    block->shared_bytes = shared;
-    block->place.grid = {grid[0], grid[1], grid[2]};
-    block->place.block_size = {threads, 1, 1};
-  }
-  // Also a grid of one cluster runs backwards every second time.
+  block->body = entry.body;
+  block->args = args;
+  block->fibers.resize(threads);
+  block->warps.resize((threads + 31) / 32);
+  if (block->stacks.size() < threads * STACK_BYTES) block->stacks.resize(threads * STACK_BYTES);
+  block->memory.resize(shared + 16);
+  block->shared = (unsigned char*)(((uintptr_t)block->memory.data() + 15) & ~(uintptr_t)15);
+  block->shared_bytes = shared;
+  block->place.grid = {grid[0], grid[1], grid[2]};
+  block->place.block_size = {threads, 1, 1};
+  // Also a grid of one block runs backwards every second time.
   static thread_local unsigned count;
   for (unsigned z = 0; z < grid[2]; z++)
     for (unsigned y = 0; y < grid[1]; y++)
-      for (unsigned x = 0; x < grid[0]; x += cluster_size) {
-        for (unsigned i = 0; i < cluster_size; i++) cluster[i].place.block_index = {x + i, y, z};
-        int outcome = run_cluster(threads, count++ % 2 == 1);
+      for (unsigned x = 0; x < grid[0]; x++) {
+        block->place.block_index = {x, y, z};
+        memset(block->shared, 0xff, shared);
+        int outcome = run_block(threads, count++ % 2 == 1);
         if (outcome != LAUNCHED) return outcome;
       }
   return LAUNCHED;

@@ -27,24 +27,17 @@ struct Warpgroup {
   unsigned arrived, generation;
 };
 
-// What is under way in a block.
-struct Async {
-  std::vector<Copy> copies;
-  std::vector<Products> products;
-  std::vector<Warpgroup> warpgroups;
-  // Of the threads that wait for some of the block.
-  unsigned arrived, generation;
-};
-
-static thread_local Async asyncs[CLUSTER_MAX];
-
-static Async& async() { return asyncs[block->rank]; }
+static thread_local std::vector<Copy> copies;
+static thread_local std::vector<Products> products;
+static thread_local std::vector<Warpgroup> warpgroups;
+// Threads that wait for some of the block.
+static thread_local unsigned some_arrived, some_generation;
 
 static void begin_async(unsigned threads) {
-  async().copies.clear();
-  async().products.assign(threads, {});
-  async().warpgroups.assign((threads + 127) / 128, {});
-  async().arrived = async().generation = 0;
+  copies.clear();
+  products.assign(threads, {});
+  warpgroups.assign((threads + 127) / 128, {});
+  some_arrived = some_generation = 0;
 }
 
 unsigned offset(const void* p) { return (unsigned)((const unsigned char*)p - block->shared); }
@@ -70,17 +63,17 @@ void barrier_init(void* p, unsigned arrivals) {
 // Ends the phase if nothing is missing any more; its copies land then.
 static bool end_phase(Barrier& barrier) {
   unsigned bytes = 0;
-  for (const Copy& copy : async().copies)
+  for (const Copy& copy : copies)
     if (copy.barrier == &barrier) bytes += copy.bytes;
   if (barrier.missing != 0 || barrier.bytes != bytes) return false;
   std::vector<Copy> others;
-  for (const Copy& copy : async().copies) {
+  for (const Copy& copy : copies) {
     if (copy.barrier == &barrier)
       memcpy(copy.to, copy.from, copy.bytes);
     else
       others.push_back(copy);
   }
-  async().copies.swap(others);
+  copies.swap(others);
   barrier.missing = barrier.arrivals;
   barrier.bytes = 0;
   barrier.parity ^= 1;
@@ -107,36 +100,7 @@ void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier) {
   if (!inside(to, bytes)) fail("a bulk copy outside shared memory");
   if (bytes == 0 || bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fail("a bulk copy that is not aligned");
   memset(to, 0xff, bytes);
-  async().copies.push_back({to, from, bytes, &barrier_at(barrier)});
-  block->progress++;
-}
-
-// Clusters ----------------------------------------------------------------------------------------------------------
-
-unsigned cluster_rank() { return block->rank; }
-
-// The same place in another block's shared memory.
-static void* place_in(const Block& other, void* p) { return other.shared + offset(p); }
-
-void barrier_arrive_at(void* p, unsigned rank) {
-  Block* own = block;
-  if (rank >= cluster_size) fail("an arrival outside the cluster");
-  void* there = place_in(cluster[rank], p);
-  block = &cluster[rank];
-  barrier_arrive(there, 0);
-  const char* broken = block->broken;
-  block = own;
-  if (broken) fail(broken);
-}
-
-void bulk_copy_to_all(void* to, const void* from, unsigned bytes, void* barrier) {
-  Block* own = block;
-  for (unsigned i = 0; i < cluster_size; i++) {
-    void *there = place_in(cluster[i], to), *barrier_there = place_in(cluster[i], barrier);
-    block = &cluster[i];
-    bulk_copy(there, from, bytes, barrier_there);
-    block = own;
-  }
+  copies.push_back({to, from, bytes, &barrier_at(barrier)});
 }
 
 // Products ----------------------------------------------------------------------------------------------------------
@@ -149,10 +113,10 @@ static bool is_under_way(const float* d, unsigned n) {
   return true;
 }
 
-void products_fence() { async().products[block->current].fenced = true; }
+void products_fence() { products[block->current].fenced = true; }
 
 void product(const Product& product) {
-  Products& own = async().products[block->current];
+  Products& own = products[block->current];
   if (!own.fenced) fail("a product without a fence before it");
   unsigned n = product.columns / 2;
   Sums* sums = nullptr;
@@ -167,7 +131,7 @@ void product(const Product& product) {
 }
 
 void products_commit() {
-  Products& own = async().products[block->current];
+  Products& own = products[block->current];
   own.groups.push_back(own.open);
   own.open.clear();
   // What is done to registers from here on needs another fence.
@@ -186,18 +150,17 @@ static void warpgroup_barrier(Warpgroup& warpgroup) {
 }
 
 void some_barrier(unsigned threads) {
-  Async& own = async();
-  unsigned generation = own.generation;
-  if (++own.arrived == threads) {
-    own.arrived = 0;
-    own.generation++;
+  unsigned generation = some_generation;
+  if (++some_arrived == threads) {
+    some_arrived = 0;
+    some_generation++;
     block->progress++;
     return;
   }
-  while (own.generation == generation) yield();
+  while (some_generation == generation) yield();
 }
 
-void warpgroup_sync() { warpgroup_barrier(async().warpgroups[block->current / 128]); }
+void warpgroup_sync() { warpgroup_barrier(warpgroups[block->current / 128]); }
 
 // Lets others do what they wrongly may while products are under way: such as copy to a stage that is still read.
 static void linger() {
@@ -234,8 +197,8 @@ static void complete(const Product& product, unsigned which, const Warpgroup& wa
 }
 
 void products_wait(unsigned groups) {
-  Products& own = async().products[block->current];
-  Warpgroup& warpgroup = async().warpgroups[block->current / 128];
+  Products& own = products[block->current];
+  Warpgroup& warpgroup = warpgroups[block->current / 128];
   while (own.groups.size() > groups) {
     const std::vector<Product>& group = own.groups.front();
     warpgroup.members[block->current % 128] = &group;

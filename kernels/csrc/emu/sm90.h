@@ -30,10 +30,6 @@ void barrier_wait(void* barrier, unsigned parity);
 void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier);
 void warpgroup_sync();
 void some_barrier(unsigned threads);
-void cluster_barrier();
-unsigned cluster_rank();
-void barrier_arrive_at(void* barrier, unsigned rank);
-void bulk_copy_to_all(void* to, const void* from, unsigned bytes, void* barrier);
 void products_fence();
 void product(const Product& product);
 void products_commit();
@@ -53,12 +49,6 @@ inline void fence_async() {}
 template <u32 THREADS>
 inline void some_sync() {
   emu::some_barrier(THREADS);
-}
-inline void cluster_sync() { emu::cluster_barrier(); }
-inline u32 cluster_rank() { return emu::cluster_rank(); }
-inline void barrier_arrive_at(u64* barrier, u32 rank) { emu::barrier_arrive_at(barrier, rank); }
-inline void bulk_copy_to_all(void* to, const void* from, u32 bytes, u64* barrier) {
-  emu::bulk_copy_to_all(to, from, bytes, barrier);
 }
 inline void warpgroup_sync() { emu::warpgroup_sync(); }
 template <u32 N>

@@ -73,7 +73,7 @@ const DENSE_FEW: [DenseFew; 2] = [
 impl DenseFew {
     /// Shared memory with `n` tokens of `cols` columns.
     fn shared(&self, n: u32, cols: u32) -> u64 {
-        u64::from(self.shared) + u64::from(n) * (u64::from(cols.div_ceil(64)) * 8 + 4) * 16
+        u64::from(self.shared) + u64::from(n) * (u64::from(cols.div_ceil(128)) * 16 + 4) * 16
     }
 }
 
@@ -84,34 +84,27 @@ struct DenseRing {
     tokens: u32,
     /// Row tiles of a block.
     tiles: u32,
-    /// Blocks of a cluster, with the same tokens.
-    cluster: u32,
     /// Barriers and stages.
     shared: u32,
 }
 
 const DENSE_RINGS: [DenseRing; 4] = [
-    DenseRing { op: DENSE_WGMMA_32, tokens: 32, tiles: 4, cluster: 1, shared: ring(8, 4, 8, 32) },
-    DenseRing { op: DENSE_WGMMA_64, tokens: 64, tiles: 4, cluster: 1, shared: ring(6, 4, 8, 64) },
-    DenseRing { op: DENSE_WGMMA_128, tokens: 128, tiles: 8, cluster: 1, shared: ring(3, 8, 8, 128) },
-    DenseRing { op: DENSE_WGMMA_256, tokens: 256, tiles: 8, cluster: 2, shared: ring(4, 8, 4, 256) },
+    DenseRing { op: DENSE_WGMMA_32, tokens: 32, tiles: 4, shared: ring(8, 4, 8, 32) },
+    DenseRing { op: DENSE_WGMMA_64, tokens: 64, tiles: 4, shared: ring(6, 4, 8, 64) },
+    DenseRing { op: DENSE_WGMMA_128, tokens: 128, tiles: 8, shared: ring(3, 8, 8, 128) },
+    DenseRing { op: DENSE_WGMMA_256, tokens: 256, tiles: 8, shared: ring(4, 8, 4, 256) },
 ];
 
 impl DenseRing {
-    /// Clusters' work on a matrix of so many row tiles and `n` tokens.
+    /// Blocks' work on a matrix of so many row tiles and `n` tokens.
     fn units(&self, row_tiles: u32, n: u32) -> u64 {
-        u64::from(row_tiles.div_ceil(self.tiles * self.cluster)) * u64::from(n.div_ceil(self.tokens))
-    }
-
-    /// Clusters that run at once.
-    fn clusters(&self, multiprocessors: u32) -> u64 {
-        u64::from((multiprocessors / self.cluster).max(1))
+        u64::from(row_tiles.div_ceil(self.tiles)) * u64::from(n.div_ceil(self.tokens))
     }
 
     /// What a multiprocessor gets of weights and tokens until all units are done, in bytes for a column tile: that bounds
     /// the time, see docs/performance.md.
     fn cost(&self, row_tiles: u32, n: u32, multiprocessors: u32) -> u64 {
-        let turns = self.units(row_tiles, n).div_ceil(self.clusters(multiprocessors));
+        let turns = self.units(row_tiles, n).div_ceil(u64::from(multiprocessors.max(1)));
         turns * u64::from(self.tiles * 512 + self.tokens * 32)
     }
 }
@@ -136,8 +129,7 @@ pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) ->
     // Of equals the largest.
     let dearness = |ring: &&DenseRing| ring.cost(row_tiles, n, multiprocessors);
     let ring = DENSE_RINGS.iter().rev().min_by_key(dearness).expect("there are rings");
-    let clusters = ring.units(row_tiles, n).min(ring.clusters(multiprocessors)) as u32;
-    let grid = [clusters * ring.cluster, 1, 1];
+    let grid = [ring.units(row_tiles, n).min(u64::from(multiprocessors)) as u32, 1, 1];
     (Choice { op: ring.op, grid, shared: ring.shared }, Some(ring.tokens))
 }
 
@@ -357,7 +349,7 @@ mod tests {
             (64, 2880, 4096, "dense_wgmma_32", 90),
             (128, 2880, 4096, "dense_wgmma_64", 90),
             (129, 5120, 2880, "dense_wgmma_128", 80),
-            (1024, 2880, 4096, "dense_wgmma_256", 96),
+            (1024, 2880, 4096, "dense_wgmma_256", 92),
             (8192, 5120, 2880, "dense_wgmma_256", 132),
             // More columns than there is room for.
             (1, 64, 1 << 20, "dense_wgmma_32", 1),
