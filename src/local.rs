@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
@@ -12,7 +12,7 @@ use phalanx_proto::{
     ExchangeCounters, Fence, Layout, Limits, MemoryPlan, PhaseTimes, Placement, Rank, StepPlan, StepResult,
 };
 use phalanx_worker::collectives::local::{self, Local};
-use phalanx_worker::device::{Device, DeviceReport};
+use phalanx_worker::device::{Device, DeviceReport, Processor};
 use phalanx_worker::rank::{LoadedModel, LoadedRank, Share};
 use phalanx_worker::runner::StepError;
 
@@ -87,11 +87,7 @@ impl LocalCell {
             let answer = answer.clone();
             let body = move || {
                 let Some(mut loaded) = load.run(collectives) else { return };
-                for plan in planned {
-                    if answer.send((rank, loaded.run(&plan, &()))).is_err() {
-                        return;
-                    }
-                }
+                run_plans(&mut *loaded, &planned, |result| answer.send((rank, result)).is_ok());
             };
             let name = format!("rank-{rank}");
             threads.push(std::thread::Builder::new().name(name).spawn(body).context("cannot start a rank's thread")?);
@@ -112,9 +108,11 @@ impl LocalCell {
             }
         }
         anyhow::ensure!(ready == options.workers, "a rank died while loading");
-        // One step after the other and everything computed: what is measured or proved here is the work itself.
+        // Everything is computed: what is measured or proved here is the work itself. A GPU alone has its next step before
+        // it is done with one, as it would behind a coordinator; elsewhere nothing is gained by it.
+        let depth = if options.workers == 1 && options.device.processor != Processor::Cpu { 2 } else { 1 };
         let engine = EngineConfig::new(config, options.limits, options.workers);
-        let engine = Engine::new(EngineConfig { depth: 1, prefix_cache: false, ..engine }, Fence::default());
+        let engine = Engine::new(EngineConfig { depth, prefix_cache: false, ..engine }, Fence::default());
         Ok(Self { engine, plans, answers, threads, totals: Totals::default() })
     }
 
@@ -142,18 +140,24 @@ impl LocalCell {
         })
     }
 
-    /// Runs until there is nothing left to do, or behind the step in which `on_event` first returned false.
+    /// Runs until there is nothing left to do, or behind the step in which `on_event` first returned false, and those that
+    /// were under way then.
     ///
     /// # Errors
     /// A step failed; the cell is then of no more use.
     pub fn run_while(&mut self, mut on_event: impl FnMut(Event) -> bool) -> Result<()> {
-        let mut wanted = true;
-        while wanted && let Some(plans) = self.engine.plan() {
-            let count = plans.len();
-            for (rank, plan) in self.plans.iter().zip(plans) {
-                rank.send(plan).map_err(|_| anyhow!("a rank's thread has ended"))?;
+        let (mut wanted, mut under_way) = (true, 0);
+        loop {
+            while wanted && let Some(plans) = self.engine.plan() {
+                under_way += 1;
+                for (rank, plan) in self.plans.iter().zip(plans) {
+                    rank.send(plan).map_err(|_| anyhow!("a rank's thread has ended"))?;
+                }
             }
-            for _ in 0..count {
+            if under_way == 0 {
+                return Ok(());
+            }
+            for _ in 0..self.plans.len() {
                 let (rank, result) = self.answers.recv().map_err(|_| anyhow!("all ranks' threads have ended"))?;
                 let result = result.with_context(|| format!("rank {rank}"))?;
                 self.totals.exchange += result.exchange;
@@ -164,15 +168,14 @@ impl LocalCell {
                     wanted &= on_event(event);
                 }
             }
+            under_way -= 1;
             self.totals.steps += 1;
         }
-        Ok(())
     }
 
-    /// Sums over all steps so far.
-    #[must_use]
-    pub const fn totals(&self) -> Totals {
-        self.totals
+    /// Sums over all steps since this was asked for last.
+    pub fn take_totals(&mut self) -> Totals {
+        std::mem::take(&mut self.totals)
     }
 }
 
@@ -182,6 +185,39 @@ impl Drop for LocalCell {
         for thread in self.threads.drain(..) {
             // A rank that panicked has already said so.
             drop(thread.join());
+        }
+    }
+}
+
+/// Runs a rank's plans in their order, and tells each one's result, until nobody sends or hears any more. A plan that is
+/// there before the last one is done is begun before that one's result is waited for.
+fn run_plans(
+    rank: &mut dyn LoadedRank,
+    plans: &Receiver<StepPlan>,
+    tell: impl Fn(Result<StepResult, StepError>) -> bool,
+) {
+    let mut under_way = None;
+    loop {
+        let next = if under_way.is_some() { plans.try_recv() } else { plans.recv().map_err(Into::into) };
+        if matches!(next, Err(TryRecvError::Empty)) && !rank.is_done() {
+            std::thread::yield_now();
+            continue;
+        }
+        let begun = next.as_ref().map(|plan| (plan.header.fence, rank.begin(plan, &())));
+        if let Some(before) = under_way.take()
+            && !tell(rank.finish(before))
+        {
+            return;
+        }
+        match begun {
+            Ok((fence, Ok(()))) => under_way = Some(fence),
+            Ok((_, Err(refused))) => {
+                if !tell(Err(refused)) {
+                    return;
+                }
+            }
+            Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) => {}
         }
     }
 }

@@ -103,9 +103,26 @@ fn bench_offline_reports_speed_and_memory() {
     let model = fixture("tiny-a");
     let args = ["bench", "offline", "--model", model.to_str().unwrap(), "--prompt-len", "20", "--gen-len", "8"];
     let out = json(&[&args[..], &["--batch", "3", "--threads", "2", "--workers", "2", "--json"]].concat());
-    for key in ["pp_tok_s", "tg_tok_s", "load_s", "rss_gb"] {
+    for key in ["pp_tok_s", "tg_tok_s", "load_s", "rss_gb", "prefill_step_ms", "decode_step_ms"] {
         assert!(out[key].as_f64().unwrap() > 0.0, "{key}: {out}");
     }
+}
+
+#[test]
+fn bench_offline_measures_several_batches_with_one_load() {
+    let args = ["bench", "offline", "--gen-len", "5", "--batch", "1,3", "--step-rows", "16", "--prompt-len"];
+    let out = phalanx(&[&args[..], &["40,10", "--json"]].concat());
+    assert!(out.status.success(), "{out:?}");
+    let lines: Vec<Value> =
+        String::from_utf8(out.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let numbers = |key: &str| lines.iter().map(|line| line[key].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!((numbers("batch"), numbers("prompt_len")), (vec![1, 3], vec![40, 10]));
+    // 40 rows, and 3 times 10 rows, by 16; then four tokens after each first one.
+    assert_eq!((numbers("prefill_steps"), numbers("decode_steps")), (vec![3, 2], vec![4, 4]));
+    assert_eq!(lines[0]["load_s"], lines[1]["load_s"]);
+    let out = phalanx(&[&args[..], &["40,10,10"]].concat());
+    assert!(!out.status.success());
+    assert!(String::from_utf8_lossy(&out.stderr).contains("3 lengths of prompts are given for 2 batches"), "{out:?}");
 }
 
 #[test]

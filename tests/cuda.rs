@@ -108,7 +108,7 @@ fn the_bits_do_not_depend_on_workers_chunks_or_company() {
             let logits = [1, 20].map(|n| request(u64::from(n), &prompt(&checkpoint, n), 0, Want::Logits));
             let greedy = [request(50, &prompt(&checkpoint, 9), 6, Want::Tokens)];
             let given = run(&mut cell, logits.into_iter().chain(greedy));
-            let exchanged = cell.totals().exchange;
+            let exchanged = cell.take_totals().exchange;
             assert_eq!((exchanged.dispatch_rows > 0, exchanged.bytes_sent > 0), (workers > 1, workers > 1));
             let logits: Vec<Vec<u32>> = given.logits.values().map(|logits| bits(logits)).collect();
             assert!(logits.len() == 2 && given.tokens[&SeqId(50)].len() == 6);

@@ -64,7 +64,7 @@ fn dispatched_rows_are_the_copies_that_chance_predicts() {
     for ep in [1, 2, 4, 8] {
         let mut cell = Setup::exact(ep).start(&checkpoint);
         run(&mut cell, [request(1, &prompt, 0, Want::Logits)]);
-        let exchange = cell.totals().exchange;
+        let exchange = cell.take_totals().exchange;
         // The chance that none of a row's experts lives on a given rank.
         let others = experts - experts / ep;
         let none: f64 = (0..top_k).map(|k: u32| f64::from(others.saturating_sub(k)) / f64::from(experts - k)).product();

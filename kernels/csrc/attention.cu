@@ -1,15 +1,13 @@
 // Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D up to 128, any group of query heads.
 //
-// Keys are taken in segments of 64 positions aligned to absolute position. Segments are merged ascending, the sink joins
-// once, last. A segment is one device function, in each of two precisions; fast is in attention_mma.cuh. Exact, with the
-// orders of src/cpu/attention.rs:
+// Fast precision is in attention_mma.cuh. Exact, with the orders of src/cpu/attention.rs: keys are taken in segments of 64
+// positions aligned to absolute position; segments are merged ascending, the sink joins once, last.
 // - a score is the sum over d ascending, fused, from zero, times 1/sqrt(D); keys out of sight have -inf;
 // - p = exp(score - maximum); their sum has one order: lane i of 16 sums keys i, i + 16, .. ascending, then the lanes
 //   are added ascending;
 // - each dimension's output is the sum over visible keys ascending of p * v, fused, from zero.
 //
-// A block is a row (fast: a tile of rows) and up to 8 query heads of one kv head. Two ways to walk the segments, with the
-// same bits:
+// A block is a row and up to 8 query heads of one kv head. Two ways to walk the segments, with the same bits:
 // - attention: the block takes all of its row's segments, and merges as it goes;
 // - attention_segments: a block a segment; attention_merge then merges what they left. For few rows with long pasts.
 #include "ptx.cuh"
@@ -20,9 +18,9 @@
 // Outputs of a thread: HEADS * DIM_MAX / ATTENTION_THREADS.
 #define OUTPUTS 8
 
-// Rows of one sequence at consecutive positions.
+// Rows of one sequence at consecutive positions, as src/cuda/inputs.rs has them.
 struct Tile {
-  u32 first, count;
+  u32 first, count, position, sequence;
 };
 
 struct AttentionArgs {
@@ -31,14 +29,16 @@ struct AttentionArgs {
   const u32* tables;     // [sequences, stride]
   const u32* positions;  // [T]
   const u32* sequences;  // [T]
-  const Tile* tiles;     // of the step's rows; fast only
+  const Tile* tiles;     // of some of the step's rows; fast only
   const float* sinks;    // [Nq]
   float* out;            // [T, Nq * D]
-  float* partials;       // [T, Nq, segments, 2 + D]: maximum, sum, outputs
+  float* partials;       // [T (fast: rows of tiles), Nq, segments, 2 + D]: maximum, sum, outputs
   u32 cols, heads, kv_heads, dim, stride;
   u32 window;    // 0: none
-  u32 segments;  // of a row at most
+  u32 segments;  // of a row at most; fast: chunks
   float scale;   // 1/sqrt(D)
+  u32 share;     // chunks of a block; 0: all of a tile's; fast only
+  u32 unused;
 };
 
 // Shared memory, in floats.

@@ -1,267 +1,353 @@
-// The fast half of attention.cu: mma over bf16 keys, values and queries, probabilities rounded to bf16.
+// The fast half of attention.cu: mma over bf16 queries, keys and values, probabilities rounded to bf16.
 //
-// A block has a tile: up to 8 rows (4 where D > 64) of one sequence at consecutive positions, and up to 8 query heads of
-// one kv head; so keys and values are read once for all of them. The 8 query heads of a row are mma's N, whatever the
-// number of rows: a row's result is the same alone or in a tile.
-// - scores: warp w has keys 16w..16w + 16 of a segment, D ascending by 16; times 1/sqrt(D) in f32.
-// - a head's maximum and sum of a segment: lane i of 16 has keys i, i + 16, ..; a butterfly adds the lanes. What is summed
-//   is what is multiplied, the rounded probabilities.
-// - outputs: warp w has dimensions 16w..16w + 16 (and 64 more), keys ascending by 16, from zero.
-// A key that a row does not see has probability zero; a segment of which a row sees nothing is left out for it.
+// A block has a tile of rows of one sequence at consecutive positions, and up to 8 query heads of one kv head. Pairs of
+// a row and a head are mma's M: what a row gives never depends on the rows beside it. Two kernels, with the same order:
+// - few: a row, one warp; for decoding, where keys and values are read once and there is little else to do;
+// - many: 16 rows (8 where D > 64), four warps; keys and values are read once for all of them.
+//
+// Order. Keys are taken in steps of SEGMENT positions and chunks of CHUNK, both aligned to absolute position.
+// - A score is the sum over D ascending by 16, times log2(e) / sqrt(D) in f32; keys out of sight have -inf.
+// - Within a chunk, steps follow each other by the running maximum: sums and outputs so far are scaled by
+//   2^(old - new), then a lane adds its 16 probabilities of a row in pairs ascending, and mma adds values by 16 keys.
+// - At the end of a chunk the four lanes of a row are added by a butterfly; chunks are joined ascending, the sink last.
+// What a row does not see adds zeros and scales by one. A block walks all chunks of its tile and joins as it goes, or,
+// for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
+//
+// Keys and values come through a ring of stages by asynchronous copies, in turn the keys and the values of a step. In a
+// stage, piece p (8 numbers) of key k lies at place p ^ k % 8: eight keys' pieces are in different banks.
+#define CHUNK 256  // as src/cuda/choose.rs
+#define RING 4
+#define MANY_WARPS 4
 
-#define MMA_WARPS 4
-#define MMA_PAIRS 8       // query heads of a row
-#define P_STRIDE (SEGMENT + 8)
-#define S_STRIDE (SEGMENT + 4)
+// Turns the parts of a walk, keys and values of each step, into stages; DT: dimensions of a head, in sixty-fours.
+template <u32 THREADS, u32 DT>
+struct Stream {
+  static const u32 LINE = 64 * DT, PIECES = 8 * DT, STAGE = SEGMENT * LINE;
+  static const u32 KEYS = THREADS / PIECES, TURNS = SEGMENT / KEYS;  // keys of a turn of all threads
+  static_assert(16 % KEYS == 0, "a turn lies in one block");
 
-// A tile's place in shared memory; DT: dimensions of a warp, in sixteens.
-template <u32 DT>
-struct MmaShared {
-  static const u32 ROWS = 8 / DT, PAIRS = ROWS * MMA_PAIRS;
-  u32 dims, stride;  // D rounded up to 16, and 8 more: no bank conflicts
-  u16 *q, *keys, *p;
-  float *scores, *weights;
+  u16* ring;
+  const u16* kv;      // of the kv head: this thread's piece of the first key of block 0
+  const uint4* table;  // blocks of a step
+  u64 block;           // numbers of a block
+  u32 first, end;      // positions that some row sees
+  u32 dim, step, parts, loaded, taken;
+  uint4 blocks, ahead;
 
-  DEVICE MmaShared(u8* smem, u32 dim) {
-    dims = (dim + 15) / 16 * 16;
-    stride = dims + 8;
-    q = (u16*)smem;                             // [PAIRS][stride]
-    keys = q + PAIRS * stride;                  // [SEGMENT][stride]: keys, then values
-    p = keys + SEGMENT * stride;                // [PAIRS][P_STRIDE]
-    scores = (float*)(p + PAIRS * P_STRIDE);    // [PAIRS][S_STRIDE]
-    weights = scores + PAIRS * S_STRIDE;        // [PAIRS][2]
+  DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 from, u32 to)
+      : ring((u16*)smem), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0), taken(0) {
+    table = (const uint4*)(a.tables + (u64)tile.sequence * a.stride);
+    ahead = table[step];
+    kv = (const u16*)a.kv + (u64)kv_head * 2 * BLOCK_SIZE * dim + threadIdx.x % PIECES * 8;
+    block = (u64)a.kv_heads * 2 * BLOCK_SIZE * dim;
+    first = first_visible(tile.position, a.window);
+    end = tile.position + tile.count;
+#pragma unroll
+    for (u32 i = 0; i < RING - 1; i++) load();
   }
-};
 
-// The keys of a segment that a row sees, relative to its start; none if low >= high.
-struct Sight {
-  u32 low, high;
-};
-
-DEVICE Sight sight_of(const AttentionArgs& a, u32 position, u32 start) {
-  u32 first = first_visible(position, a.window);
-  if (position < start || first >= start + SEGMENT) return {0, 0};
-  return {most(first, start) - start, least(position + 1 - start, SEGMENT)};
-}
-
-template <u32 DT>
-DEVICE void load_tile_queries(const AttentionArgs& a, MmaShared<DT>& s, Tile tile, Heads heads) {
-  for (u32 i = threadIdx.x; i < MmaShared<DT>::PAIRS * s.dims; i += ATTENTION_THREADS) {
-    u32 pair = i / s.dims, d = i % s.dims, row = pair / MMA_PAIRS, head = pair % MMA_PAIRS;
-    bool there = row < tile.count && head < heads.count && d < a.dim;
-    const float* q = a.qkv + (u64)(tile.first + row) * a.cols + (heads.first + head) * a.dim;
-    s.q[pair * s.stride + d] = there ? narrow(q[d]) : 0;
-  }
-}
-
-// Keys (part 0) or values (part 1) of a segment; zeros where no row of the tile looks.
-template <u32 DT>
-DEVICE void load_tile_keys(const AttentionArgs& a, MmaShared<DT>& s, Tile tile, u32 kv_head, u32 part, u32 start,
-                           Sight sight) {
-  const u32* table = a.tables + (u64)a.sequences[tile.first] * a.stride;
-  // Eight numbers at once where rows are on borders of 16 bytes.
-  u32 width = a.dim % 8 == 0 ? 8 : 1;
-  for (u32 i = threadIdx.x; i < SEGMENT * (s.dims / width); i += ATTENTION_THREADS) {
-    u32 key = i / (s.dims / width), d = i % (s.dims / width) * width, position = start + key;
-    u16* to = s.keys + key * s.stride + d;
-    bool there = key >= sight.low && key < sight.high && d < a.dim;
-    const u16* from = nullptr;
-    if (there) {
-      u64 slab = ((u64)table[position / BLOCK_SIZE] * a.kv_heads + kv_head) * 2 + part;
-      from = (const u16*)a.kv + (slab * BLOCK_SIZE + position % BLOCK_SIZE) * a.dim + d;
-    }
-    if (width == 8) {
-      *(uint4*)to = there ? *(const uint4*)from : uint4{0, 0, 0, 0};
-    } else {
-      *to = there ? *from : 0;
-    }
-  }
-}
-
-// One segment. outputs[r * DT + j] are row r's, for dimensions 16 (w + 4j) + g and g + 8 and heads 2t, 2t + 1. A thread
-// returns maximum and sum of pairs (row r, head threadIdx.x / 16).
-template <u32 DT>
-DEVICE void segment_mma(const AttentionArgs& a, MmaShared<DT>& s, Tile tile, Heads heads, u32 position, u32 start,
-                        float (&maximum)[8 / DT], float (&sum)[8 / DT], float (&outputs)[8][4]) {
-  const u32 ROWS = 8 / DT, STEPS = 4 * DT;
-  u32 t = lane_id() % 4, g = lane_id() / 4, w = warp_id(), matrix = lane_id() / 8, line = lane_id() % 8;
-  // What any row of the tile sees: the first row sees furthest back, the last one furthest on.
-  Sight all = {most(first_visible(position, a.window), start) - start, least(position + tile.count - start, SEGMENT)};
-  __syncthreads();  // queries are there, and nobody reads the segment before
-  load_tile_keys<DT>(a, s, tile, heads.kv_head, 0, start, all);
-#ifndef PLANT_BARRIER
-  __syncthreads();
-#endif
-  u32 steps = s.dims / 16, left[STEPS][4];
-#pragma unroll
-  for (u32 k = 0; k < STEPS; k++)
-    if (k < steps) ldmatrix_x4(left[k], s.keys + (w * 16 + matrix % 2 * 8 + line) * s.stride + k * 16 + matrix / 2 * 8);
-#pragma unroll
-  for (u32 r = 0; r < ROWS; r++) {
-    Sight sight = sight_of(a, position + r, start);
-    if (r >= tile.count || sight.low >= sight.high) continue;
-    float c[4] = {};
-    const u16* q = s.q + (r * MMA_PAIRS + g) * s.stride + 2 * t;
-#pragma unroll
-    for (u32 k = 0; k < STEPS; k++)
-      if (k < steps) mma_bf16(c, left[k], *(const u32*)(q + k * 16), *(const u32*)(q + k * 16 + 8));
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      u32 key = w * 16 + g + i / 2 * 8, head = 2 * t + i % 2;
-      bool seen = key >= sight.low && key < sight.high;
-      s.scores[(r * MMA_PAIRS + head) * S_STRIDE + key] = seen ? c[i] * a.scale : -infinity();
-    }
-  }
-  __syncthreads();
-  load_tile_keys<DT>(a, s, tile, heads.kv_head, 1, start, all);
-#pragma unroll
-  for (u32 r = 0; r < ROWS; r++) {
-    Sight sight = sight_of(a, position + r, start);
-    maximum[r] = -infinity();
-    sum[r] = 0.0f;
-    if (r >= tile.count || sight.low >= sight.high) continue;
-    u32 pair = r * MMA_PAIRS + threadIdx.x / 16, lane = threadIdx.x % 16;
-    const float* scores = s.scores + pair * S_STRIDE;
-    for (u32 i = lane; i < SEGMENT; i += 16) maximum[r] = larger(scores[i], maximum[r]);
-    for (u32 step = 8; step > 0; step /= 2) {
-      float other = __shfl_xor_sync(FULL, maximum[r], step);
-      maximum[r] = larger(other, maximum[r]);
-    }
-    for (u32 i = lane; i < SEGMENT; i += 16) {
-      u16 p = narrow(exp_own(scores[i] - maximum[r]));
-      s.p[pair * P_STRIDE + i] = p;
-      sum[r] += widen(p);
-    }
-    for (u32 step = 8; step > 0; step /= 2) sum[r] += __shfl_xor_sync(FULL, sum[r], step);
-  }
-  __syncthreads();
-#pragma unroll
-  for (u32 j = 0; j < DT; j++) {
-    u32 tile_of_dims = w + MMA_WARPS * j;
-    if (tile_of_dims * 16 >= s.dims) continue;
-    u32 values[SEGMENT / 16][4];
-#pragma unroll
-    for (u32 k = 0; k < SEGMENT / 16; k++)
-      ldmatrix_x4_transposed(values[k], s.keys + (k * 16 + matrix / 2 * 8 + line) * s.stride + tile_of_dims * 16 +
-                                            matrix % 2 * 8);
-#pragma unroll
-    for (u32 r = 0; r < ROWS; r++) {
-      Sight sight = sight_of(a, position + r, start);
-      float(&c)[4] = outputs[r * DT + j];
-      c[0] = c[1] = c[2] = c[3] = 0.0f;
-      if (r >= tile.count || sight.low >= sight.high) continue;
-      const u16* p = s.p + (r * MMA_PAIRS + g) * P_STRIDE + 2 * t;
-#pragma unroll
-      for (u32 k = 0; k < SEGMENT / 16; k++)
-        mma_bf16(c, values[k], *(const u32*)(p + k * 16), *(const u32*)(p + k * 16 + 8));
-    }
-  }
-}
-
-template <u32 DT>
-DEVICE void attention_mma(const AttentionArgs& a) {
-  const u32 ROWS = 8 / DT;
-  SHARED(smem);
-  MmaShared<DT> s(smem, a.dim);
-  Tile tile = a.tiles[blockIdx.x];
-  Heads heads = heads_of(a);
-  u32 position = a.positions[tile.first], end = position + tile.count;
-  u32 t = lane_id() % 4, g = lane_id() / 4, lead = threadIdx.x / 16;
-  load_tile_queries<DT>(a, s, tile, heads);
-  Softmax softmax[ROWS];
-#pragma unroll
-  for (u32 r = 0; r < ROWS; r++) softmax[r] = {-infinity(), 0.0f};
-  float total[8][4] = {};
-  for (u32 start = first_visible(position, a.window) / SEGMENT * SEGMENT; start < end; start += SEGMENT) {
-    float maximum[ROWS], sum[ROWS], outputs[8][4];
-    segment_mma<DT>(a, s, tile, heads, position, start, maximum, sum, outputs);
-#pragma unroll
-    for (u32 r = 0; r < ROWS; r++) {
-      Sight sight = sight_of(a, position + r, start);
-      if (r >= tile.count || sight.low >= sight.high) continue;
-      float before, now;
-      merge(softmax[r], maximum[r], sum[r], before, now);
-      if (threadIdx.x % 16 == 0) {
-        s.weights[2 * (r * MMA_PAIRS + lead)] = before;
-        s.weights[2 * (r * MMA_PAIRS + lead) + 1] = now;
+  // Begins the next part, if there is one.
+  DEVICE void load() {
+    if (loaded < parts) {
+      u32 part = loaded % 2, d = threadIdx.x % PIECES * 8;
+      if (part == 0) {
+        blocks = ahead;
+        if (loaded + 2 < parts) ahead = table[step + loaded / 2 + 1];
       }
+      u16* stage = ring + loaded % RING * STAGE;
+      u32 start = (step + loaded / 2) * SEGMENT;
+      if (dim % 8 == 0) {
+        u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
+#pragma unroll
+        for (u32 turn = 0; turn < TURNS; turn++) {
+          u32 key = turn * KEYS + threadIdx.x / PIECES;
+          bool there = start + key >= first && start + key < end && d < dim;
+          const u16* from = kv + names[turn * KEYS / BLOCK_SIZE] * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim;
+          copy_async(stage + key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8, there ? from : kv, there);
+        }
+      } else {
+        // Rows are not on borders of 16 bytes.
+#pragma unroll 1
+        for (u32 i = 0; i < SEGMENT / KEYS * 8; i++) {
+          u32 key = i / 8 * KEYS + threadIdx.x / PIECES, position = start + key;
+          bool there = position >= first && position < end && d + i % 8 < dim;
+          u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
+          u64 at = name * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim + i % 8;
+          stage[key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + i % 8] = there ? kv[at] : 0;
+        }
+      }
+      loaded++;
     }
+    copies_commit();
+  }
+
+  // The stage of the next part; the one taken before is given back.
+  DEVICE const u16* take() {
+#ifndef PLANT_BARRIER
+    copies_wait<RING - 2>();
     __syncthreads();
+#endif
+    load();
+    return ring + taken++ % RING * STAGE;
+  }
+};
+
+// Takes in a chunk; before and now are the weights of the outputs so far and of the chunk's. Maxima are of scores in bits.
+DEVICE void join(Softmax& softmax, float maximum, float sum, float& before, float& now) {
+  float joint = fmaxf(softmax.maximum, maximum), from = joint == -infinity() ? 0.0f : joint;
+  before = exp2_fast(softmax.maximum - from);
+  now = exp2_fast(maximum - from);
+  softmax.sum = fmaf(sum, now, softmax.sum * before);
+  softmax.maximum = joint;
+}
+
+#define LOG2_E 1.44269504f
+
+// Takes in the sink; returns the outputs' factor.
+DEVICE float join_sink(Softmax softmax, float sink) {
+  sink *= LOG2_E;
+  float joint = fmaxf(sink, softmax.maximum);
+  float before = exp2_fast(softmax.maximum - joint);
+  return before / fmaf(softmax.sum, before, exp2_fast(sink - joint));
+}
+
+// A block of WARPS warps, each with TILES times 16 pairs, of which HALVES times 8 are used: 8 heads of a row each.
+template <u32 WARPS, u32 TILES, u32 HALVES, u32 DT>
+DEVICE void attention_mma(const AttentionArgs& a) {
+  const u32 THREADS = WARPS * WARP, ROWS = WARPS * TILES * HALVES;
+  const u32 DIM_STEPS = 4 * DT, DIM_TILES = 8 * DT, KEY_TILES = SEGMENT / 8, STEPS = CHUNK / SEGMENT;
+  SHARED(smem);
+  // The last tiles see most, and begin first.
+  u32 index = gridDim.x - 1 - blockIdx.x;
+  Tile tile = a.tiles[index];
+  Heads heads = heads_of(a);
+  u32 step = first_visible(tile.position, a.window) / SEGMENT, last = (tile.position + tile.count - 1) / SEGMENT + 1;
+  if (a.share != 0) {
+    u32 begin = (step / STEPS + blockIdx.z * a.share) * STEPS;
+    step = most(step, begin);
+    last = least(last, begin + a.share * STEPS);
+    if (step >= last) return;
+  }
+  Stream<THREADS, DT> stream(a, smem, tile, heads.kv_head, step, last);
+
+  u32 t = lane_id() % 4, g = lane_id() / 4, matrix = lane_id() / 8, line = lane_id() % 8;
+  // The tile's row of a warp's half of 16 pairs; this lane has its head g.
+  u32 row_base = warp_id() * TILES * HALVES;
+  u32 queries[TILES][DIM_STEPS][4] = {};
 #pragma unroll
-    for (u32 r = 0; r < ROWS; r++) {
-      Sight sight = sight_of(a, position + r, start);
-      if (r >= tile.count || sight.low >= sight.high) continue;
+  for (u32 i = 0; i < TILES; i++)
 #pragma unroll
-      for (u32 j = 0; j < DT; j++)
+    for (u32 half = 0; half < HALVES; half++) {
+      u32 row = row_base + i * HALVES + half;
+      if (row >= tile.count || g >= heads.count) continue;
+      const float* q = a.qkv + (u64)(tile.first + row) * a.cols + (heads.first + g) * a.dim;
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-          const float* weights = s.weights + 2 * (r * MMA_PAIRS + 2 * t + i % 2);
-          total[r * DT + j][i] = fmaf(outputs[r * DT + j][i], weights[1], total[r * DT + j][i] * weights[0]);
+      for (u32 k = 0; k < DIM_STEPS; k++)
+#pragma unroll
+        for (u32 high = 0; high < 2; high++) {
+          u32 d = k * 16 + high * 8 + 2 * t;
+          float low = d < a.dim ? q[d] : 0.0f;
+          queries[i][k][half + 2 * high] = pack_bf16(low, d + 1 < a.dim ? q[d + 1] : 0.0f);
         }
     }
-  }
-  __syncthreads();
-#pragma unroll
-  for (u32 r = 0; r < ROWS; r++)
-    if (threadIdx.x % 16 == 0 && lead < heads.count)
-      s.weights[r * MMA_PAIRS + lead] = finish(softmax[r], a.sinks[heads.first + lead]);
-  __syncthreads();
-#pragma unroll
-  for (u32 r = 0; r < ROWS; r++) {
-    if (r >= tile.count) continue;
-#pragma unroll
-    for (u32 j = 0; j < DT; j++)
-#pragma unroll
-      for (u32 i = 0; i < 4; i++) {
-        u32 d = (warp_id() + MMA_WARPS * j) * 16 + g + i / 2 * 8, head = 2 * t + i % 2;
-        if (d >= a.dim || head >= heads.count) continue;
-        a.out[((u64)(tile.first + r) * a.heads + heads.first + head) * a.dim + d] =
-            total[r * DT + j][i] * s.weights[r * MMA_PAIRS + head];
-      }
-  }
-}
 
-// A block a segment of the tile's; attention_merge does the rest.
-template <u32 DT>
-DEVICE void attention_segments_mma(const AttentionArgs& a) {
-  const u32 ROWS = 8 / DT;
-  SHARED(smem);
-  MmaShared<DT> s(smem, a.dim);
-  Tile tile = a.tiles[blockIdx.x];
-  Heads heads = heads_of(a);
-  u32 position = a.positions[tile.first];
-  u32 start = (first_visible(position, a.window) / SEGMENT + blockIdx.z) * SEGMENT;
-  if (start >= position + tile.count) return;
-  u32 t = lane_id() % 4, g = lane_id() / 4, lead = threadIdx.x / 16;
-  load_tile_queries<DT>(a, s, tile, heads);
-  float maximum[ROWS], sum[ROWS], outputs[8][4];
-  segment_mma<DT>(a, s, tile, heads, position, start, maximum, sum, outputs);
+  float scale = a.scale * LOG2_E;
+  // Outputs of the chunks joined so far: [number][THREADS], each thread's own.
+  float* totals = (float*)(smem + RING * Stream<THREADS, DT>::STAGE * 2) + threadIdx.x;
+  Softmax joined[TILES][HALVES];
+  float maximum[TILES][HALVES], sum[TILES][HALVES], outputs[TILES][DIM_TILES][4] = {};
 #pragma unroll
-  for (u32 r = 0; r < ROWS; r++) {
-    Sight sight = sight_of(a, position + r, start);
-    if (r >= tile.count || sight.low >= sight.high) continue;
-    u64 width = 2 + a.dim, index = start / SEGMENT - first_visible(position + r, a.window) / SEGMENT;
-    float* partials = a.partials + (((u64)(tile.first + r) * a.heads + heads.first) * a.segments + index) * width;
-    if (threadIdx.x % 16 == 0 && lead < heads.count) {
-      partials[lead * a.segments * width] = maximum[r];
-      partials[lead * a.segments * width + 1] = sum[r];
+  for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+    for (u32 half = 0; half < HALVES; half++) {
+      joined[i][half] = {-infinity(), 0.0f};
+      maximum[i][half] = -infinity();
+      sum[i][half] = 0.0f;
     }
+  if (a.share == 0) {
 #pragma unroll
-    for (u32 j = 0; j < DT; j++)
+    for (u32 n = 0; n < TILES * DIM_TILES * 2 * HALVES; n++) totals[n * THREADS] = 0.0f;
+  }
+
+  for (; step < last; step++) {
+    const u16* keys = stream.take();
+    float scores[TILES][KEY_TILES][4];
 #pragma unroll
-      for (u32 i = 0; i < 4; i++) {
-        u32 d = (warp_id() + MMA_WARPS * j) * 16 + g + i / 2 * 8, head = 2 * t + i % 2;
-        if (d < a.dim && head < heads.count) partials[head * a.segments * width + 2 + d] = outputs[r * DT + j][i];
+    for (u32 k = 0; k < DIM_STEPS; k++)
+#pragma unroll
+      for (u32 n = 0; n < KEY_TILES; n += 2) {
+        u32 b[4];
+        ldmatrix_x4(b, keys + ((n + matrix / 2) * 8 + line) * (64 * DT) + ((2 * k + matrix % 2) ^ line) * 8);
+#pragma unroll
+        for (u32 i = 0; i < TILES; i++) {
+          if (k == 0) {
+            mma_bf16_first(scores[i][n], queries[i][k], b[0], b[1]);
+            mma_bf16_first(scores[i][n + 1], queries[i][k], b[2], b[3]);
+          } else {
+            mma_bf16(scores[i][n], queries[i][k], b[0], b[1]);
+            mma_bf16(scores[i][n + 1], queries[i][k], b[2], b[3]);
+          }
+        }
+      }
+
+    u32 start = step * SEGMENT;
+    bool whole = start >= first_visible(tile.position + tile.count - 1, a.window) &&
+                 start + SEGMENT <= tile.position + 1;
+    if (!whole) {
+#pragma unroll
+      for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+        for (u32 half = 0; half < HALVES; half++) {
+          u32 position = tile.position + row_base + i * HALVES + half;
+          u32 first = first_visible(position, a.window);
+#pragma unroll
+          for (u32 n = 0; n < KEY_TILES; n++)
+#pragma unroll
+            for (u32 e = 0; e < 2; e++) {
+              u32 key = start + n * 8 + 2 * t + e;
+              if (key < first || key > position) scores[i][n][2 * half + e] = -infinity();
+            }
+        }
+    }
+
+    u32 weights[TILES][KEY_TILES][2] = {};
+#pragma unroll
+    for (u32 i = 0; i < TILES; i++) {
+      float scaled[2] = {1.0f, 1.0f};
+#pragma unroll
+      for (u32 half = 0; half < HALVES; half++) {
+        float highest = -infinity();
+#pragma unroll
+        for (u32 n = 0; n < KEY_TILES; n++)
+          highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2));
+        float before = maximum[i][half];
+        maximum[i][half] = fmaxf(before, highest * scale);
+        float from = maximum[i][half] == -infinity() ? 0.0f : maximum[i][half];
+        scaled[half] = exp2_fast(before - from);
+        sum[i][half] *= scaled[half];
+#pragma unroll
+        for (u32 n = 0; n < KEY_TILES; n++) {
+          float low = exp2_fast(scores[i][n][2 * half] * scale - from);
+          float high = exp2_fast(scores[i][n][2 * half + 1] * scale - from);
+          sum[i][half] += low + high;
+          weights[i][n][half] = pack_bf16(low, high);
+        }
+      }
+      // Most steps find no new maximum; times one is as it was.
+      if (__ballot_sync(FULL, scaled[0] != 1.0f || scaled[1] != 1.0f) != 0) {
+#pragma unroll
+        for (u32 n = 0; n < DIM_TILES; n++)
+#pragma unroll
+          for (u32 e = 0; e < 2 * HALVES; e++) outputs[i][n][e] *= scaled[e / 2];
+      }
+    }
+
+    const u16* values = stream.take();
+#pragma unroll
+    for (u32 k = 0; k < SEGMENT / 16; k++)
+#pragma unroll
+      for (u32 n = 0; n < DIM_TILES; n += 2) {
+        u32 b[4];
+        ldmatrix_x4_transposed(
+            b, values + (k * 16 + matrix % 2 * 8 + line) * (64 * DT) + ((n + matrix / 2) ^ line) * 8);
+#pragma unroll
+        for (u32 i = 0; i < TILES; i++) {
+          u32 left[4] = {weights[i][2 * k][0], weights[i][2 * k][1], weights[i][2 * k + 1][0], weights[i][2 * k + 1][1]};
+          mma_bf16(outputs[i][n], left, b[0], b[1]);
+          mma_bf16(outputs[i][n + 1], left, b[2], b[3]);
+        }
+      }
+
+    if ((step + 1) % STEPS != 0 && step + 1 != last) continue;
+    // The end of a chunk.
+#pragma unroll
+    for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+      for (u32 half = 0; half < HALVES; half++) {
+        float all = sum[i][half];
+        all += __shfl_xor_sync(FULL, all, 1);
+        all += __shfl_xor_sync(FULL, all, 2);
+        u32 row = row_base + i * HALVES + half;
+        if (a.share == 0) {
+          float before, now;
+          join(joined[i][half], maximum[i][half], all, before, now);
+          float* total = totals + (i * HALVES + half) * DIM_TILES * 2 * THREADS;
+#pragma unroll
+          for (u32 n = 0; n < DIM_TILES * 2; n++)
+            total[n * THREADS] = fmaf(outputs[i][n / 2][2 * half + n % 2], now, total[n * THREADS] * before);
+        } else {
+          u32 position = tile.position + row, chunk = step / STEPS;
+          u32 first = first_visible(position, a.window) / CHUNK;
+          bool seen = row < tile.count && chunk >= first && chunk <= position / CHUNK;
+          if (seen && g < heads.count) {
+            u64 pair = ((u64)index * ROWS + row) * a.heads + heads.first + g;
+            float* partial = a.partials + (pair * a.segments + chunk - first) * (2 + a.dim);
+            if (t == 0) {
+              partial[0] = maximum[i][half];
+              partial[1] = all;
+            }
+#pragma unroll
+            for (u32 n = 0; n < DIM_TILES * 2; n++) {
+              u32 d = n / 2 * 8 + 2 * t + n % 2;
+              if (d < a.dim) partial[2 + d] = outputs[i][n / 2][2 * half + n % 2];
+            }
+          }
+        }
+        maximum[i][half] = -infinity();
+        sum[i][half] = 0.0f;
+#pragma unroll
+        for (u32 n = 0; n < DIM_TILES * 2; n++) outputs[i][n / 2][2 * half + n % 2] = 0.0f;
       }
   }
+
+  if (a.share != 0) return;
+#pragma unroll
+  for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+    for (u32 half = 0; half < HALVES; half++) {
+      u32 row = row_base + i * HALVES + half;
+      if (row >= tile.count || g >= heads.count) continue;
+      u32 head = heads.first + g;
+      float factor = join_sink(joined[i][half], a.sinks[head]);
+      const float* total = totals + (i * HALVES + half) * DIM_TILES * 2 * THREADS;
+      float* out = a.out + ((u64)(tile.first + row) * a.heads + head) * a.dim;
+#pragma unroll
+      for (u32 n = 0; n < DIM_TILES * 2; n++) {
+        u32 d = n / 2 * 8 + 2 * t + n % 2;
+        // Which zero it is depends on what the row did not see: it is made positive.
+        if (d < a.dim) out[d] = fmaf(total[n * THREADS], factor, 0.0f);
+      }
+    }
 }
 
-KERNEL(attention_bf16_64, ATTENTION_THREADS, AttentionArgs) { attention_mma<1>(a); }
-KERNEL(attention_bf16_128, ATTENTION_THREADS, AttentionArgs) { attention_mma<2>(a); }
-KERNEL(attention_segments_bf16_64, ATTENTION_THREADS, AttentionArgs) { attention_segments_mma<1>(a); }
-KERNEL(attention_segments_bf16_128, ATTENTION_THREADS, AttentionArgs) { attention_segments_mma<2>(a); }
+KERNEL(attention_many_64, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 2, 2, 1>(a); }
+KERNEL(attention_many_128, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 1, 2, 2>(a); }
+KERNEL(attention_few_64, WARP, AttentionArgs) { attention_mma<1, 1, 1, 1>(a); }
+KERNEL(attention_few_128, WARP, AttentionArgs) { attention_mma<1, 1, 1, 2>(a); }
 
-#undef MMA_WARPS
-#undef MMA_PAIRS
-#undef P_STRIDE
-#undef S_STRIDE
+// Joins what a row's blocks left: a block a tile, some heads, and a row of the tile; a thread a dimension of a head.
+KERNEL(attention_join, DIM_MAX, AttentionArgs) {
+  Tile tile = a.tiles[blockIdx.x];
+  u32 row = blockIdx.z, head = blockIdx.y * (DIM_MAX / a.dim) + threadIdx.x / a.dim, d = threadIdx.x % a.dim;
+  if (row >= tile.count || threadIdx.x / a.dim >= DIM_MAX / a.dim || head >= a.heads) return;
+  u32 position = tile.position + row, count = position / CHUNK - first_visible(position, a.window) / CHUNK + 1;
+  u64 pair = ((u64)blockIdx.x * gridDim.z + row) * a.heads + head;
+  const float* partial = a.partials + pair * a.segments * (2 + a.dim);
+  Softmax softmax = {-infinity(), 0.0f};
+  float total = 0.0f;
+#pragma unroll 4
+  for (u32 s = 0; s < count; s++, partial += 2 + a.dim) {
+    float before, now;
+    join(softmax, partial[0], partial[1], before, now);
+    total = fmaf(partial[2 + d], now, total * before);
+  }
+  float factor = join_sink(softmax, a.sinks[head]);
+  a.out[((u64)(tile.first + row) * a.heads + head) * a.dim + d] = fmaf(total, factor, 0.0f);
+}
+
+#undef CHUNK
+#undef RING
+#undef MANY_WARPS
+#undef LOG2_E

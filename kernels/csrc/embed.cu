@@ -1,8 +1,12 @@
 // Rows of the embedding, and rows of rows.
 //
-// embed:  out[t, :] = table[token of t, :], bf16 widened. A block a row.
+// embed:  out[t, :] = table[token of t, :], bf16 widened.
 // gather: out[i, :] = x[rows[i], :].
+// A block for every EMBED_COLS columns of a row, whose loads do not wait for each other.
 #include "common.cuh"
+
+#define EMBED_THREADS 128
+#define EMBED_COLS (4 * EMBED_THREADS)
 
 struct EmbedArgs {
   const u16* table;    // [V, H]
@@ -14,16 +18,22 @@ struct EmbedArgs {
   u32 cols, vocab;
 };
 
-KERNEL(embed, 128, EmbedArgs) {
+KERNEL(embed, EMBED_THREADS, EmbedArgs) {
   u32 row = blockIdx.x;
   u32 token = a.tokens[row];
   if (a.sampled[row]) token = a.slots[token];
   if (token >= a.vocab) {
-    if (threadIdx.x == 0) report(a.status, STATUS_TOKEN, 0, token, a.vocab);
+    if (threadIdx.x == 0 && blockIdx.y == 0) report(a.status, STATUS_TOKEN, 0, token, a.vocab);
     return;
   }
   const u16* from = a.table + (u64)token * a.cols;
-  for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) a.out[(u64)row * a.cols + c] = widen(from[c]);
+  float own[4];
+  u32 first = blockIdx.y * EMBED_COLS + threadIdx.x;
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) own[i] = first + i * EMBED_THREADS < a.cols ? widen(from[first + i * EMBED_THREADS]) : 0.0f;
+#pragma unroll
+  for (u32 i = 0; i < 4; i++)
+    if (first + i * EMBED_THREADS < a.cols) a.out[(u64)row * a.cols + first + i * EMBED_THREADS] = own[i];
 }
 
 struct GatherArgs {
@@ -33,7 +43,13 @@ struct GatherArgs {
   u32 cols, unused;
 };
 
-KERNEL(gather, 128, GatherArgs) {
+KERNEL(gather, EMBED_THREADS, GatherArgs) {
   const float* from = a.x + (u64)a.rows[blockIdx.x] * a.cols;
-  for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) a.out[(u64)blockIdx.x * a.cols + c] = from[c];
+  float own[4];
+  u32 first = blockIdx.y * EMBED_COLS + threadIdx.x;
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) own[i] = first + i * EMBED_THREADS < a.cols ? from[first + i * EMBED_THREADS] : 0.0f;
+#pragma unroll
+  for (u32 i = 0; i < 4; i++)
+    if (first + i * EMBED_THREADS < a.cols) a.out[(u64)blockIdx.x * a.cols + first + i * EMBED_THREADS] = own[i];
 }

@@ -31,9 +31,9 @@ DEVICE float dot(const uint2* tile, const u8* scales, u32 row, u32 blocks, const
     for (u32 c = 0; c < 32; c++) {
       u32 k = c % 16;
       uint2 words = tile[b * WARP + row % 8 * 4 + k % 8 / 2];
-      product = fmaf(code_value(c < 16 ? words.x : words.y, row / 8 + 2 * (k / 8), k % 2), x[b * 32 + c], product);
+      product = fmaf(code_value(words, c / 16, row / 8 + 2 * (k / 8), k % 2), x[b * 32 + c], product);
     }
-    sum = fmaf(scale_of(scales[b * 16 + row]), product, sum);
+    sum = fmaf(scale_of(scales[b * 16 + row % 8 * 2 + row / 8]), product, sum);
   }
   return sum;
 }
@@ -96,10 +96,9 @@ DEVICE void multiply(const ExpertArgs& a, const uint2* weights, const u8* scales
     if (!inside) continue;
     for (u32 b = chunk; b < chunk + count; b++) {
       uint2 words = weights[(u64)b * WARP + lane_id()];
-      float low = scale_of(scales[b * 16 + g]), high = scale_of(scales[b * 16 + g + 8]);
+      float low = scale_of(scales[b * 16 + 2 * g]), high = scale_of(scales[b * 16 + 2 * g + 1]);
       u32 left[2][4];
-      decode(words.x, left[0]);
-      decode(words.y, left[1]);
+      decode(words, left[0], left[1]);
 #pragma unroll
       for (u32 n = 0; n < TILES; n++) {
         float c[4] = {};

@@ -1,13 +1,13 @@
 // What all kernels of the experts share: how weights lie, how they are decoded, and SwiGLU.
 //
-// Weights: [row tile of 16][block of 32 columns][lane] of 8 bytes: for each half of 16 columns, a word of 8 codes for
-// lane 4g + t. Its halves are elements 0 and 1 of mma's registers 0..3: rows g (even registers) and g + 8 (odd ones),
-// columns 2t + h (0 and 1) and 2t + 8 + h. In a half, register 0 has sign and magnitude in bits 15 and 8..6, where a
-// bf16 has its sign and its lowest exponent and highest fraction bits; register 1 three bits further down, 12 and 5..3;
-// register 2 six, 9 and 2..0; register 3 has what is left: its sign in 14, its magnitude's upper bits in 11..10 and the
-// lowest in 13. So a shift and a mask decode two codes, and the one multiplication by 2^126 is exact.
+// Weights: [row tile of 16][block of 32 columns][lane] of two words of 8 codes, one for each half of 16 columns. For lane
+// 4g + t they are elements 0 and 1 of mma's registers 0..3: rows g (even registers) and g + 8 (odd ones), columns 2t + h
+// (0 and 1) and 2t + 8 + h. A turn of a word by TURNS bits to the right brings a register's two codes to where a bf16 has
+// its sign (bits 15 and 31) and its lowest exponent and highest fraction bits (8..6 and 24..22). Three registers of each
+// word fill 24 of its bits so; the fourth ones share what is left in both, from which one selection makes a word. So 16
+// instructions decode 16 codes, and the multiplication by a scale that follows is exact.
 // In gate-up, rows 0..8 of a tile are gates and rows 8..16 the ups of the same activations: a lane has both.
-// Scales: [row tile][block][16] bytes, E8M0.
+// Scales: [row tile][block][g][rows g and g + 8] bytes, E8M0.
 
 #define SWIGLU_ALPHA 1.702f
 
@@ -40,37 +40,58 @@ struct ExpertArgs {
 
 DEVICE float scale_of(u8 scale) { return float_of(scale == 0 ? 0x00400000u : (u32)scale << 23); }
 
-// The code of element h of register i.
-DEVICE float code_value(u32 word, u32 i, u32 h) {
+// Turns of registers 0..3 of the left half and of the right one, 4 bits each; and what is of the left word, for register 3.
+#define TURNS_LEFT 0x8a40u
+#define TURNS_RIGHT 0xec62u
+#define LEFT_OF_BOTH 0x60306030u
+
+DEVICE u32 turn_right(u32 word, u32 bits) { return bits == 0 ? word : word >> bits | word << (32 - bits); }
+
 #ifdef PLANT_NIBBLES
-  h = 1 - h;
+#define ELEMENT(h) (1 - (h))
+#define CODES(word) turn_right(word, 16)
+#else
+#define ELEMENT(h) (h)
+#define CODES(word) (word)
 #endif
-  u32 half = word >> 16 * h & 0xffff;
-  u32 sign = i < 3 ? half >> (15 - 3 * i) & 1 : half >> 14 & 1;
-  u32 magnitude = i < 3 ? half >> (6 - 3 * i) & 7 : (half >> 9 & 6) | (half >> 13 & 1);
+
+// The code of element h of register i of a half.
+DEVICE float code_value(uint2 words, u32 half, u32 i, u32 h) {
+  u32 both = (words.x & LEFT_OF_BOTH) | (words.y & ~LEFT_OF_BOTH), word = i == 3 ? both : half ? words.y : words.x;
+  u32 bits = turn_right(word, (half ? TURNS_RIGHT : TURNS_LEFT) >> 4 * i & 15) >> 16 * ELEMENT(h);
+  u32 sign = bits >> 15 & 1, magnitude = bits >> 6 & 7;
   // 0, 0.5, 1, 1.5, 2, 3, 4, 6
   float value = magnitude < 2 ? 0.5f * (float)magnitude
                               : (1.0f + 0.5f * (float)(magnitude & 1)) * (float)(1u << ((magnitude >> 1) - 1));
   return sign ? -value : value;
 }
 
-// Eight codes to mma's registers, as their bits lie: as bf16 that is 2^-126 of their value, also the denormal one of 0.5.
-DEVICE void decode_small(u32 word, u32 (&a)[4]) {
+// A lane's 16 codes to mma's registers for each half, as their bits lie: as bf16 that is 2^-126 of their value, also the
+// denormal one of 0.5.
+DEVICE void decode_small(uint2 words, u32 (&left)[4], u32 (&right)[4]) {
   const u32 code = 0x81c081c0u;
-#ifdef PLANT_NIBBLES
-  word = word >> 16 | word << 16;
-#endif
-  a[0] = word & code;
-  a[1] = word << 3 & code;
-  a[2] = word << 6 & code;
-  a[3] = (word << 1 & 0x80008000u) | (word >> 3 & 0x01800180u) | (word >> 7 & 0x00400040u);
+  u32 x = CODES(words.x), y = CODES(words.y), both = (x & LEFT_OF_BOTH) | (y & ~LEFT_OF_BOTH);
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) {
+    left[i] = turn_right(i == 3 ? both : x, TURNS_LEFT >> 4 * i & 15) & code;
+    right[i] = turn_right(i == 3 ? both : y, TURNS_RIGHT >> 4 * i & 15) & code;
+  }
 }
 
+#undef TURNS_LEFT
+#undef TURNS_RIGHT
+#undef LEFT_OF_BOTH
+#undef ELEMENT
+#undef CODES
+
 // The same, as large as they are.
-DEVICE void decode(u32 word, u32 (&a)[4]) {
-  decode_small(word, a);
+DEVICE void decode(uint2 words, u32 (&left)[4], u32 (&right)[4]) {
+  decode_small(words, left, right);
 #pragma unroll
-  for (u32 i = 0; i < 4; i++) a[i] = multiply_bf16x2(a[i], 0x7e807e80u);
+  for (u32 i = 0; i < 4; i++) {
+    left[i] = multiply_bf16x2(left[i], 0x7e807e80u);
+    right[i] = multiply_bf16x2(right[i], 0x7e807e80u);
+  }
 }
 
 // min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1); NaN stays NaN.

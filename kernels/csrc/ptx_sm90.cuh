@@ -66,6 +66,35 @@ DEVICE void some_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
+// Numbers -----------------------------------------------------------------------------------------------------------
+
+// 2^x and 1/x to about 22 bits; infinities and NaN as they should be.
+DEVICE float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+DEVICE float reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// Two numbers as bf16, each rounded to the nearest, the first in the low half.
+DEVICE u32 round_pair(float low, float high) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// The transpose of an 8x8 matrix of bf16: lane 4g + t has row g, columns 2t and 2t + 1, before and after.
+DEVICE u32 transpose_8x8(u32 pair) {
+  u32 out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 // Registers ---------------------------------------------------------------------------------------------------------
 
 // A warpgroup's threads have this many registers from here on, a multiple of 8: fewer than before, or more, for which it
@@ -90,6 +119,13 @@ DEVICE void wgmma_fence(u32 (&a)[N][4]) {
 #pragma unroll
   for (u32 n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Sums of products that have not begun. Zeros that the compiler knows it would keep in registers for all loops of a kernel.
+template <u32 N>
+DEVICE void wgmma_zero(float (&d)[N]) {
+#pragma unroll
+  for (u32 i = 0; i < N; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));
 }
 
 // Ends a group of products.
@@ -131,6 +167,17 @@ DEVICE void wgmma<8>(float (&d)[4], const u32 (&a)[4], u64 b, bool accumulate) {
 }
 
 template <>
+DEVICE void wgmma<16>(float (&d)[8], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %13, 0;"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7}, "
+      "{%8,%9,%10,%11}, %12, accumulate, 1, 1, 0;}"
+      : EACH_4(d, 0), EACH_4(d, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
 DEVICE void wgmma<32>(float (&d)[16], const u32 (&a)[4], u64 b, bool accumulate) {
   asm volatile(
       "{.reg .pred accumulate; setp.ne.b32 accumulate, %21, 0;"
@@ -164,6 +211,37 @@ DEVICE void wgmma<128>(float (&d)[64], const u32 (&a)[4], u64 b, bool accumulate
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
       "{%64,%65,%66,%67}, %68, accumulate, 1, 1, 0;}"
       : EACH_64(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
+DEVICE void wgmma<144>(float (&d)[72], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %77, 0;"
+      "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71}, "
+      "{%72,%73,%74,%75}, %76, accumulate, 1, 1, 0;}"
+      : EACH_64(d, 0), EACH_4(d, 64), EACH_4(d, 68)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
+DEVICE void wgmma<176>(float (&d)[88], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %93, 0;"
+      "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87}, "
+      "{%88,%89,%90,%91}, %92, accumulate, 1, 1, 0;}"
+      : EACH_64(d, 0), EACH_16(d, 64), EACH_4(d, 80), EACH_4(d, 84)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
 }
 

@@ -352,6 +352,8 @@ pub trait Backend: Send + Sized + 'static {
     type Work: Send;
     /// Bytes to or from each rank.
     type Parts: Send;
+    /// A step that was ended and may still be under way.
+    type Ended: Send;
 
     // Memory. Sizes are capacities; nothing grows afterwards.
 
@@ -544,10 +546,22 @@ pub trait Backend: Send + Sized + 'static {
     /// Puts a token into a slot, as if it had been sampled.
     fn set_token(&mut self, slot: u32, token: u32);
 
-    // Reading back; these wait.
+    // Ending a step. The next one may begin before what the last one gave has come.
 
-    /// What all [`Backend::sample`]s since [`Backend::begin`] drew, in order.
-    fn sampled(&mut self) -> Vec<Sampled>;
+    /// Ends a step: what all [`Backend::sample`]s since [`Backend::begin`] drew is asked for, and what went wrong since the
+    /// last step ended.
+    fn end(&mut self) -> Self::Ended;
+
+    /// Whether an ended step is done; does not wait.
+    fn is_done(&self, ended: &Self::Ended) -> bool;
+
+    /// Waits for an ended step: what was drawn, in order.
+    ///
+    /// # Errors
+    /// What went wrong in it first; its results are then worthless.
+    fn result(&mut self, ended: Self::Ended) -> Result<Vec<Sampled>, KernelError>;
+
+    // Reading back; these wait.
 
     /// The numbers of `rows`, row-major.
     fn read(&mut self, rows: &Self::Rows) -> Vec<f32>;
@@ -555,10 +569,10 @@ pub trait Backend: Send + Sized + 'static {
     /// Makes `rows` hold `values: [n, cols]`; for tests and for tools.
     fn write(&mut self, rows: &mut Self::Rows, values: &[f32]);
 
-    /// Waits for all ops of the step.
+    /// Waits for all ops, outside of a step or instead of ending it.
     ///
     /// # Errors
-    /// What went wrong first since the last `finish`; the step's results are then worthless.
+    /// What went wrong first since the last step ended, or the last `finish`.
     fn finish(&mut self) -> Result<(), KernelError>;
 
     /// Something that makes steps slower and not wrong; told once.

@@ -52,12 +52,15 @@ impl Setup {
         LocalCell::start(checkpoint, &self.options(checkpoint), |_, _| ()).unwrap()
     }
 
+    /// On the GPU that `PHALANX_GPU` numbers, if it does; there dense weights are bf16.
     pub(crate) fn options(self, checkpoint: &Checkpoint) -> CellOptions {
         let limits = Limits::new(checkpoint.config(), self.seqs_max, self.step_rows, self.kv_tokens);
+        let gpu = std::env::var("PHALANX_GPU").ok().map(|ordinal| ordinal.parse().unwrap());
+        let processor = gpu.map_or(Processor::Cpu, |first| Processor::Cuda { first, count: 1 });
         let device = Device {
-            processor: Processor::Cpu,
+            processor,
             precision: self.precision,
-            dense: self.dense,
+            dense: if gpu.is_some() { DenseType::Bf16 } else { self.dense },
             threads: self.threads,
             pin: None,
             weight_cache: false,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_kernels::KernelError;
 use phalanx_model::{Checkpoint, ForwardError};
-use phalanx_proto::{BackendReport, StepPlan, StepResult};
+use phalanx_proto::{BackendReport, Fence, StepPlan, StepResult};
 use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
 
 use crate::collectives::GroupId;
@@ -94,25 +94,38 @@ impl Host for ModelHost {
         Ok(allocated)
     }
 
-    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
         let fence = plan.header.fence;
-        let Some(rank) = &mut self.rank else {
-            let message = "this worker has no epoch".to_owned();
-            return Err(NoResult::Refused(StepFailure { fence, message, blamed: Vec::new() }));
-        };
-        rank.run(plan, &self.progress).map_err(|error| {
-            let blamed = match &error {
-                StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
-                _ => Vec::new(),
-            };
-            let failure = StepFailure { fence, message: error.to_string(), blamed };
-            if error.ends_epoch() { NoResult::Failed(failure) } else { NoResult::Refused(failure) }
-        })
+        let rank = self.rank.as_mut().ok_or_else(|| no_epoch(fence))?;
+        rank.begin(plan, &self.progress).map_err(|error| no_result(fence, &error))
+    }
+
+    fn is_done(&self) -> bool {
+        self.rank.as_ref().is_none_or(|rank| rank.is_done())
+    }
+
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
+        let rank = self.rank.as_mut().ok_or_else(|| no_epoch(fence))?;
+        rank.finish(fence).map_err(|error| no_result(fence, &error))
     }
 
     fn release(&mut self) {
         self.rank = None;
     }
+}
+
+fn no_epoch(fence: Fence) -> NoResult {
+    let message = "this worker has no epoch".to_owned();
+    NoResult::Refused(StepFailure { fence, message, blamed: Vec::new() })
+}
+
+fn no_result(fence: Fence, error: &StepError) -> NoResult {
+    let blamed = match error {
+        StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
+        _ => Vec::new(),
+    };
+    let failure = StepFailure { fence, message: error.to_string(), blamed };
+    if error.ends_epoch() { NoResult::Failed(failure) } else { NoResult::Refused(failure) }
 }
 
 /// Most bytes from one rank to another in one exchange.

@@ -147,19 +147,45 @@ fn load<B: Backend>(
 
 /// A [`Runner`], whatever it is made of.
 pub trait LoadedRank: Send {
-    /// See [`Runner::run`].
+    /// See [`Runner::begin`].
     ///
     /// # Errors
-    /// Those of [`Runner::run`].
-    fn run(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<StepResult, StepError>;
+    /// Those of [`Runner::begin`].
+    fn begin(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<(), StepError>;
+
+    /// See [`Runner::is_done`].
+    fn is_done(&self) -> bool;
+
+    /// See [`Runner::finish`].
+    ///
+    /// # Errors
+    /// Those of [`Runner::finish`].
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError>;
+
+    /// Begins a step and waits for it.
+    ///
+    /// # Errors
+    /// Those of both.
+    fn run(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<StepResult, StepError> {
+        self.begin(plan, watch)?;
+        self.finish(plan.header.fence)
+    }
 
     /// Bytes of weights, KV and buffers held.
     fn allocated(&self) -> u64;
 }
 
 impl<B: Backend, C: Collectives<B::Parts>> LoadedRank for Runner<B, C> {
-    fn run(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<StepResult, StepError> {
-        Self::run(self, plan, watch)
+    fn begin(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<(), StepError> {
+        Self::begin(self, plan, watch)
+    }
+
+    fn is_done(&self) -> bool {
+        Self::is_done(self)
+    }
+
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError> {
+        Self::finish(self, fence)
     }
 
     fn allocated(&self) -> u64 {

@@ -3,16 +3,21 @@
 //! The state of a sequence is a function of (request, tokens so far), written by absolute position; so a step
 //! may be repeated, and a plan that starts a sequence anew at any computed position is legal.
 //!
+//! A step whose results nothing of the next one depends on may still be under way when that one begins: a device then has
+//! its work before it is done with the last.
+//!
 //! - `check`: a plan is refused before it touches anything.
 //! - `sequence`: what is known of each sequence.
+//! - `under_way`: steps that have begun.
 //! - [`Outcomes`]: what came of the last steps, for plans that are sent again.
 
 mod check;
 mod outcomes;
 mod sequence;
+mod under_way;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +32,7 @@ use phalanx_proto::{
 use crate::constraints::{Beside, ConstraintFailure, Job, Mask, Table};
 pub use outcomes::{OutOfStep, Outcomes, STEPS_IN_FLIGHT};
 use sequence::{Past, Sequence};
+use under_way::{Asked, Begun, DEPTH, UnderWay};
 
 /// Why a step was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +92,8 @@ pub struct Runner<B: Backend, C: Collectives<B::Parts>> {
     /// Where constraints are evaluated.
     beside: Beside,
     outcomes: Outcomes<StepError>,
+    /// Steps that have begun and not ended, at most [`DEPTH`].
+    under_way: VecDeque<UnderWay<B::Ended>>,
 }
 
 impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
@@ -101,6 +109,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             tables: BTreeMap::new(),
             beside: Beside::default(),
             outcomes: Outcomes::new(fence),
+            under_way: VecDeque::new(),
         }
     }
 
@@ -121,16 +130,83 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// # Errors
     /// A plan that is refused leaves everything as it was; a failed exchange or constraint ends the epoch.
     pub fn run(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
-        if let Some(outcome) = self.outcomes.of(plan.header.fence)? {
-            return outcome;
-        }
-        self.check(plan)?;
-        let outcome = self.step(plan, watch);
-        self.outcomes.keep(&plan.header, &outcome);
-        outcome
+        self.begin(plan, watch)?;
+        self.finish(plan.header.fence)
     }
 
-    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<StepResult, StepError> {
+    /// Begins a step, unless it has begun before: [`Runner::finish`] tells what came of it. The step before may not have
+    /// been finished; it is waited for where this one needs to know what came of it.
+    ///
+    /// # Errors
+    /// A plan that is refused leaves everything as it was.
+    pub fn begin(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<(), StepError> {
+        let fence = plan.header.fence;
+        let newest = self.under_way.back();
+        // Ranks that exchange rows wait for each other within a step, and learn there of each other's failures.
+        let alone = self.collectives.size() == 1;
+        let wait = !alone || newest.is_some_and(|newest| newest.fence().next() != fence || newest.is_needed());
+        while self.under_way.len() >= if wait { 1 } else { DEPTH } {
+            self.collect();
+        }
+        if self.under_way.is_empty() && self.outcomes.of(fence)?.is_some() {
+            return Ok(());
+        }
+        self.check(plan)?;
+        let step = self.step(plan, watch);
+        let asked = self.asked(plan);
+        self.under_way.push_back(UnderWay { header: plan.header.clone(), asked, step });
+        Ok(())
+    }
+
+    /// Waits for a step that has begun, and tells what came of it.
+    ///
+    /// # Errors
+    /// The step failed, and the epoch is over on this rank; or it never began.
+    pub fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError> {
+        while self.under_way.front().is_some_and(|oldest| oldest.fence().step <= fence.step) {
+            self.collect();
+        }
+        self.outcomes.told(fence)?
+    }
+
+    /// Whether the oldest step under way is done, so that finishing it does not wait.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.under_way.front().is_none_or(|oldest| oldest.is_done(&self.model))
+    }
+
+    /// Waits for the oldest step under way. Those after a failed one are given up.
+    fn collect(&mut self) {
+        let Some(UnderWay { header, asked, step }) = self.under_way.pop_front() else { return };
+        let outcome = step.and_then(|Begun { mut result, ended }| {
+            let sampled = self.model.result(ended, &mut result.phases)?;
+            self.keep_sampled(&asked, sampled, &mut result);
+            Ok(result)
+        });
+        if outcome.is_err() {
+            self.under_way.clear();
+        }
+        self.outcomes.keep(&header, &outcome);
+    }
+
+    /// What a plan's runs asked for.
+    fn asked(&self, plan: &StepPlan) -> Vec<Asked> {
+        let asked = plan.rows.iter().filter(|rows| rows.outputs != Outputs::None);
+        let asked = asked.map(|rows| {
+            let sequence = &self.sequences[&rows.seq];
+            Asked {
+                seq: rows.seq,
+                outputs: rows.outputs,
+                draws: drawn(rows, 0..count(rows)).len(),
+                guesses: guesses(rows).to_vec(),
+                logprobs: sequence.sampling.logprobs.is_some(),
+                looks_back: sequence.looks_back(),
+            }
+        });
+        asked.collect()
+    }
+
+    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<Begun<B::Ended>, StepError> {
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);
@@ -161,13 +237,12 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
         result.rows = self.results(plan, &inputs);
-        let sampled = self.model.finish(&mut result.phases)?;
+        let ended = self.model.end();
         if let Some(warning) = self.model.take_warning() {
             tracing::warn!(%warning, "steps are slower than they could be");
         }
-        self.keep_sampled(plan, sampled, &mut result);
         result.exchange = self.collectives.counters();
-        Ok(result)
+        Ok(Begun { result, ended })
     }
 
     fn admit(&mut self, admission: &Admission) {
@@ -226,6 +301,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let mut draws = Vec::new();
         for (index, (rows, all)) in runs(plan).enumerate() {
             let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
+            sequence.has_sampled |= !drawn(rows, all.clone()).is_empty();
             let mut masks = Vec::new();
             if let Some(job) = jobs.next_if(|job| job.index == index) {
                 sequence.constraint = Some(job.constraint);
@@ -267,28 +343,26 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         results
     }
 
-    /// Hands the sampled tokens to their sequences and to the result.
-    fn keep_sampled(&mut self, plan: &StepPlan, sampled: Vec<Sampled>, result: &mut StepResult) {
+    /// Hands the sampled tokens to the result, and to the sequences that look back at them: others may be gone by now.
+    fn keep_sampled(&mut self, asked: &[Asked], sampled: Vec<Sampled>, result: &mut StepResult) {
         let mut sampled = sampled.into_iter();
-        let asked = plan.rows.iter().filter(|rows| rows.outputs != Outputs::None);
-        for (rows, result) in asked.zip(&mut result.rows) {
-            let sequence = self.sequences.get_mut(&rows.seq).expect("`check` found it");
-            let draws = drawn(rows, 0..count(rows)).len();
-            if draws == 0 {
-                continue;
-            }
-            let guesses = guesses(rows);
-            let mut drawn: Vec<Sampled> = sampled.by_ref().take(draws).collect();
+        for (asked, result) in asked.iter().zip(&mut result.rows).filter(|(asked, _)| asked.draws > 0) {
+            let guesses = &asked.guesses;
+            let mut drawn: Vec<Sampled> = sampled.by_ref().take(asked.draws).collect();
             let right = guesses.iter().zip(&drawn).take_while(|(guess, drawn)| guess.0 == drawn.token).count();
             drawn.truncate(right + 1);
-            let wrong = u32::try_from(guesses.len() - right).expect("`check` bounds the rows");
-            sequence.reached -= wrong;
             result.tokens = drawn.iter().map(|drawn| TokenId(drawn.token)).collect();
-            if sequence.sampling.logprobs.is_some() {
+            if asked.logprobs {
                 result.logprobs = drawn.into_iter().map(logprobs).collect();
             }
+            if !asked.is_told() {
+                continue;
+            }
+            let sequence = self.sequences.get_mut(&asked.seq).expect("no step began since this one did");
+            let wrong = u32::try_from(guesses.len() - right).expect("`check` bounds the rows");
+            sequence.reached -= wrong;
             sequence.sampled(&result.tokens, sequence.reached);
-            if let (Some(last), true) = (sequence.last, wrong > 0) {
+            if let (Some(last), true) = (result.tokens.last(), wrong > 0) {
                 self.model.set_token(sequence.slot, last.0);
             }
         }

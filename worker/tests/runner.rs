@@ -65,6 +65,8 @@ struct Bench {
     next_seq: u64,
     /// The plans of the last steps with their results.
     recent: Vec<(StepPlan, StepResult)>,
+    /// All plans with their results.
+    log: Vec<(StepPlan, StepResult)>,
 }
 
 impl Bench {
@@ -89,7 +91,7 @@ impl Bench {
             GptOss::load(backend, Stored { checkpoint, packed: None }, &placement, Rank(0), 1, &LIMITS, &mut |_, _| ())
                 .unwrap();
         let runner = Runner::new(model, local::group(1).remove(0), LIMITS, Fence::default());
-        Self { runner, fence: Fence::default(), next_seq: 0, recent: Vec::new() }
+        Self { runner, fence: Fence::default(), next_seq: 0, recent: Vec::new(), log: Vec::new() }
     }
 
     fn seq(&mut self) -> SeqId {
@@ -109,6 +111,7 @@ impl Bench {
         let plan = self.next(plan);
         let result = self.runner.run(&plan, &())?;
         self.fence = plan.header.fence;
+        self.log.push((plan.clone(), result.clone()));
         self.recent.push((plan, result.clone()));
         if self.recent.len() > 5 {
             self.recent.remove(0);
@@ -376,6 +379,49 @@ fn a_sequence_gives_the_same_however_its_rows_come() {
         }
     }
     assert!(greedy > 5 && constrained > 5, "{greedy} greedy, {constrained} constrained");
+}
+
+/// Steps begin before those before them are finished: whatever leaves, comes back, looks back, is constrained or guessed,
+/// each gives what it gives alone.
+#[test]
+fn steps_that_overlap_give_what_they_give_one_by_one() {
+    let checkpoint = checkpoint();
+    let vocab = checkpoint.config().vocab;
+    let mut most = 0;
+    for seed in 100..112 {
+        println!("seed {seed}");
+        let mut rng = Rng(seed);
+        let tables: Vec<_> = (0..3).map(|id| random_table(id, vocab, &mut rng)).collect();
+        let mut requests: Vec<_> = (0..PLACES).map(|_| random_request(vocab, &tables, &mut rng)).collect();
+        if seed % 2 == 0 {
+            // Nothing that a step would have to wait for.
+            for Request { sampling, constraint, .. } in &mut requests {
+                *sampling = Sampling { temperature: sampling.temperature, seed: sampling.seed, ..Sampling::GREEDY };
+                *constraint = None;
+            }
+        }
+        let expected: Vec<_> = requests.iter().map(|request| alone(&checkpoint, &tables, request)).collect();
+        let mut bench = Bench::new(&checkpoint);
+        generate(&mut bench, &tables, &requests, Some((&mut rng, &expected)));
+
+        let mut runner = Bench::new(&checkpoint).runner;
+        let mut under_way: Vec<&(StepPlan, StepResult)> = Vec::new();
+        for step in &bench.log {
+            runner.begin(&step.0, &()).unwrap();
+            under_way.push(step);
+            most = most.max(under_way.len());
+            if rng.one_in(5) {
+                // Sent again, while it may be under way.
+                runner.begin(&under_way[rng.below(under_way.len())].0, &()).unwrap();
+            }
+            while under_way.len() > rng.below(3) {
+                let (plan, expected) = under_way.remove(0);
+                assert_eq!(runner.finish(plan.header.fence).unwrap().rows, expected.rows);
+            }
+        }
+        assert!(under_way.is_empty() || runner.is_done());
+    }
+    assert_eq!(most, 3);
 }
 
 /// Logits of every position of `tokens`, `[n, V]`.

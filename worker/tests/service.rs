@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, mpsc};
@@ -34,6 +35,8 @@ const OBEY: u32 = 0;
 const FAIL: u32 = 1;
 const PANIC: u32 = 2;
 const HANG: u32 = 3;
+/// Is done once the next step has begun.
+const HOLD: u32 = 4;
 
 /// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
@@ -41,11 +44,19 @@ struct FakeHost {
     wake: mpsc::Receiver<()>,
     progress: ProgressCell,
     outcomes: Outcomes<StepFailure>,
+    /// Begun, and run when finished.
+    begun: VecDeque<StepPlan>,
 }
 
 impl FakeHost {
     fn new(steps: Arc<Mutex<Vec<Fence>>>, wake: mpsc::Receiver<()>) -> Self {
-        Self { steps, wake, progress: ProgressCell::default(), outcomes: Outcomes::new(Fence::default()) }
+        Self {
+            steps,
+            wake,
+            progress: ProgressCell::default(),
+            outcomes: Outcomes::new(Fence::default()),
+            begun: VecDeque::new(),
+        }
     }
 
     fn step(&self, plan: &StepPlan) -> StepReply {
@@ -87,8 +98,19 @@ impl Host for FakeHost {
         Ok(4096)
     }
 
-    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
-        let fence = plan.header.fence;
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
+        self.begun.push_back(plan.clone());
+        assert!(self.begun.len() <= 2);
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        self.begun.front().is_none_or(|plan| plan.header.deadline_ms != HOLD || self.begun.len() > 1)
+    }
+
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
+        let plan = &self.begun.pop_front().unwrap();
+        assert_eq!(plan.header.fence, fence);
         match self.outcomes.of(fence) {
             Ok(Some(outcome)) => outcome.map_err(NoResult::Failed),
             Ok(None) => {
@@ -318,6 +340,31 @@ async fn plans_sent_ahead_are_answered_in_order() {
         assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
     }
     assert_eq!(worker.steps.lock().unwrap().len(), 40);
+}
+
+/// A step that is under way is answered when the next has begun, or what else is asked for comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_step_begins_before_the_last_one_is_done() {
+    let (_worker, mut client, mut steps) = ready().await;
+    for step in 1..=3 {
+        steps.send(plan(fence(1, 1, step), HOLD)).await;
+    }
+    for step in 1..=2 {
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
+    }
+    let stepping = health(&mut client).await;
+    assert_eq!((stepping.state, stepping.fence), (WorkerState::Stepping, fence(1, 1, 2)));
+    // One that fails behind it does so after it is answered.
+    steps.send(plan(fence(1, 1, 4), FAIL)).await;
+    assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, 3));
+    assert_eq!(steps.reply().await.unwrap_err().blamed, [Rank(2)]);
+    assert_eq!(health(&mut client).await.state, WorkerState::Failed);
+
+    prepare(&mut client, request(1, 2)).await.unwrap();
+    steps.send(plan(fence(1, 2, 1), HOLD)).await;
+    let before = steps.run(plan(fence(1, 3, 1), OBEY)).await.unwrap();
+    assert_eq!(before.fence, fence(1, 2, 1));
+    release(&mut client, 1).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,8 @@ const BYTES_MAX: u64 = 60 << 20;
 /// What the kernels are compiled for ahead of time; other devices need NVRTC beside them.
 const ARCHS: &str = "90a";
 const SCRIPT: &str = include_str!("gpu_pack/run.sh");
+/// What measures others' kernels, where they are installed.
+const PEERS: &str = include_str!("gpu_pack/peers.py");
 
 /// What is built: whatever runs on a GPU, or beside one.
 const BUILD: &[&str] = &[
@@ -39,16 +41,14 @@ const BUILD: &[&str] = &[
     "--test",
     "conformance",
     "--test",
-    "collectives",
-    "--test",
-    "runner",
-    "--test",
     "golden",
     "--test",
-    "commands",
+    "shapes",
+    "--test",
+    "nano",
 ];
 /// What the tests read.
-const FIXTURES: &[&str] = &["tests/fixtures/tiny-a", "tests/fixtures/tiny-b"];
+const FIXTURES: &[&str] = &["tests/fixtures/tiny-a", "tests/fixtures/tiny-b", "models/gpt-oss-nano/eval_prompts.jsonl"];
 
 /// Makes the pack anew. Says whether all was well.
 pub(crate) fn gpu_pack(house: &House) -> bool {
@@ -184,11 +184,13 @@ fn build_kernels(house: &House, folder: &Path) -> Result<(), String> {
     }
 }
 
-/// Makes the executables smaller, to a third; `run.sh` unpacks them. Without `gzip` the pack is larger, not wrong.
+/// Makes the executables smaller, to a third or less; `run.sh` unpacks them. Without `xz` and `gzip` the pack is larger, not
+/// wrong.
 fn compress(folder: &Path) -> io::Result<()> {
     for part in ["bin", "tests"] {
         for (_, path) in sizes(&folder.join(part))? {
-            answers(Command::new("gzip").args(["-9", "--force"]).arg(path));
+            let by = |program: &str| answers(Command::new(program).args(["-6", "--force"]).arg(&path));
+            let _as_it_is = by("xz") || by("gzip");
         }
     }
     Ok(())
@@ -196,21 +198,21 @@ fn compress(folder: &Path) -> io::Result<()> {
 
 fn write_script(folder: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
+    fs::write(folder.join("peers.py"), PEERS)?;
     let script = folder.join("run.sh");
     fs::write(&script, SCRIPT)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
 }
 
+/// Copies a file, or a folder and all in it; the folder to copy into is made.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    fs::create_dir_all(to)?;
+    if from.is_file() {
+        to.parent().map_or(Ok(()), fs::create_dir_all)?;
+        return fs::copy(from, to).map(drop);
+    }
     for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        let to = to.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            copy(&entry.path(), &to)?;
-        } else {
-            fs::copy(entry.path(), to)?;
-        }
+        let name = entry?.file_name();
+        copy(&from.join(&name), &to.join(&name))?;
     }
     Ok(())
 }
@@ -264,7 +266,7 @@ mod tests {
     impl Pack {
         fn new(name: &str, tests: &[(&str, &str)]) -> Self {
             let folder = std::env::temp_dir().join(format!("phalanx-gpu-pack-{}-{name}", std::process::id()));
-            for part in ["tests", "bin", "root"] {
+            for part in ["tests", "bin", "lib", "root"] {
                 fs::create_dir_all(folder.join(part)).unwrap();
             }
             for (name, body) in tests {
@@ -298,12 +300,39 @@ mod tests {
     #[test]
     fn executables_travel_compressed() {
         let pack = Pack::new("compressed", &[("good", GOOD)]);
+        let good = pack.0.join("tests/good");
         compress(&pack.0).unwrap();
-        assert!(pack.0.join("tests/good.gz").is_file() && !pack.0.join("tests/good").exists());
-        for _ in 0..2 {
-            let (status, output) = pack.run(None, &[]);
-            assert_eq!(status, Some(0), "{output}");
-            assert!(output.contains("3       0        0  passed"), "{output}");
+        assert!(!good.exists());
+        for by in ["what there is", "gzip"] {
+            for _ in 0..2 {
+                let (status, output) = pack.run(None, &[]);
+                assert_eq!(status, Some(0), "{by}: {output}");
+                assert!(output.contains("3       0        0  passed"), "{by}: {output}");
+            }
+            assert!(answers(Command::new("gzip").arg("--keep").arg(&good)));
+            fs::remove_file(&good).unwrap();
+        }
+    }
+
+    #[test]
+    fn checks_of_the_conformance_suite_run_apart_and_on_the_gpu() {
+        let suite = "if [ \"$1\" = --list ]; then\n\
+                     for test in cuda::good cuda::fails cuda::hangs cpu::left_out; do echo \"$test: test\"; done\n\
+                     exit\nfi\n\
+                     [ \"$PHALANX_GPU $1 $3\" = '0 --exact --include-ignored' ] || exit 9\n\
+                     case $2 in\n\
+                     *good) echo 'test result: ok. 1 passed; 0 failed';;\n\
+                     *fails) echo 'test result: FAILED. 0 passed; 1 failed'; exit 101;;\n\
+                     *hangs) sleep 60;;\n\
+                     *) echo 'test result: ok. 100 passed; 0 failed';;\n\
+                     esac";
+        let pack = Pack::new("apart", &[("kernels.conformance", suite)]);
+        let (status, output) = pack.run(None, &[]);
+        assert_eq!(status, Some(1), "{output}");
+        let last: Vec<&str> = output.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(last[..4], ["kernels.conformance", "1", "1", "0"], "{output}");
+        for line in ["cuda::fails: exit status 101 ... FAILED", "cuda::hangs: still running after 1 s ... FAILED"] {
+            assert!(output.contains(line), "`{line}` is not in: {output}");
         }
     }
 
@@ -337,7 +366,7 @@ mod tests {
         let phalanx = |gpu: &str| {
             let path = pack.0.join("bin/phalanx");
             let body = format!(
-                "#!/bin/sh\n[ $1 = doctor ] && exit {gpu}\ncase $* in *120b*64*) exit 3;; esac\necho \"said $*\"\n"
+                "#!/bin/sh\n[ $1 = doctor ] && exit {gpu}\ncase $* in *synth:120b*) exit 3;; esac\necho \"said $*\"\n"
             );
             fs::write(&path, body).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -352,6 +381,32 @@ mod tests {
         assert!(output.contains("said bench offline --device cuda:0 --model synth:20b"), "{output}");
         assert!(output.ends_with("FAILED: exit status 3\n"), "{output}");
         assert!(!output.contains("== good"), "{output}");
+    }
+
+    #[test]
+    fn the_script_measures_peers_where_there_is_a_torch_and_never_fails_for_them() {
+        let pack = Pack::new("peers", &[]);
+        let program = |path: &str, body: &str| {
+            let path = pack.0.join(path);
+            fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        program("bin/phalanx", "exit 0");
+        for (python, row) in [
+            ("exit 1", "NOT RUN: python3 has no torch"),
+            ("case $1 in */peers.py) echo \"a peer: $2\" ;; esac", "measured"),
+            ("case $1 in */peers.py) [ -f $1 ] && exit 5 ;; esac", "NOT RUN: exit status 5"),
+        ] {
+            program("lib/python3", python);
+            let path = format!("{}:{}", pack.0.join("lib").display(), std::env::var("PATH").unwrap());
+            let output =
+                Command::new(pack.0.join("run.sh")).arg("benches").env("PATH", path).env_remove("OUT").output();
+            let output = output.unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{text}");
+            assert!(text.lines().any(|line| line.starts_with("peers ") && line.ends_with(row)), "{text}");
+            assert_eq!(text.contains("a peer: --json"), row == "measured", "{text}");
+        }
     }
 
     #[test]

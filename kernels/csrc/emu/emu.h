@@ -38,6 +38,11 @@ typedef uint32_t Words[32][6];
 const Words& warp_deposit(const uint32_t (&words)[6], unsigned count, uint32_t& present);
 void warp_release();
 
+// Copies of this thread to shared memory, as late as they may land, and NaN until then.
+void copy_async(void* to, const void* from, bool there);
+void copies_commit();
+void copies_wait(unsigned groups);
+
 template <class T>
 T shuffle(T value, unsigned source) {
   static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
@@ -101,11 +106,10 @@ inline float __uint_as_float(u32 bits) {
   return x;
 }
 // Fibers change places at barriers only.
-inline u32 atomicAdd(u32* p, u32 value) {
-  u32 old = *p;
-  *p += value;
-  return old;
-}
+inline u32 atomicAdd(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline u64 atomicAdd(u64* p, u64 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+// Blocks follow each other.
+inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   u64 bytes = (u64)y << 32 | x;
   u32 out = 0;
@@ -134,9 +138,28 @@ inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   emu::warp_release();
 }
 
+inline void mma_bf16_first(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  mma_bf16(c, a, b0, b1);
+}
+
 inline u32 narrow2(float low, float high);
 inline u32 multiply_bf16x2(u32 a, u32 b) {
   return narrow2(bf16_half(a, 0) * bf16_half(b, 0), bf16_half(a, 1) * bf16_half(b, 1));
+}
+
+inline u32 pack_bf16(float low, float high) { return narrow2(low, high); }
+
+inline float exp2_fast(float x) {
+  float out = exp2f(x);
+  return out < 1.17549435e-38f ? 0.0f : out;
+}
+
+inline void copy_async(void* to, const void* from, bool there) { emu::copy_async(to, from, there); }
+inline void copies_commit() { emu::copies_commit(); }
+template <u32 GROUPS>
+inline void copies_wait() {
+  emu::copies_wait(GROUPS);
 }
 
 inline void ldmatrix_x4(u32 (&out)[4], const u16* row) {

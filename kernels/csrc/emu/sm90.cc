@@ -1,4 +1,5 @@
-// What emu/sm90.h declares: barriers with transactions, bulk copies and products of warpgroups.
+// What takes effect later than it is said: asynchronous copies of a thread, and what emu/sm90.h declares, barriers with
+// transactions, bulk copies and products of warpgroups.
 
 namespace emu {
 
@@ -27,6 +28,13 @@ struct Warpgroup {
   unsigned arrived, generation;
 };
 
+// Copies of a thread: those that no commit has ended, and groups.
+struct Copies {
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+
+static thread_local std::vector<Copies> own_copies;
 static thread_local std::vector<Copy> copies;
 static thread_local std::vector<Products> products;
 static thread_local std::vector<Warpgroup> warpgroups;
@@ -34,6 +42,7 @@ static thread_local std::vector<Warpgroup> warpgroups;
 static thread_local unsigned some_arrived, some_generation;
 
 static void begin_async(unsigned threads) {
+  own_copies.assign(threads, {});
   copies.clear();
   products.assign(threads, {});
   warpgroups.assign((threads + 127) / 128, {});
@@ -45,6 +54,34 @@ unsigned offset(const void* p) { return (unsigned)((const unsigned char*)p - blo
 static bool inside(const void* p, size_t bytes) {
   const unsigned char* at = (const unsigned char*)p;
   return at >= block->shared && at + bytes <= block->shared + block->shared_bytes;
+}
+
+// A thread's copies ------------------------------------------------------------------------------------------------
+
+void copy_async(void* to, const void* from, bool there) {
+  if (!inside(to, 16)) fail("a copy outside shared memory");
+  if ((uintptr_t)to % 16 || (there && (uintptr_t)from % 16)) fail("a copy that is not aligned");
+  memset(to, 0xff, 16);
+  own_copies[block->current].open.push_back({to, there ? from : nullptr, 16, nullptr});
+}
+
+void copies_commit() {
+  Copies& own = own_copies[block->current];
+  own.groups.push_back(own.open);
+  own.open.clear();
+}
+
+void copies_wait(unsigned groups) {
+  std::vector<std::vector<Copy>>& own = own_copies[block->current].groups;
+  while (own.size() > groups) {
+    for (const Copy& copy : own.front()) {
+      if (copy.from)
+        memcpy(copy.to, copy.from, copy.bytes);
+      else
+        memset(copy.to, 0, copy.bytes);
+    }
+    own.erase(own.begin());
+  }
 }
 
 // Barriers and copies -----------------------------------------------------------------------------------------------

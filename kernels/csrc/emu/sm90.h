@@ -50,6 +50,18 @@ template <u32 THREADS>
 inline void some_sync() {
   emu::some_barrier(THREADS);
 }
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline u32 round_pair(float low, float high) { return narrow2(low, high); }
+inline u32 transpose_8x8(u32 pair) {
+  uint32_t words[6] = {pair}, present;
+  const emu::Words& all = emu::warp_deposit(words, 1, present);
+  unsigned lane = threadIdx.x & 31, row = lane % 4 * 2, column = lane / 4;
+  auto element = [&](unsigned r) { return all[4 * r + column / 2][0] >> 16 * (column % 2) & 0xffff; };
+  u32 out = element(row) | element(row + 1) << 16;
+  emu::warp_release();
+  return out;
+}
 inline void warpgroup_sync() { emu::warpgroup_sync(); }
 template <u32 N>
 inline void keep_registers() {}
@@ -58,6 +70,10 @@ inline void take_registers() {}
 template <u32 N>
 inline void wgmma_fence(u32 (&)[N][4]) {
   emu::products_fence();
+}
+template <u32 N>
+inline void wgmma_zero(float (&d)[N]) {
+  for (float& sum : d) sum = 0.0f;
 }
 inline void wgmma_commit() { emu::products_commit(); }
 template <u32 GROUPS>

@@ -14,7 +14,7 @@ use super::exp::exp;
 use super::isa::Simd;
 use super::kv::{Element, Kv, Slab, Stored, check};
 use super::lanes::{Kernel, LANES, Lanes};
-use super::threads::Threads;
+use crate::threads::Threads;
 use crate::{BLOCK_SIZE, KernelError, KvLayer, SEGMENT, StepInputs};
 
 /// What a row sees: `position - window < j <= position`.

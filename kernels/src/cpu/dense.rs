@@ -8,9 +8,9 @@ use super::int8::{ByRows, Int8Block, Multiply, to_operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
 use super::q8::{self, Q8};
-use super::threads::{Disjoint, Threads};
 use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks};
 use crate::memory::{Packed, resident};
+use crate::threads::{Disjoint, Threads};
 use crate::{DenseFormat, KernelError, Stack};
 
 /// Tiles of a task.

@@ -4,7 +4,7 @@ use super::isa::Simd;
 use super::kv::check;
 use super::lanes::{Kernel, Lanes};
 use super::router::Routes;
-use super::threads::Threads;
+use crate::threads::Threads;
 use crate::{HostParts, KernelError, NO_SLOT, Precision, wire};
 
 /// Where each expert of a layer lives, `[E]` of (rank, slot).

@@ -11,9 +11,9 @@ use super::int8::{ByRows, Int8Block, Multiply, Operand};
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
 use super::mxfp4::{self, Mxfp4};
-use super::threads::{Disjoint, Threads};
 use super::tiles::{BLOCK, Tiles};
 use crate::memory::{LINE, Packed, resident};
+use crate::threads::{Disjoint, Threads};
 use crate::wire;
 use crate::{ExpertShape, ExpertSource, HostParts, KernelError, NO_SLOT, Precision, SWIGLU_ALPHA};
 

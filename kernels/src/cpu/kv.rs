@@ -4,8 +4,8 @@
 //! `[16][D rounded up to 16]` (a lane is a dimension). f32 in exact precision, f16 in fast.
 
 use super::lanes::{LANES, Lanes};
-use super::threads::{Disjoint, Threads};
 use crate::memory::Aligned;
+use crate::threads::{Disjoint, Threads};
 use crate::{BLOCK_SIZE, KernelError, KvLayer, KvShape, Precision, StepInputs, f16};
 
 const _: () = assert!(BLOCK_SIZE == LANES, "a block of keys fills the lanes");

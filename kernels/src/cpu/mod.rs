@@ -21,7 +21,6 @@ mod rope;
 mod router;
 mod rows;
 mod sample;
-mod threads;
 mod tiles;
 
 pub use dense::Dense;
@@ -32,7 +31,8 @@ pub use kv::Kv;
 pub use router::Routes;
 pub use rows::Rows;
 pub use sample::sample;
-pub use threads::unbind;
+
+pub use crate::threads::unbind;
 
 pub(crate) use self::dense::need;
 pub(crate) use self::kv::check;
@@ -40,8 +40,8 @@ pub(crate) use self::kv::check;
 use self::dense::{Rounded, Store};
 use self::isa::Simd;
 use self::rope::Angles;
-use self::threads::Threads;
 use crate::memory::{Packed, Source, resident};
+use crate::threads::Threads;
 use crate::{
     Backend, DenseFormat, DenseUse, Draw, EmbeddingSource, ExpertShape, ExpertSource, HostParts, KernelError, KvLayer,
     KvShape, Precision, RopeTable, Sampled, Stack, StepInputs, TokenSource, bf16, wire,
@@ -279,6 +279,7 @@ impl Backend for Cpu {
     type Routes = Routes;
     type Work = Work;
     type Parts = HostParts;
+    type Ended = Result<Vec<Sampled>, KernelError>;
 
     fn rows(&mut self, rows: usize, cols: usize) -> Rows {
         self.shapes.push((rows, cols));
@@ -504,8 +505,17 @@ impl Backend for Cpu {
         self.note(result);
     }
 
-    fn sampled(&mut self) -> Vec<Sampled> {
-        self.sampled.clone()
+    fn end(&mut self) -> Self::Ended {
+        let sampled = std::mem::take(&mut self.sampled);
+        self.finish().map(|()| sampled)
+    }
+
+    fn is_done(&self, _ended: &Self::Ended) -> bool {
+        true
+    }
+
+    fn result(&mut self, ended: Self::Ended) -> Result<Vec<Sampled>, KernelError> {
+        ended
     }
 
     fn read(&mut self, rows: &Rows) -> Vec<f32> {

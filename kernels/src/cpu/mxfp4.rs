@@ -10,10 +10,10 @@
 use super::dense::need;
 use super::int8::{Bytes, Int8Block, Multiply, QUADS};
 use super::lanes::{LANES, Lanes};
-use super::threads::Threads;
 use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks};
 use crate::KernelError;
 use crate::memory::Source;
+use crate::threads::Threads;
 
 /// Dwords of codes in a block of a row.
 const DWORDS: usize = 4;

@@ -6,8 +6,8 @@
 
 use super::int8::{Bytes, Int8Block, Q8_OFFSET, QUADS};
 use super::lanes::{LANES, Lanes};
-use super::threads::Threads;
 use super::tiles::{self, BLOCK, Format, Part};
+use crate::threads::Threads;
 use crate::{KernelError, bf16};
 
 /// The format of dense matrices in q8.

@@ -5,7 +5,7 @@
 
 use super::isa::Simd;
 use super::lanes::{Kernel, LANES, Lanes};
-use super::threads::Threads;
+use crate::threads::Threads;
 
 pub(super) fn rms_norm(simd: Simd, threads: &Threads, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let hidden = weight.len();

@@ -5,8 +5,8 @@
 
 use super::isa::Simd;
 use super::lanes::{Kernel, Lanes};
-use super::threads::Threads;
 use crate::RopeTable;
+use crate::threads::Threads;
 
 /// Cosines and sines of a step's rows, `[T, D/2]` each.
 #[derive(Debug, Default)]

@@ -10,8 +10,8 @@ use std::marker::PhantomData;
 
 use super::dense::need;
 use super::lanes::{LANES, Lanes};
-use super::threads::{Disjoint, Threads};
 use crate::memory::{LINE, Packed, Plain, Source, view, view_mut};
+use crate::threads::{Disjoint, Threads};
 use crate::{KernelError, bf16};
 
 /// Columns of a block.

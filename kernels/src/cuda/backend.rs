@@ -2,8 +2,7 @@
 
 use super::device::{Memory, bytes_of};
 use super::pack::{ExpertLayout, LAYOUT, dense_bytes, pack_dense, pack_expert};
-use super::sample::Drawn;
-use super::{Cuda, Dense, Embedding, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
+use super::{Cuda, Dense, Embedding, Ended, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
 use crate::cpu::{check, need};
 use crate::memory::{Packed, Source};
 use crate::{
@@ -22,6 +21,7 @@ impl Backend for Cuda {
     type Routes = Routes;
     type Work = Work;
     type Parts = Parts;
+    type Ended = Ended;
 
     fn rows(&mut self, rows: usize, cols: usize) -> Rows {
         let made = Rows::new(&self.memory, rows, cols);
@@ -70,7 +70,7 @@ impl Backend for Cuda {
     }
 
     fn pack_dense(&self, _used: DenseUse, cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
-        pack_dense(cols, stack, out)
+        pack_dense(self.packers(), cols, stack, out)
     }
 
     fn hold_dense(&mut self, _used: DenseUse, rows: usize, cols: usize, packed: Packed) -> Result<Dense, KernelError> {
@@ -97,13 +97,24 @@ impl Backend for Cuda {
     }
 
     fn pack_expert(&self, experts: &Experts, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
-        pack_expert(experts.shape(), source, out)
+        pack_expert(self.packers(), experts.shape(), source, out)
     }
 
     fn hold_expert(&mut self, experts: &mut Experts, slot: usize, packed: Packed) -> Result<(), KernelError> {
         experts.hold(&self.memory, slot, &packed)?;
         packed.release();
         Ok(())
+    }
+
+    /// Packs it where the device reads it: while it is copied, the next one is packed.
+    fn load_expert(
+        &mut self,
+        experts: &mut Experts,
+        slot: usize,
+        source: &ExpertSource<'_>,
+    ) -> Result<(), KernelError> {
+        let (shape, packers) = (experts.shape(), self.packers());
+        experts.load(&self.memory, slot, |out| pack_expert(packers, shape, source, out))
     }
 
     fn clear_expert(&mut self, experts: &mut Experts, slot: usize) {
@@ -209,9 +220,16 @@ impl Backend for Cuda {
         self.note(result);
     }
 
-    fn sampled(&mut self) -> Vec<Sampled> {
-        let read: Result<Vec<_>, _> = self.drawn.iter().map(Drawn::read).collect();
-        self.made(read, |_| Vec::new()).concat()
+    fn end(&mut self) -> Ended {
+        self.end_step()
+    }
+
+    fn is_done(&self, ended: &Ended) -> bool {
+        ended.is_done()
+    }
+
+    fn result(&mut self, ended: Ended) -> Result<Vec<Sampled>, KernelError> {
+        self.result_of(ended)
     }
 
     fn read(&mut self, rows: &Rows) -> Vec<f32> {

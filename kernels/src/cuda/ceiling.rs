@@ -1,6 +1,4 @@
 //! What a GPU can do at most, measured: the yardstick of benchmarks. Nothing here is on the way of a step.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
 
 use std::fmt;
 use std::sync::Arc;

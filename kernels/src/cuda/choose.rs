@@ -4,10 +4,9 @@
 //! every token count takes `mma`, in exact none does.
 
 use super::ops::{
-    ATTENTION_BF16, ATTENTION_F32, ATTENTION_SEGMENTS_BF16, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32,
-    DENSE_FEW_8, DENSE_FEW_16, DENSE_MMA_8, DENSE_MMA_64, DENSE_WGMMA_32, DENSE_WGMMA_64, DENSE_WGMMA_128,
-    DENSE_WGMMA_256, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA,
-    Op,
+    ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_FEW_8,
+    DENSE_FEW_16, DENSE_MMA_8, DENSE_MMA_64, DENSE_WGMMA_32, DENSE_WGMMA_64, DENSE_WGMMA_128, DENSE_WGMMA_256,
+    DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op,
 };
 use crate::{Precision, SEGMENT};
 
@@ -141,44 +140,74 @@ pub(super) const DIM_MAX: usize = 128;
 /// What attention by single segments may leave for its merge; beyond that there is work for all multiprocessors anyway.
 pub(super) const PARTIALS_BYTES_MAX: usize = 256 << 20;
 
-/// Rows of a tile of attention, for heads of up to 64 dimensions and for wider ones.
-pub(super) const TILE_ROWS: [usize; 2] = [8, 4];
+/// Positions of a chunk of keys in fast precision, which has its own maximum and sum.
+pub(super) const CHUNK: usize = 256;
+/// Stages of the ring of keys and values.
+const STAGES: u32 = 4;
+
+/// Rows of a sequence that follow each other are many from here on.
+pub(super) const MANY_ROWS: usize = 16;
+
+/// Rows of a tile of many rows, for heads of up to 64 dimensions and for wider ones.
+pub(super) const TILE_ROWS: [usize; 2] = [16, 8];
 
 /// Which of [`TILE_ROWS`] and of the fast kernels is for heads of `dim`.
 pub(super) const fn tiling(dim: usize) -> usize {
     (dim > 64) as usize
 }
 
-/// Attention by `blocks` rows (fast: tiles of rows), whose longest past spans `segments` segments of keys. `true`: a block
-/// a segment, and a merge.
-pub(super) fn attention(
-    precision: Precision,
+/// Blocks of a row or a tile: up to 8 query heads of one kv head.
+fn columns(heads: u32, kv_heads: u32) -> u32 {
+    kv_heads * (heads / kv_heads.max(1)).div_ceil(HEADS)
+}
+
+/// Exact attention by `rows` rows, whose longest past spans `segments` segments of keys. `true`: a block a segment, and a
+/// merge.
+pub(super) fn attention_exact(
     multiprocessors: u32,
-    blocks: u32,
+    rows: u32,
     [heads, kv_heads, dim]: [u32; 3],
     segments: u32,
 ) -> (Choice<AttentionArgs>, bool) {
-    let columns = kv_heads * (heads / kv_heads.max(1)).div_ceil(HEADS);
+    let columns = columns(heads, kv_heads);
     // Blocks alone leave multiprocessors idle, and there is more than one segment to share out.
-    let split = segments > 1 && blocks * columns < multiprocessors;
-    let tiling = tiling(dim as usize);
-    let op = match (split, precision) {
-        (false, Precision::Exact) => ATTENTION_F32,
-        (false, Precision::Fast) => ATTENTION_BF16[tiling],
-        (true, Precision::Exact) => ATTENTION_SEGMENTS_F32,
-        (true, Precision::Fast) => ATTENTION_SEGMENTS_BF16[tiling],
-    };
+    let split = segments > 1 && rows * columns < multiprocessors;
+    let op = if split { ATTENTION_SEGMENTS_F32 } else { ATTENTION_F32 };
+    // Queries, probabilities, weights, and a tile of keys or values.
     let segment = SEGMENT as u32;
-    let shared = match precision {
-        // Queries, probabilities, weights, and a tile of keys or values.
-        Precision::Exact => (HEADS * DIM_MAX as u32 + HEADS * segment + 2 * HEADS + segment * (dim + 1)) * 4,
-        // Queries and keys or values in bf16, probabilities too, scores and weights in f32; with padding.
-        Precision::Fast => {
-            let (pairs, stride) = (TILE_ROWS[tiling] as u32 * HEADS, dim.next_multiple_of(16) + 8);
-            ((pairs + segment) * stride + pairs * (segment + 8)) * 2 + pairs * (segment + 4 + 2) * 4
-        }
+    let shared = (HEADS * DIM_MAX as u32 + HEADS * segment + 2 * HEADS + segment * (dim + 1)) * 4;
+    (Choice { op, grid: [rows, columns, if split { segments } else { 1 }], shared }, split)
+}
+
+/// Fast attention by `tiles` tiles, of single rows or of many rows each, the widest of which spans `chunks` chunks of keys
+/// of which partial results may be kept; with how many chunks are a block's share, 0 if a block takes all of its tile's.
+pub(super) fn attention_fast(
+    multiprocessors: u32,
+    many: bool,
+    tiles: u32,
+    [heads, kv_heads, dim]: [u32; 3],
+    chunks: u32,
+) -> (Choice<AttentionArgs>, u32) {
+    let columns = columns(heads, kv_heads);
+    let blocks = u64::from(tiles) * u64::from(columns);
+    let tiling = tiling(dim as usize);
+    // So many blocks of a multiprocessor are busy at once; a join costs as much as a few chunks of a single row.
+    let (op, resident, least) = if many { (ATTENTION_MANY, 2, 2) } else { (ATTENTION_FEW, 6, 3) };
+    let wanted = u64::from(multiprocessors) * resident;
+    let parts = wanted / blocks.max(1);
+    let share = match parts {
+        _ if chunks < least => 0,
+        // A block of many rows has dear queries: no more blocks than are busy.
+        2.. if many => chunks.div_ceil(parts as u32),
+        1.. if !many => 1,
+        _ => 0,
     };
-    (Choice { op, grid: [blocks, columns, if split { segments } else { 1 }], shared }, split)
+    let parts = if share == 0 { 1 } else { chunks.div_ceil(share) };
+    let ring = STAGES * SEGMENT as u32 * (64 << tiling) * 2;
+    // The outputs of a block that joins.
+    let pairs = if many { TILE_ROWS[tiling] as u32 * HEADS } else { HEADS };
+    let shared = ring + if share == 0 { pairs * (64 << tiling) * 4 } else { 0 };
+    (Choice { op: op[tiling], grid: [tiles, columns, parts], shared }, share)
 }
 
 /// A matrix of the experts.
@@ -217,10 +246,12 @@ impl Ring {
     }
 }
 
-const RINGS: [Ring; 3] = [
-    Ring { items: 8, tiles: 4, blocks: 8, stages: 4, resident: 4 },
-    Ring { items: 32, tiles: 4, blocks: 8, stages: 3, resident: 2 },
-    Ring { items: 128, tiles: 12, blocks: 4, stages: 4, resident: 1 },
+const RINGS: [Ring; 5] = [
+    Ring { items: 8, tiles: 4, blocks: 6, stages: 4, resident: 5 },
+    Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
+    Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
+    Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
+    Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
 /// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
@@ -232,11 +263,13 @@ pub(super) fn experts_wgmma(
     items: u32,
     multiprocessors: u32,
 ) -> Choice<ExpertArgs> {
-    // Weights are read once for every `items` of a ring: so a ring holds what most slots have.
+    // Weights are read once for every `items` of a ring: so a ring holds what nearly all slots have where choices are even.
     let ring = match items.div_ceil(slots.max(1)) {
-        0..=4 => 0,
-        5..=32 => 1,
-        _ => 2,
+        0..=2 => 0,
+        3..=8 => 1,
+        9..=20 => 2,
+        21..=44 => 3,
+        _ => 4,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
@@ -300,14 +333,25 @@ mod tests {
 
     #[test]
     fn long_pasts_of_few_rows_are_split() {
-        let split = |n, segments| attention(Precision::Fast, 132, n, [64, 8, 64], segments).1;
+        let split = |n, segments| attention_exact(132, n, [64, 8, 64], segments).1;
         assert!(split(1, 2) && split(16, 128));
         assert!(!split(1, 1) && !split(17, 128) && !split(8192, 128));
         // 32 query heads of a kv head are four chunks.
-        assert_eq!(attention(Precision::Exact, 132, 3, [64, 2, 128], 5).0.grid, [3, 8, 5]);
-        for (precision, dim) in [(Precision::Exact, 128), (Precision::Fast, 64), (Precision::Fast, 128)] {
-            let shared = attention(precision, 132, 1, [8, 1, dim], 1).0.shared;
-            assert!(shared <= 48 << 10, "{precision:?}, {dim}: {shared}");
+        assert_eq!(attention_exact(132, 3, [64, 2, 128], 5).0.grid, [3, 8, 5]);
+        assert!(attention_exact(132, 1, [8, 1, 128], 1).0.shared <= 48 << 10);
+        let few = |n, chunks| attention_fast(132, false, n, [64, 8, 64], chunks);
+        // A window is walked by one block, whatever is beside it; so are many rows.
+        assert_eq!([few(1, 2).1, few(64, 2).1, few(100, 32).1], [0; 3]);
+        assert_eq!((few(1, 32).1, few(1, 32).0.grid), (1, [1, 8, 32]));
+        assert_eq!((few(64, 32).1, few(64, 32).0.grid), (1, [64, 8, 32]));
+        let many = |n, chunks| attention_fast(132, true, n, [64, 8, 64], chunks);
+        assert_eq!([many(1, 1).1, many(64, 32).1, many(17, 32).1], [0; 3]);
+        assert_eq!((many(4, 32).1, many(4, 32).0.grid), (4, [4, 8, 8]));
+        assert_eq!((many(16, 32).1, many(16, 32).0.grid), (16, [16, 8, 2]));
+        for (many, dim) in [(false, 64), (false, 128), (true, 64), (true, 128)] {
+            // As much as a block can have on every device from 8.0 on.
+            let shared = attention_fast(132, many, 1, [8, 1, dim], 1).0.shared;
+            assert!(shared <= 99 << 10, "{many}, {dim}: {shared}");
         }
     }
 
@@ -317,16 +361,17 @@ mod tests {
         for (items, name) in [
             (0, "gate_up_wgmma_8"),
             (4, "gate_up_wgmma_8"),
-            (4 * 128, "gate_up_wgmma_8"),
-            (4 * 128 + 1, "gate_up_wgmma_32"),
-            (32 * 128, "gate_up_wgmma_32"),
-            (32_768, "gate_up_wgmma_128"),
+            (2 * 128, "gate_up_wgmma_8"),
+            (2 * 128 + 1, "gate_up_wgmma_16"),
+            (20 * 128, "gate_up_wgmma_32"),
+            (44 * 128, "gate_up_wgmma_64"),
+            (32_768, "gate_up_wgmma_176"),
         ] {
             let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
             assert_eq!(choice.op.kernel.name, name, "{items}");
-            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 4 && choice.shared <= SHARED_MAX, "{choice:?}");
+            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 5 && choice.shared <= SHARED_MAX, "{choice:?}");
         }
-        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_128");
+        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_176");
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
         for ring in &RINGS {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);

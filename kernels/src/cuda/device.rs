@@ -154,7 +154,7 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     fn uuid(&self) -> Result<[u8; 16], KernelError>;
 }
 
-/// Pinned host memory and the last copy out of it.
+/// Pinned host memory and the last copy out of it or into it.
 pub trait Pinned: fmt::Debug + Send {
     /// The memory. What was sent from it changes with it until it was waited for.
     fn bytes(&mut self) -> &mut [u8];
@@ -168,7 +168,22 @@ pub trait Pinned: fmt::Debug + Send {
     /// As many bytes at `to` are allocated.
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError>;
 
-    /// Waits until what was sent has been read.
+    /// Enqueues a copy of `bytes` of the device to the memory, `at` bytes from its beginning.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// As many bytes at `from` are allocated.
+    unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError>;
+
+    /// Whether all of its copies are done; does not wait.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    fn is_done(&self) -> Result<bool, KernelError>;
+
+    /// Waits until all of its copies are done: what was sent has been read, and what was fetched is here.
     ///
     /// # Errors
     /// [`KernelError::Device`].
@@ -264,7 +279,7 @@ impl Memory {
     }
 
     /// `bytes` of undefined content.
-    fn unfilled(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
+    pub(super) fn unfilled(self: &Arc<Self>, bytes: usize) -> Result<Buffer, KernelError> {
         if bytes == 0 {
             return Ok(self.nothing());
         }
@@ -292,6 +307,18 @@ impl Memory {
     pub(super) fn filled(self: &Arc<Self>, bytes: &[u8]) -> Result<Buffer, KernelError> {
         let mut buffer = self.unfilled(bytes.len())?;
         buffer.upload(0, bytes)?;
+        Ok(buffer)
+    }
+
+    /// A buffer of `bytes` that `make` writes.
+    pub(super) fn made(
+        self: &Arc<Self>,
+        bytes: usize,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<Buffer, KernelError> {
+        let buffer = self.unfilled(bytes)?;
+        // SAFETY: just allocated.
+        unsafe { self.queue.upload_made(bytes, buffer.address, make)? };
         Ok(buffer)
     }
 }
@@ -393,6 +420,23 @@ impl Buffer {
             unsafe { self.memory.queue.download(self.address, &mut out)? };
         }
         Ok(out)
+    }
+
+    /// Copies its first bytes to pinned memory, behind what is recorded; does not wait.
+    pub(super) fn fetch(&self, bytes: usize, to: &mut dyn Pinned, at: usize) -> Result<(), KernelError> {
+        self.check(0, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range was checked to lie within this allocation.
+        unsafe { self.memory.queue.fetch(self.address, to, at, bytes) }
+    }
+
+    /// Sets it to zero, behind what is recorded.
+    pub(super) fn zero_now(&mut self) -> Result<(), KernelError> {
+        self.memory.queue.submit()?;
+        // SAFETY: this allocation.
+        unsafe { self.memory.queue.device().zero(self.address, self.bytes) }
     }
 
     /// Copies `bytes` within it, to a place that does not overlap.

@@ -1,6 +1,4 @@
 //! A GPU behind the CUDA driver, which is loaded when first needed.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};

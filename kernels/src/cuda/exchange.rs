@@ -200,6 +200,18 @@ impl Experts {
         self.set(slot, Some(memory.filled(packed)?))
     }
 
+    /// Fills a slot with what `pack` writes.
+    pub(super) fn load(
+        &mut self,
+        memory: &Arc<Memory>,
+        slot: usize,
+        pack: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        check("expert slot", slot, self.slots.len())?;
+        self.clear(slot)?;
+        self.set(slot, Some(memory.made(ExpertLayout::new(self.shape).bytes, pack)?))
+    }
+
     fn set(&mut self, slot: usize, expert: Option<Buffer>) -> Result<(), KernelError> {
         let layout = ExpertLayout::new(self.shape);
         let starts = [&layout.gate_up, &layout.down].map(|m| [m.codes.start, m.scales.start, m.bias.start]);

@@ -1,6 +1,4 @@
 //! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
 
 use std::ffi::c_void;
 use std::ptr;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::angles::Angles;
-use super::choose::TILE_ROWS;
+use super::choose::{CHUNK, MANY_ROWS, TILE_ROWS};
 use super::device::{Buffer, Memory, Plain};
 use super::sample::DRAWS_BYTES;
 use crate::cpu::{check, need};
@@ -29,20 +29,39 @@ pub(super) struct Inputs {
     angles: Angles,
     /// Half of `D`, by the rope table.
     pub(super) half: usize,
-    /// For each of [`TILE_ROWS`]: (first row, rows) of one sequence at consecutive positions, at most as many.
-    tiles: [Tiles; 2],
+    /// Runs of at least [`MANY_ROWS`] rows, cut for each of [`TILE_ROWS`].
+    many: [Tiles; 2],
+    /// All other rows, each by itself.
+    few: Tiles,
     /// Of each pool: `[sequences, stride]`.
     tables: Vec<Table>,
     /// What was found to exist in this step: a layer's pool and blocks, and what its rows see.
     checked: Vec<(usize, usize, Sight)>,
 }
 
-/// The step's rows in tiles.
+/// Rows of one sequence at consecutive positions, as the kernels of attention have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    first: u32,
+    count: u32,
+    /// Of the first row.
+    position: u32,
+    sequence: u32,
+}
+
+/// Some of the step's rows in tiles.
 #[derive(Debug, Default)]
 struct Tiles {
     at: Offset,
-    /// (first row, rows)
-    tiles: Vec<[u32; 2]>,
+    tiles: Vec<Tile>,
+}
+
+impl Tiles {
+    fn push_to(&mut self, staging: &mut Staging, tiles: Vec<Tile>) {
+        let words = |tile: &Tile| [tile.first, tile.count, tile.position, tile.sequence];
+        self.at = staging.push(tiles.iter().flat_map(words));
+        self.tiles = tiles;
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +119,8 @@ impl Inputs {
             sin: 0,
             angles: Angles::default(),
             half: 0,
-            tiles: Default::default(),
+            many: Default::default(),
+            few: Tiles::default(),
             tables: Vec::new(),
             checked: Vec::new(),
         }
@@ -150,10 +170,13 @@ impl Inputs {
         let [cos, sin] = self.angles.of(&self.step.positions, rope);
         self.cos = staging.push(cos);
         self.sin = staging.push(sin);
-        for (tiles, rows_max) in self.tiles.iter_mut().zip(TILE_ROWS) {
-            tiles.tiles = tiles_of(&self.step.sequences, &self.step.positions, rows_max);
-            tiles.at = staging.push(tiles.tiles.as_flattened().iter().copied());
+        let (long, short): (Vec<Tile>, Vec<Tile>) = runs(&self.step.sequences, &self.step.positions)
+            .into_iter()
+            .partition(|run| run.count as usize >= MANY_ROWS);
+        for (tiles, rows) in self.many.iter_mut().zip(TILE_ROWS) {
+            tiles.push_to(&mut staging, cut(&long, rows));
         }
+        self.few.push_to(&mut staging, cut(&short, 1));
         self.tables.clear();
         for tables in &self.step.tables {
             // So that it seldom differs from the last step's.
@@ -172,14 +195,18 @@ impl Inputs {
         self.buffer.address() + offset
     }
 
-    /// Address of the tiles of this tiling, and how many; and the segments of keys that the widest of them spans.
-    pub(super) fn tiles(&self, tiling: usize, sight: Sight) -> (u64, usize, usize) {
-        let Tiles { at, tiles } = &self.tiles[tiling];
-        let spans = |&[first, rows]: &[u32; 2]| {
-            let position = self.step.positions[first as usize] as usize;
-            (position + rows as usize - 1) / SEGMENT - sight.first(position) / SEGMENT + 1
-        };
-        (self.at(*at), tiles.len(), tiles.iter().map(spans).max().unwrap_or(1))
+    /// Segments of keys that the longest past of a row spans.
+    pub(super) fn segments(&self, sight: Sight) -> usize {
+        self.step.positions.iter().map(|&position| spans(position, 1, sight, SEGMENT)).max().unwrap_or(1)
+    }
+
+    /// Rows that are alone, and those that follow each other in the `tiling`: address of the tiles, how many, and the
+    /// chunks of keys that the widest of them spans.
+    pub(super) fn tiles(&self, tiling: usize, sight: Sight) -> [(u64, usize, usize); 2] {
+        [&self.few, &self.many[tiling]].map(|Tiles { at, tiles }| {
+            let chunks = tiles.iter().map(|tile| spans(tile.position, tile.count, sight, CHUNK)).max();
+            (self.at(*at), tiles.len(), chunks.unwrap_or(0))
+        })
     }
 
     /// Address and stride of a pool's table.
@@ -227,17 +254,38 @@ impl Inputs {
     }
 }
 
-/// Cuts rows into (first row, rows) of one sequence at consecutive positions, at most `rows_max` each.
-fn tiles_of(sequences: &[u32], positions: &[u32], rows_max: usize) -> Vec<[u32; 2]> {
-    let mut tiles: Vec<[u32; 2]> = Vec::new();
-    for (row, (&sequence, &position)) in sequences.iter().zip(positions).enumerate() {
-        let follows = row > 0 && sequences[row - 1] == sequence && positions[row - 1].checked_add(1) == Some(position);
-        match tiles.last_mut() {
-            Some([_, rows]) if follows && (*rows as usize) < rows_max => *rows += 1,
-            _ => tiles.push([row as u32, 1]),
+/// How many stretches of `unit` positions `count` rows from `position` on see something of.
+fn spans(position: u32, count: u32, sight: Sight, unit: usize) -> usize {
+    let position = position as usize;
+    (position + count as usize - 1) / unit - sight.first(position) / unit + 1
+}
+
+/// Stretches of rows of one sequence at consecutive positions.
+fn runs(sequences: &[u32], positions: &[u32]) -> Vec<Tile> {
+    let mut runs: Vec<Tile> = Vec::new();
+    for ((first, &sequence), &position) in (0..).zip(sequences).zip(positions) {
+        match runs.last_mut() {
+            Some(run) if run.sequence == sequence && run.position.checked_add(run.count) == Some(position) => {
+                run.count += 1;
+            }
+            _ => runs.push(Tile { first, count: 1, position, sequence }),
         }
     }
-    tiles
+    runs
+}
+
+/// Cuts runs into tiles of at most `rows` rows.
+fn cut(runs: &[Tile], rows: usize) -> Vec<Tile> {
+    let of_run = |run: &Tile| {
+        let Tile { first, count, position, sequence } = *run;
+        (0..count).step_by(rows).map(move |at| Tile {
+            first: first + at,
+            count: (count - at).min(rows as u32),
+            position: position + at,
+            sequence,
+        })
+    };
+    runs.iter().flat_map(of_run).collect()
 }
 
 /// Room for what a step learns only after its layers are enqueued: rows to gather, draws. It is copied ahead of them.
@@ -289,12 +337,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tiles_are_runs_of_one_sequence() {
+    fn runs_are_of_one_sequence_and_tiles_are_pieces_of_them() {
         let sequences = [0, 0, 0, 0, 0, 1, 1, 2, 2, 0];
         let positions = [5, 6, 7, 8, 9, 10, 12, 13, 14, 15];
-        assert_eq!(tiles_of(&sequences, &positions, 4), [[0, 4], [4, 1], [5, 1], [6, 1], [7, 2], [9, 1]]);
-        assert_eq!(tiles_of(&sequences, &positions, 8)[0], [0, 5]);
-        assert!(tiles_of(&[], &[], 8).is_empty());
-        assert_eq!(tiles_of(&[0, 0], &[u32::MAX, 0], 8), [[0, 1], [1, 1]]);
+        let words = |tiles: &[Tile]| -> Vec<[u32; 4]> {
+            tiles.iter().map(|tile| [tile.first, tile.count, tile.position, tile.sequence]).collect()
+        };
+        let runs_of = runs(&sequences, &positions);
+        assert_eq!(words(&runs_of), [[0, 5, 5, 0], [5, 1, 10, 1], [6, 1, 12, 1], [7, 2, 13, 2], [9, 1, 15, 0]]);
+        assert_eq!(words(&cut(&runs_of[..1], 2)), [[0, 2, 5, 0], [2, 2, 7, 0], [4, 1, 9, 0]]);
+        assert_eq!(cut(&runs_of, 8), runs_of);
+        assert!(cut(&runs(&[], &[]), 8).is_empty());
+        assert_eq!(words(&runs(&[0, 0], &[u32::MAX, 0])), [[0, 1, u32::MAX, 0], [1, 1, 0, 0]]);
+    }
+
+    #[test]
+    fn a_row_spans_what_it_sees() {
+        let [all, few] = [Sight::Window(None), Sight::Window(Some(128))];
+        assert_eq!([spans(0, 1, all, 256), spans(255, 1, all, 256), spans(256, 1, all, 256)], [1, 1, 2]);
+        assert_eq!([spans(255, 1, few, 256), spans(256, 1, few, 256), spans(383, 1, few, 256)], [1, 2, 1]);
+        assert_eq!([spans(250, 6, all, 256), spans(250, 7, all, 256)], [1, 2]);
     }
 }

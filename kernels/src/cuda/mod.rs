@@ -16,6 +16,7 @@ mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emu")]
 mod emulated;
+mod ended;
 mod exchange;
 mod graph;
 mod inputs;
@@ -32,11 +33,12 @@ mod sequence;
 mod slots;
 mod status;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use device::{Device, Family, Graph, Launch, Pinned};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
+pub use ended::Ended;
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
 pub use queue::Counts;
@@ -45,17 +47,24 @@ pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
 pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};
 
-use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX};
+use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX, TILE_ROWS};
 use self::device::{Buffer, Memory, bytes_of};
 use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
-    ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op, PiecesArgs,
-    RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
+    ATTENTION_JOIN, ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op,
+    PiecesArgs, RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
 use self::sample::Drawn;
 use crate::cpu::{check, need};
+use crate::threads::Threads;
 use crate::{KernelError, KvLayer, Precision};
+
+/// Columns of a block, as `csrc/embed.cu` has them.
+const EMBED_COLS: u32 = 512;
+
+/// Threads that pack weights, at most: more than these wait for memory.
+const PACKERS_MAX: usize = 16;
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
@@ -78,8 +87,12 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
+    /// Who packs weights; nobody until the first are packed.
+    packers: OnceLock<Threads>,
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
+    /// Pinned memory for what steps bring back, while none of them uses it.
+    landings: Vec<Box<dyn Pinned>>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
     error: Option<KernelError>,
     /// The device failed: nothing is enqueued any more.
@@ -105,7 +118,9 @@ impl Cuda {
             late: Late::new(&memory),
             weights: nothing(),
             pieces: nothing(),
+            packers: OnceLock::new(),
             drawn: Vec::new(),
+            landings: Vec::new(),
             error: None,
             broken: false,
             memory,
@@ -162,6 +177,16 @@ impl Cuda {
         }
     }
 
+    /// The threads that pack weights.
+    fn packers(&self) -> &Threads {
+        self.packers.get_or_init(|| {
+            let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(PACKERS_MAX));
+            // Fewer are slower and as right.
+            let alone = |_| Threads::new(1, None).expect("the thread that calls is there");
+            Threads::new(threads, None).unwrap_or_else(alone)
+        })
+    }
+
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).
     fn note(&mut self, result: Result<(), KernelError>) {
         if let Err(error) = result {
@@ -214,7 +239,7 @@ impl Cuda {
             cols: table.cols as u32,
             vocab: table.vocab as u32,
         };
-        self.launch(&EMBED, [out.len() as u32, 1, 1], 0, &args)
+        self.launch(&EMBED, [out.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     fn norm_rows(&self, x: &Rows, weight: &Vector, eps: f32, out: &mut Rows) -> Result<(), KernelError> {
@@ -331,39 +356,64 @@ impl Cuda {
         if qkv.len() == 0 || heads == 0 {
             return Ok(());
         }
-        let (tiles, count, segments) = self.inputs.tiles(choose::tiling(dim), sight);
         let shape = [heads, kv_heads, dim].map(|n| n as u32);
-        let rows = qkv.len() as u32;
-        let blocks = if self.precision == Precision::Exact { rows } else { count as u32 };
         let multiprocessors = self.memory.queue.device().multiprocessors();
-        let partials = [qkv.len(), heads, segments, (2 + dim) * 4].into_iter().fold(1, usize::saturating_mul);
-        let shared_out = if partials > PARTIALS_BYTES_MAX { 1 } else { segments as u32 };
-        let (choice, split) = choose::attention(self.precision, multiprocessors, blocks, shape, shared_out);
-        if split {
-            self.partials.reserve(partials)?;
-        }
         let (tables, stride) = self.inputs.table(layer.pool);
-        let args = AttentionArgs {
+        let mut args = AttentionArgs {
             qkv: qkv.address(),
             kv: kv.layer(layer),
             tables,
             positions: self.inputs.at(self.inputs.positions),
             sequences: self.inputs.at(self.inputs.sequences),
-            tiles,
+            tiles: 0,
             sinks: sinks.buffer.address(),
             out: out.address_mut(),
-            partials: self.partials.address(),
+            partials: 0,
             cols: qkv.cols() as u32,
             heads: shape[0],
             kv_heads: shape[1],
             dim: shape[2],
             stride,
             window: window.map_or(0, |window| window.max(1)),
-            segments: segments as u32,
+            segments: 0,
             scale: 1.0 / (dim as f32).sqrt(),
+            share: 0,
+            unused: 0,
         };
-        self.launch(&choice.op, choice.grid, choice.shared, &args)?;
-        if split { self.launch(&ATTENTION_MERGE, [rows, shape[0], 1], 0, &args) } else { Ok(()) }
+        let partials = |rows: usize, segments: usize| {
+            [rows, heads, segments, (2 + dim) * 4].into_iter().fold(1, usize::saturating_mul)
+        };
+        // What there is no room for is not shared out.
+        let bounded = |bytes: usize, segments: usize| if bytes > PARTIALS_BYTES_MAX { 1 } else { segments as u32 };
+        if self.precision == Precision::Exact {
+            let (rows, segments) = (qkv.len() as u32, self.inputs.segments(sight));
+            let bytes = partials(qkv.len(), segments);
+            let (choice, split) = choose::attention_exact(multiprocessors, rows, shape, bounded(bytes, segments));
+            if split {
+                self.partials.reserve(bytes)?;
+            }
+            (args.partials, args.segments) = (self.partials.address(), segments as u32);
+            self.launch(&choice.op, choice.grid, choice.shared, &args)?;
+            return if split { self.launch(&ATTENTION_MERGE, [rows, shape[0], 1], 0, &args) } else { Ok(()) };
+        }
+        let tiling = choose::tiling(dim);
+        for (many, (tiles, count, chunks)) in [false, true].into_iter().zip(self.inputs.tiles(tiling, sight)) {
+            let rows = if many { TILE_ROWS[tiling] } else { 1 };
+            let bytes = partials(count * rows, chunks);
+            let (choice, share) =
+                choose::attention_fast(multiprocessors, many, count as u32, shape, bounded(bytes, chunks));
+            if share != 0 {
+                self.partials.reserve(bytes)?;
+            }
+            (args.tiles, args.share) = (tiles, share);
+            (args.partials, args.segments) = (self.partials.address(), chunks as u32);
+            self.launch(&choice.op, choice.grid, choice.shared, &args)?;
+            if share != 0 {
+                let heads = shape[0].div_ceil(DIM_MAX as u32 / shape[2]);
+                self.launch(&ATTENTION_JOIN, [count as u32, heads, rows as u32], 0, &args)?;
+            }
+        }
+        Ok(())
     }
 
     fn route_rows(&mut self, x: &Rows, router: &Dense, routes: &mut Routes) -> Result<(), KernelError> {
@@ -396,7 +446,7 @@ impl Cuda {
             cols: x.cols() as u32,
             unused: 0,
         };
-        self.launch(&GATHER, [rows.len() as u32, 1, 1], 0, &args)
+        self.launch(&GATHER, [rows.len() as u32, args.cols.div_ceil(EMBED_COLS), 1], 0, &args)
     }
 
     /// Reads what kernels found wrong, and forgets it.

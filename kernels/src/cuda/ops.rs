@@ -59,7 +59,8 @@ args! {
     /// attention.cu
     AttentionArgs {
         qkv: u64, kv: u64, tables: u64, positions: u64, sequences: u64, tiles: u64, sinks: u64, out: u64, partials: u64,
-        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32,
+        cols: u32, heads: u32, kv_heads: u32, dim: u32, stride: u32, window: u32, segments: u32, scale: f32, share: u32,
+        unused: u32,
     }
     /// dense.cu
     DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
@@ -107,8 +108,8 @@ args! {
     }
     /// sample.cu
     SampleArgs {
-        logits: u64, weights: u64, draws: u64, edits: u64, allowed: u64, drawn: u64, top: u64, slots: u64,
-        vocab: u32, unused: u32,
+        logits: u64, weights: u64, states: u64, done: u64, draws: u64, edits: u64, allowed: u64, drawn: u64, top: u64,
+        slots: u64, vocab: u32, stride: u32, state_bytes: u32, unused: u32,
     }
 }
 
@@ -118,14 +119,14 @@ pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 
 pub(super) const ROPE_F32: Op<RopeArgs> = Op::new("rope_f32", "rope.cu", 128);
 pub(super) const ROPE_BF16: Op<RopeArgs> = Op::new("rope_bf16", "rope.cu", 128);
 pub(super) const ATTENTION_F32: Op<AttentionArgs> = Op::new("attention_f32", "attention.cu", 128);
-pub(super) const ATTENTION_BF16: [Op<AttentionArgs>; 2] =
-    [Op::new("attention_bf16_64", "attention.cu", 128), Op::new("attention_bf16_128", "attention.cu", 128)];
 pub(super) const ATTENTION_SEGMENTS_F32: Op<AttentionArgs> = Op::new("attention_segments_f32", "attention.cu", 128);
-pub(super) const ATTENTION_SEGMENTS_BF16: [Op<AttentionArgs>; 2] = [
-    Op::new("attention_segments_bf16_64", "attention.cu", 128),
-    Op::new("attention_segments_bf16_128", "attention.cu", 128),
-];
 pub(super) const ATTENTION_MERGE: Op<AttentionArgs> = Op::new("attention_merge", "attention.cu", 128);
+/// For heads of up to 64 dimensions and for wider ones.
+pub(super) const ATTENTION_MANY: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_many_64", "attention.cu", 128), Op::new("attention_many_128", "attention.cu", 128)];
+pub(super) const ATTENTION_FEW: [Op<AttentionArgs>; 2] =
+    [Op::new("attention_few_64", "attention.cu", 32), Op::new("attention_few_128", "attention.cu", 32)];
+pub(super) const ATTENTION_JOIN: Op<AttentionArgs> = Op::new("attention_join", "attention.cu", 128);
 pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256);
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
@@ -148,36 +149,46 @@ pub(super) const DENSE_WGMMA_32: Op<DenseArgs> = Op::new("dense_wgmma_32", "dens
 pub(super) const DENSE_WGMMA_64: Op<DenseArgs> = Op::new("dense_wgmma_64", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 288);
 pub(super) const DENSE_WGMMA_256: Op<DenseArgs> = Op::new("dense_wgmma_256", "dense_wgmma.cu", 384);
-/// For 8, 32 and 128 items at once.
-pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 3] = [
+/// For 8, 16, 32, 64 and 176 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512),
 ];
-pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 3] = [
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_32", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_128", "experts_wgmma.cu", 512),
+    Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
+    Op::new("down_wgmma_176", "experts_wgmma.cu", 512),
 ];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
-pub(super) const SAMPLE: Op<SampleArgs> = Op::new("sample", "sample.cu", 256);
+pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);
+pub(super) const SAMPLE_LARGEST: Op<SampleArgs> = Op::new("sample_largest", "sample.cu", 512);
+pub(super) const SAMPLE_WEIGH: Op<SampleArgs> = Op::new("sample_weigh", "sample.cu", 512);
+pub(super) const SAMPLE_CUT: Op<SampleArgs> = Op::new("sample_cut", "sample.cu", 512);
+pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu", 512);
+pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 44] = [
+pub const KERNELS: [Kernel; 54] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
     ROPE_F32.kernel,
     ROPE_BF16.kernel,
     ATTENTION_F32.kernel,
-    ATTENTION_BF16[0].kernel,
-    ATTENTION_BF16[1].kernel,
     ATTENTION_SEGMENTS_F32.kernel,
-    ATTENTION_SEGMENTS_BF16[0].kernel,
-    ATTENTION_SEGMENTS_BF16[1].kernel,
     ATTENTION_MERGE.kernel,
+    ATTENTION_MANY[0].kernel,
+    ATTENTION_MANY[1].kernel,
+    ATTENTION_FEW[0].kernel,
+    ATTENTION_FEW[1].kernel,
+    ATTENTION_JOIN.kernel,
     DENSE_F32.kernel,
     DENSE_MMA_8.kernel,
     DENSE_MMA_64.kernel,
@@ -203,11 +214,20 @@ pub const KERNELS: [Kernel; 44] = [
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     GATE_UP_WGMMA[2].kernel,
+    GATE_UP_WGMMA[3].kernel,
+    GATE_UP_WGMMA[4].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
     DOWN_WGMMA[2].kernel,
+    DOWN_WGMMA[3].kernel,
+    DOWN_WGMMA[4].kernel,
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,
-    SAMPLE.kernel,
+    SAMPLE_CHANGE.kernel,
+    SAMPLE_LARGEST.kernel,
+    SAMPLE_WEIGH.kernel,
+    SAMPLE_CUT.kernel,
+    SAMPLE_DRAW.kernel,
+    SAMPLE_REPORT.kernel,
 ];

@@ -8,10 +8,11 @@ use std::ops::Range;
 
 use crate::cpu::need;
 use crate::memory::Source;
+use crate::threads::Threads;
 use crate::{ExpertShape, ExpertSource, KernelError, Stack, bf16};
 
 /// Changes whenever packed bytes change.
-pub(super) const LAYOUT: u32 = 2;
+pub(super) const LAYOUT: u32 = 3;
 
 /// Rows of a tile, and columns of a tile of a dense matrix.
 const TILE: usize = 16;
@@ -43,42 +44,65 @@ pub(super) const fn dense_bytes(rows: usize, cols: usize) -> usize {
 }
 
 /// Packs matrices `[rows, cols]`, one under the other, into all of `out`.
-pub(super) fn pack_dense(cols: usize, stack: &[Stack<'_>], out: &mut [u8]) -> Result<(), KernelError> {
-    let rows = stack.iter().map(|matrix| matrix.rows(cols)).sum::<Result<_, _>>()?;
-    let layout = DenseLayout::new(rows, cols);
+pub(super) fn pack_dense(
+    threads: &Threads,
+    cols: usize,
+    stack: &[Stack<'_>],
+    out: &mut [u8],
+) -> Result<(), KernelError> {
+    let count = stack.iter().map(|matrix| matrix.rows(cols)).sum::<Result<usize, _>>()?;
+    let layout = DenseLayout::new(count, cols);
     need("the room for a packed matrix", out.len(), layout.bias.end)?;
-    out.fill(0);
     let (weights, biases) = out.split_at_mut(layout.bias.start);
-    let mut row = 0;
+    let mut rows = Vec::with_capacity(count);
+    biases.fill(0);
     for matrix in stack {
-        let source = matrix.weight.bytes();
-        let here = source.len().checked_div(2 * cols).unwrap_or(0);
-        for (i, values) in source.chunks_exact((cols * 2).max(1)).enumerate() {
-            for (column, value) in values.as_chunks::<2>().0.iter().enumerate() {
-                let at = dense_element(cols, row + i, column);
-                weights[at * 2..at * 2 + 2].copy_from_slice(value);
-            }
-        }
         if let Some(bias) = matrix.bias {
-            for (i, value) in bf16::values(bias.bytes()).enumerate() {
-                biases[(row + i) * 4..(row + i + 1) * 4].copy_from_slice(&value.to_le_bytes());
-            }
-            bias.release();
+            put(bf16::values(bias.bytes()), &mut biases[rows.len() * 4..]);
         }
+        rows.extend(matrix.weight.bytes().chunks_exact((cols * 2).max(1)));
+    }
+    let tile_bytes = cols.div_ceil(TILE) * TILE * TILE * 2;
+    threads.each_chunk(weights, tile_bytes, count.saturating_mul(cols), |tile, out| {
+        let rows = &rows[tile * TILE..];
+        pack_dense_rows(&rows[..rows.len().min(TILE)], out);
+    });
+    for matrix in stack {
         matrix.weight.release();
-        row += here;
+        matrix.bias.iter().for_each(Source::release);
     }
     Ok(())
 }
 
-/// Place of a number among a packed matrix's: lane `4g + t` of a tile holds rows `g` and `g + 8`, columns `2t`,
-/// `2t + 1`, `2t + 8` and `2t + 9`, as mma's registers do.
-const fn dense_element(cols: usize, row: usize, column: usize) -> usize {
-    let tile = row / TILE * cols.div_ceil(TILE) + column / TILE;
-    let (r, k) = (row % TILE, column % TILE);
-    let lane = r % 8 * 4 + k % 8 / 2;
-    let register = r / 8 + 2 * (k / 8);
-    tile * TILE * TILE + lane * 8 + register * 2 + k % 2
+/// Packs rows, a tile's at most, into the tiles `[column tiles, 32 lanes, 8]` of a dense matrix: lane `4g + t` holds rows
+/// `g` and `g + 8`, columns `2t`, `2t + 1`, `2t + 8` and `2t + 9`, as mma's registers do.
+fn pack_dense_rows(rows: &[&[u8]], out: &mut [u8]) {
+    /// Two neighbouring numbers.
+    const PAIR: usize = 4;
+    const ROW: usize = TILE * 2;
+    for (column, tile) in out.as_chunks_mut::<{ TILE * ROW }>().0.iter_mut().enumerate() {
+        let of_row = |row: usize| {
+            let values = rows.get(row).map_or(&[][..], |row| &row[column * ROW..row.len().min((column + 1) * ROW)]);
+            let mut whole = [0; ROW];
+            whole[..values.len()].copy_from_slice(values);
+            whole
+        };
+        for (g, lanes) in tile.as_chunks_mut::<{ 16 * PAIR }>().0.iter_mut().enumerate() {
+            let (upper, lower) = (of_row(g), of_row(g + 8));
+            let (upper, lower) = (upper.as_chunks::<PAIR>().0, lower.as_chunks::<PAIR>().0);
+            for (t, lane) in lanes.as_chunks_mut::<{ 4 * PAIR }>().0.iter_mut().enumerate() {
+                let registers = [upper[t], lower[t], upper[t + 4], lower[t + 4]];
+                lane.copy_from_slice(registers.as_flattened());
+            }
+        }
+    }
+}
+
+/// Numbers as the device reads them.
+fn put(values: impl Iterator<Item = f32>, out: &mut [u8]) {
+    for (value, out) in values.zip(out.as_chunks_mut().0) {
+        *out = value.to_le_bytes();
+    }
 }
 
 /// Where the parts of a packed expert lie.
@@ -93,9 +117,9 @@ pub(super) struct ExpertLayout {
 /// Where the parts of a packed MXFP4 matrix lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MatrixLayout {
-    /// `[row tiles, blocks, 32 lanes, 2]` words of eight codes
+    /// `[row tiles, blocks, 32 lanes, 2]` words of sixteen codes
     pub(super) codes: Range<usize>,
-    /// `[row tiles, blocks, 16]`
+    /// `[row tiles, blocks, 8, 2]`: rows `g` and `g + 8` beside each other
     pub(super) scales: Range<usize>,
     /// f32 `[row tiles * 16]`
     pub(super) bias: Range<usize>,
@@ -120,102 +144,193 @@ impl ExpertLayout {
 }
 
 /// Packs an expert into all of `out`.
-pub(super) fn pack_expert(shape: ExpertShape, source: &ExpertSource<'_>, out: &mut [u8]) -> Result<(), KernelError> {
+pub(super) fn pack_expert(
+    threads: &Threads,
+    shape: ExpertShape,
+    source: &ExpertSource<'_>,
+    out: &mut [u8],
+) -> Result<(), KernelError> {
     let ExpertShape { hidden, intermediate, .. } = shape;
+    // So tiles are whole and nothing lies between the parts.
     need("the width of an expert's input", hidden % BLOCK, 0)?;
     need("the width of an expert", intermediate % BLOCK, 0)?;
     let layout = ExpertLayout::new(shape);
     need("the room for a packed expert", out.len(), layout.bytes)?;
-    out.fill(0);
+    let work = 3 * intermediate * hidden;
+    let (gate_up, down) = out.split_at_mut(layout.gate_up.bias.end);
     // Tiles of eight activations: their gates and then their ups.
-    let gate_up_row = |row: usize| row / 16 * 16 + row % 2 * 8 + row % 16 / 2;
-    pack_matrix(
+    let mut tiles = tiles(
         [2 * intermediate, hidden],
         [source.gate_up_blocks, source.gate_up_scales, source.gate_up_bias],
         ["gate_up_proj_blocks of an expert", "gate_up_proj_scales of an expert", "gate_up_proj_bias of an expert"],
-        gate_up_row,
-        &layout.gate_up,
-        out,
+        |row| row % 8 * 2 + row / 8,
+        gate_up,
     )?;
-    pack_matrix(
+    tiles.extend(self::tiles(
         [hidden, intermediate],
         [source.down_blocks, source.down_scales, source.down_bias],
         ["down_proj_blocks of an expert", "down_proj_scales of an expert", "down_proj_bias of an expert"],
         |row| row,
-        &layout.down,
-        out,
-    )
-}
-
-fn pack_matrix(
-    [rows, cols]: [usize; 2],
-    [blocks, scales, bias]: [Source<'_>; 3],
-    [blocks_name, scales_name, bias_name]: [&'static str; 3],
-    place: impl Fn(usize) -> usize,
-    layout: &MatrixLayout,
-    out: &mut [u8],
-) -> Result<(), KernelError> {
-    let width = cols / BLOCK;
-    need(blocks_name, blocks.bytes().len(), rows * width * 16)?;
-    need(scales_name, scales.bytes().len(), rows * width)?;
-    need(bias_name, bias.bytes().len(), rows * 2)?;
-    if let Some(index) = scales.bytes().iter().position(|&scale| scale == u8::MAX) {
-        return Err(KernelError::Scale { what: scales_name, index });
-    }
-    for (row, codes) in blocks.bytes().chunks_exact((width * 16).max(1)).enumerate() {
-        let row = place(row);
-        for (block, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
-            for half in 0..2 {
-                for lane in 0..4 {
-                    let at = |pair: usize| codes[half * 8 + pair];
-                    // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 are bytes t and t + 4 of a half.
-                    let (register, pairs) = (row % TILE / 8, [at(lane), at(lane + 4)]);
-                    let word =
-                        layout.codes.start + (((row / TILE * width + block) * 32 + row % 8 * 4 + lane) * 2 + half) * 4;
-                    let word = &mut out[word..word + 4];
-                    let bits = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-                    word.copy_from_slice(&(bits | spread(register, pairs)).to_le_bytes());
-                }
-            }
-        }
-    }
-    for (row, bytes) in scales.bytes().chunks_exact(width.max(1)).enumerate() {
-        let row = place(row);
-        for (block, &scale) in bytes.iter().enumerate() {
-            out[layout.scales.start + (row / TILE * width + block) * TILE + row % TILE] = scale;
-        }
-    }
-    for (row, value) in bf16::values(bias.bytes()).enumerate() {
-        let at = layout.bias.start + place(row) * 4;
-        out[at..at + 4].copy_from_slice(&value.to_le_bytes());
-    }
-    [blocks, scales, bias].iter().for_each(Source::release);
+        down,
+    )?);
+    threads.each_chunk(&mut tiles, 1, work, |_, tiles| {
+        tiles.iter_mut().for_each(Tile::pack);
+    });
+    let sources = [
+        source.gate_up_blocks,
+        source.gate_up_scales,
+        source.gate_up_bias,
+        source.down_blocks,
+        source.down_scales,
+        source.down_bias,
+    ];
+    sources.iter().for_each(Source::release);
     Ok(())
 }
 
-/// The codes of a row in a lane's word: registers `row` and `row + 2`, two elements each (low nibble first). Element `h`
-/// goes to half `h`: a register's sign and magnitude to where a bf16 has them, three bits further down for each register
-/// before it; the last register's to the bits that are left.
-fn spread(row: usize, pairs: [u8; 2]) -> u32 {
-    let mut word = 0;
-    for (register, pair) in [row, row + 2].into_iter().zip(pairs) {
-        for element in 0..2 {
-            let code = u32::from(pair) >> (4 * element) & 15;
-            let (sign, magnitude) = (code >> 3, code & 7);
-            let half = if register < 3 {
-                sign << (15 - 3 * register) | magnitude << (6 - 3 * register)
-            } else {
-                sign << 14 | magnitude >> 1 << 10 | (magnitude & 1) << 13
-            };
-            word |= half << (16 * element);
+/// Sixteen rows of an MXFP4 matrix, and where they go.
+struct Tile<'a> {
+    /// Which of these rows is the packed tile's first, second, ...
+    order: [usize; TILE],
+    /// `[16, blocks, 16]`
+    blocks: &'a [u8],
+    /// `[16, blocks]`
+    scales: &'a [u8],
+    /// bf16 `[16]`
+    bias: &'a [u8],
+    /// `[blocks, 32 lanes, 2]` words
+    codes_out: &'a mut [u8],
+    /// `[blocks, 16]`
+    scales_out: &'a mut [u8],
+    /// f32 `[16]`
+    bias_out: &'a mut [u8],
+}
+
+/// The tiles of a matrix `[rows, cols]` that is packed into all of `out`. `source` says which row of sixteen comes where.
+fn tiles<'a>(
+    [rows, cols]: [usize; 2],
+    [blocks, scales, bias]: [Source<'a>; 3],
+    [blocks_name, scales_name, bias_name]: [&'static str; 3],
+    source: impl Fn(usize) -> usize,
+    out: &'a mut [u8],
+) -> Result<Vec<Tile<'a>>, KernelError> {
+    let [blocks, scales, bias] = [blocks.bytes(), scales.bytes(), bias.bytes()];
+    let width = cols / BLOCK;
+    need(blocks_name, blocks.len(), rows * width * 16)?;
+    need(scales_name, scales.len(), rows * width)?;
+    need(bias_name, bias.len(), rows * 2)?;
+    // Many at once; which one it was is asked only then.
+    let largest = scales.iter().fold(0, |largest, &scale| scale.max(largest));
+    if largest == u8::MAX
+        && let Some(index) = scales.iter().position(|&scale| scale == largest)
+    {
+        return Err(KernelError::Scale { what: scales_name, index });
+    }
+    let (codes_out, out) = out.split_at_mut(blocks.len());
+    let (scales_out, bias_out) = out.split_at_mut(scales.len());
+    let tile = |((((blocks, scales), bias), (codes_out, scales_out)), bias_out)| Tile {
+        order: std::array::from_fn(&source),
+        blocks,
+        scales,
+        bias,
+        codes_out,
+        scales_out,
+        bias_out,
+    };
+    let [of_blocks, of_scales] = [TILE * width * 16, TILE * width].map(|bytes| bytes.max(1));
+    let sources = blocks.chunks(of_blocks).zip(scales.chunks(of_scales)).zip(bias.chunks(TILE * 2));
+    let places = codes_out.chunks_mut(of_blocks).zip(scales_out.chunks_mut(of_scales));
+    Ok(sources.zip(places).zip(bias_out.chunks_mut(TILE * 4)).map(tile).collect())
+}
+
+impl Tile<'_> {
+    fn pack(&mut self) {
+        let width = self.scales.len() / TILE;
+        let blocks = self.blocks.as_chunks::<16>().0;
+        let rows = self.order.map(|row| &blocks[row * width..(row + 1) * width]);
+        for (block, words) in self.codes_out.as_chunks_mut::<{ 64 * 4 }>().0.iter_mut().enumerate() {
+            for (g, words) in words.as_chunks_mut::<{ 8 * 4 }>().0.iter_mut().enumerate() {
+                let (upper, lower) = (&rows[g][block], &rows[g + 8][block]);
+                for (lane, words) in words.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    let mut bits = 0;
+                    for (half, spread) in SPREAD.iter().enumerate() {
+                        // Columns 2t, 2t + 1 and 2t + 8, 2t + 9 of a half are its bytes t and t + 4.
+                        let first = half * 8 + lane;
+                        let pairs = [upper[first], lower[first], upper[first + 4], lower[first + 4]];
+                        bits |= (0..4).fold(0, |bits, register| bits | spread[register][usize::from(pairs[register])]);
+                    }
+                    *words = bits.to_le_bytes();
+                }
+            }
+        }
+        self.pack_scales();
+        let bias: Vec<f32> = bf16::values(self.bias).collect();
+        put(self.order.iter().map(|&row| bias[row]), self.bias_out);
+    }
+
+    fn pack_scales(&mut self) {
+        let width = self.scales.len() / TILE;
+        let rows = self.order.map(|row| &self.scales[row * width..(row + 1) * width]);
+        for (block, out) in self.scales_out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+            *out = std::array::from_fn(|i| rows[i % 2 * 8 + i / 2][block]);
         }
     }
-    word
+}
+
+/// [`spread`] of every pair of codes, for each register of each half.
+static SPREAD: [[[u64; 256]; 4]; 2] = {
+    let mut table = [[[0; 256]; 4]; 2];
+    let mut at = 0;
+    while at < 2 * 4 * 256 {
+        let (half, register, pair) = (at / 1024, at / 256 % 4, at % 256);
+        table[half][register][pair] = spread(half, register, pair as u32);
+        at += 1;
+    }
+    table
+};
+
+/// Bits by which a word is turned to the right for registers 0 to 3 of each half.
+const TURNS: [[u32; 4]; 2] = [[0, 4, 10, 8], [2, 6, 12, 14]];
+/// What the fourth registers take from the left word; the rest is the right one's.
+const LEFT_OF_BOTH: u32 = 0x6030_6030;
+
+/// The codes of a register of a half in a lane's two words, the left one below: two elements (low nibble first) of row `g`
+/// (registers 0 and 2) or `g + 8`. A word, turned, has an element's sign and magnitude where a bf16 has its sign and its
+/// lowest exponent and highest fraction bits, element 1 in the upper half.
+const fn spread(half: usize, register: usize, pair: u32) -> u64 {
+    let mut bits = 0;
+    let mut element = 0;
+    while element < 2 {
+        let code = pair >> (4 * element) & 15;
+        bits |= (code >> 3 << 15 | (code & 7) << 6) << (16 * element);
+        element += 1;
+    }
+    let bits = bits.rotate_left(TURNS[half][register]);
+    let (left, right) = match (register, half) {
+        (3, _) => (bits & LEFT_OF_BOTH, bits & !LEFT_OF_BOTH),
+        (_, 0) => (bits, 0),
+        _ => (0, bits),
+    };
+    left as u64 | (right as u64) << 32
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::uniform;
+
+    /// Place of a number among a packed matrix's.
+    fn dense_element(cols: usize, row: usize, column: usize) -> usize {
+        let tile = row / TILE * cols.div_ceil(TILE) + column / TILE;
+        let (r, k) = (row % TILE, column % TILE);
+        let lane = r % 8 * 4 + k % 8 / 2;
+        let register = r / 8 + 2 * (k / 8);
+        tile * TILE * TILE + lane * 8 + register * 2 + k % 2
+    }
+
+    fn random_bytes(seed: u64, len: usize) -> Vec<u8> {
+        (0..len as u32).map(|i| (uniform(seed, 0, i) * 255.0) as u8).collect()
+    }
 
     #[test]
     fn a_dense_tile_is_laid_out_as_mma_reads_it() {
@@ -232,28 +347,117 @@ mod tests {
     }
 
     #[test]
-    fn every_number_has_a_place_of_its_own() {
-        for (rows, cols) in [(16, 16), (5, 18), (40, 33)] {
-            let mut places: Vec<usize> = (0..rows * cols).map(|i| dense_element(cols, i / cols, i % cols)).collect();
-            places.sort_unstable();
-            places.dedup();
-            assert_eq!(places.len(), rows * cols);
-            assert!(places.iter().all(|at| at * 2 < DenseLayout::new(rows, cols).weights.end));
+    fn every_number_of_stacked_matrices_has_its_place_and_the_rest_is_zero() {
+        for (stack, cols) in
+            [(&[16][..], 16), (&[5], 18), (&[40, 7, 1], 33), (&[64, 8, 8], 80), (&[3, 0], 2), (&[0], 5)]
+        {
+            let rows: usize = stack.iter().sum();
+            let weights = random_bytes(rows as u64, rows * cols * 2);
+            let biases = random_bytes(1, rows * 2);
+            let mut first = 0;
+            let matrices: Vec<Stack<'_>> = stack
+                .iter()
+                .enumerate()
+                .map(|(i, here)| {
+                    let part = first..first + here;
+                    first = part.end;
+                    let weight = Source::memory(&weights[part.start * cols * 2..part.end * cols * 2]);
+                    // The second has no bias.
+                    let bias = (i != 1).then(|| Source::memory(&biases[part.start * 2..part.end * 2]));
+                    Stack { weight, bias }
+                })
+                .collect();
+            let layout = DenseLayout::new(rows, cols);
+            let mut expected = vec![0; layout.bias.end];
+            for row in 0..rows {
+                for column in 0..cols {
+                    let (from, to) = ((row * cols + column) * 2, dense_element(cols, row, column) * 2);
+                    expected[to..to + 2].copy_from_slice(&weights[from..from + 2]);
+                }
+                if stack.len() < 2 || !(stack[0]..stack[0] + stack[1]).contains(&row) {
+                    let to = layout.bias.start + row * 4;
+                    expected[to + 2..to + 4].copy_from_slice(&biases[row * 2..row * 2 + 2]);
+                }
+            }
+            for threads in [1, 3] {
+                let threads = Threads::new(threads, None).unwrap();
+                let mut out = vec![0xff; layout.bias.end];
+                pack_dense(&threads, cols, &matrices, &mut out).unwrap();
+                assert!(out == expected, "{stack:?} x {cols}");
+            }
+        }
+    }
+
+    /// Codes, scales and biases of a matrix, one by one to their places.
+    fn expected_matrix(
+        [rows, cols]: [usize; 2],
+        [blocks, scales, bias]: [&[u8]; 3],
+        place: impl Fn(usize) -> usize,
+        layout: &MatrixLayout,
+        out: &mut [u8],
+    ) {
+        for source in 0..rows {
+            let row = place(source);
+            for column in (0..cols).step_by(2) {
+                let (tile, r) = (row / TILE, row % TILE);
+                let (block, k) = (column / BLOCK, column % BLOCK);
+                let (half, lane, register) = (k / 16, r % 8 * 4 + k % 8 / 2, r / 8 + k % 16 / 8 * 2);
+                let words = spread(half, register, u32::from(blocks[(source * cols + column) / 2])).to_le_bytes();
+                let at = layout.codes.start + ((tile * cols / BLOCK + block) * 32 + lane) * 8;
+                out[at..at + 8].iter_mut().zip(words).for_each(|(out, byte)| *out |= byte);
+                let at = layout.scales.start + (tile * cols / BLOCK + block) * TILE + r % 8 * 2 + r / 8;
+                out[at] = scales[source * cols / BLOCK + block];
+            }
+            let at = layout.bias.start + row * 4;
+            out[at + 2..at + 4].copy_from_slice(&bias[source * 2..source * 2 + 2]);
+        }
+    }
+
+    #[test]
+    fn every_code_scale_and_bias_of_an_expert_has_its_place() {
+        for (hidden, intermediate) in [(32, 32), (96, 64), (160, 96)] {
+            let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
+            let parts = |rows: usize, cols: usize| {
+                let scales = random_bytes(2, rows * cols / 32).iter().map(|scale| scale % 255).collect();
+                [random_bytes(1, rows * cols / 2), scales, random_bytes(3, rows * 2)]
+            };
+            let (gate_up, down) = (parts(2 * intermediate, hidden), parts(hidden, intermediate));
+            let [[gate_up_blocks, gate_up_scales, gate_up_bias], [down_blocks, down_scales, down_bias]] =
+                [&gate_up, &down].map(|parts| parts.each_ref().map(|part| Source::memory(part)));
+            let source =
+                ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
+            let layout = ExpertLayout::new(shape);
+            let mut expected = vec![0; layout.bytes];
+            // Gates and ups alternate; packed, eight gates come before their ups.
+            let place = |row: usize| row / 16 * 16 + row % 2 * 8 + row % 16 / 2;
+            let matrix = gate_up.each_ref().map(Vec::as_slice);
+            expected_matrix([2 * intermediate, hidden], matrix, place, &layout.gate_up, &mut expected);
+            let matrix = down.each_ref().map(Vec::as_slice);
+            expected_matrix([hidden, intermediate], matrix, |row| row, &layout.down, &mut expected);
+            for threads in [1, 3] {
+                let threads = Threads::new(threads, None).unwrap();
+                let mut out = vec![0xff; layout.bytes];
+                pack_expert(&threads, shape, &source, &mut out).unwrap();
+                assert!(out == expected, "{hidden} x {intermediate}");
+            }
         }
     }
 
     #[test]
     fn codes_of_a_lane_lie_as_the_kernel_reads_them() {
-        // Row g: codes 1 and 10 (magnitude 2, negative) at columns 2t, 2t + 1; 3 and 4 eight columns further.
-        assert_eq!(spread(0, [0xa1, 0x43]), 1 << 6 | 3 | (1 << 15 | 2 << 6 | 4) << 16);
-        // Row g + 8: registers 1 and 3; 15 and 9 there, 8 and 1 eight columns further.
-        assert_eq!(spread(1, [0x9f, 0x18]), 1 << 12 | 7 << 3 | 1 << 14 | (1 << 12 | 1 << 3 | 1 << 13) << 16);
+        // Row g: codes 1 and 10 (magnitude 2, negative) in register 0 of the left half, as they are; 3 and 4 in register 2,
+        // whose elements lie in the other half of the word, six bits down.
+        let left = 1 << 6 | (1 << 15 | 2 << 6) << 16 | 3 << 16 | 4;
+        assert_eq!(spread(0, 0, 0xa1) | spread(0, 2, 0x43), left);
+        // Row g + 8: code 15 in register 3 of the right half, of which one bit alone is in the right word.
+        assert_eq!(spread(1, 3, 0x0f), 1 << 29 | 3 << 20 | 1 << 22 << 32);
     }
 
     #[test]
-    fn codes_of_a_word_do_not_overlap() {
-        let words = [0, 1].map(|row| spread(row, [0xff, 0xff]));
-        assert_eq!((words[0] & words[1], words[0] | words[1]), (0, u32::MAX));
+    fn codes_of_two_words_do_not_overlap() {
+        let words: Vec<u64> = (0..8).map(|at| spread(at / 4, at % 4, 0xff)).collect();
+        assert_eq!(words.iter().map(|bits| bits.count_ones()).sum::<u32>(), u64::BITS);
+        assert_eq!(words.iter().fold(0, |all, bits| all | bits), u64::MAX);
     }
 
     #[test]

@@ -1,6 +1,4 @@
-//! Page-locked memory of the CUDA driver, with an event behind each copy out of it.
-//!
-//! Not run yet: no GPU was at hand, see `docs/gpu-validation.md`.
+//! Page-locked memory of the CUDA driver, with an event behind each copy out of it or into it.
 
 use std::sync::Arc;
 
@@ -10,7 +8,7 @@ use super::device::Pinned;
 use super::driver::failed;
 use crate::KernelError;
 
-/// Host memory that copies of a stream read.
+/// Host memory that copies of a stream read or write.
 #[derive(Debug)]
 pub(super) struct PageLocked {
     context: Arc<CudaContext>,
@@ -67,6 +65,35 @@ impl Pinned for PageLocked {
         self.sent = true;
         // SAFETY: event and stream are valid and of one context.
         unsafe { result::event::record(self.event, stream) }.map_err(&send)
+    }
+
+    unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+        let fetch = failed("give bytes");
+        self.context.bind_to_thread().map_err(&fetch)?;
+        let stream = self.stream.cu_stream();
+        let Some(to) = self.bytes().get_mut(at..at.saturating_add(bytes)) else {
+            return Err(KernelError::Size { what: "pinned memory", got: self.bytes, need: at.saturating_add(bytes) });
+        };
+        // SAFETY: the caller promises that the source is allocated; the destination lives until this is dropped, which
+        // waits for the event.
+        unsafe { result::memcpy_dtoh_async(to, from, stream) }.map_err(&fetch)?;
+        self.sent = true;
+        // SAFETY: event and stream are valid and of one context.
+        unsafe { result::event::record(self.event, stream) }.map_err(&fetch)
+    }
+
+    fn is_done(&self) -> Result<bool, KernelError> {
+        if !self.sent {
+            return Ok(true);
+        }
+        let query = failed("give bytes");
+        self.context.bind_to_thread().map_err(&query)?;
+        // SAFETY: the event is valid.
+        let status = unsafe { sys::cuEventQuery(self.event) };
+        if status == sys::CUresult::CUDA_ERROR_NOT_READY {
+            return Ok(false);
+        }
+        status.result().map(|()| true).map_err(query)
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {

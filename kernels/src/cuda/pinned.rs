@@ -4,20 +4,48 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::device::{Device, Pinned};
 use crate::KernelError;
-use crate::memory::will_need;
+use crate::memory::{Aligned, will_need};
 
-/// Bytes of a piece.
-const PIECE_BYTES: usize = 8 << 20;
-/// Pieces that are filled and read at the same time.
-const PIECES: usize = 4;
+/// Pieces for weights: an expert of the published models fits one.
+const WEIGHTS: Pieces = Pieces { bytes: 16 << 20, count: 4 };
+/// Pieces for what steps bring. Those of a step are read while it runs, when the next one is filled in already.
+const STEPS: Pieces = Pieces { bytes: 1 << 20, count: 16 };
 /// Threads that fill a whole piece: one alone does not read a mapped file as fast as a disk gives it.
 const READERS: usize = 4;
 /// What a thread is worth starting for.
 const READER_BYTES: usize = 1 << 20;
 
+/// How long pieces are, and how many are filled and read at the same time.
+#[derive(Clone, Copy, Debug)]
+struct Pieces {
+    bytes: usize,
+    count: usize,
+}
+
+/// Copies to a device.
+#[derive(Debug)]
+pub(super) struct Ferries {
+    weights: Ferry,
+    steps: Ferry,
+}
+
+impl Default for Ferries {
+    fn default() -> Self {
+        Self { weights: Ferry::new(WEIGHTS), steps: Ferry::new(STEPS) }
+    }
+}
+
+impl Ferries {
+    /// The one for so many bytes.
+    pub(super) const fn of(&mut self, bytes: usize) -> &mut Ferry {
+        if bytes <= STEPS.bytes { &mut self.steps } else { &mut self.weights }
+    }
+}
+
 /// Pinned memory in pieces, used in turn.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Ferry {
+    size: Pieces,
     pieces: Vec<Box<dyn Pinned>>,
     next: usize,
     /// The device has no pinned memory: bytes go to it as they are.
@@ -25,22 +53,48 @@ pub(super) struct Ferry {
 }
 
 impl Ferry {
+    const fn new(size: Pieces) -> Self {
+        Self { size, pieces: Vec::new(), next: 0, none: false }
+    }
+
+    /// Copies bytes to the device that `make` writes: straight into a piece, if they fit one.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload_made(
+        &mut self,
+        device: &dyn Device,
+        bytes: usize,
+        to: u64,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        if bytes <= self.size.bytes
+            && let Some(pinned) = self.next(device)
+        {
+            pinned.wait()?;
+            make(&mut pinned.bytes()[..bytes])?;
+            // SAFETY: what the caller promises; the memory is written again only after `wait`.
+            return unsafe { pinned.send(bytes, to) };
+        }
+        let mut made = Aligned::zeroed(bytes);
+        make(&mut made)?;
+        // SAFETY: what the caller promises.
+        unsafe { self.upload(device, &made, to) }
+    }
+
     /// Copies bytes to the device; they may change as soon as this returns.
     ///
     /// # Safety
     /// As [`Device::upload`].
     pub(super) unsafe fn upload(&mut self, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
-        self.upload_in(PIECE_BYTES, device, from, to)
-    }
-
-    fn upload_in(&mut self, bytes: usize, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
+        let Pieces { bytes, count } = self.size;
         // The system reads ahead of the pieces that are copied.
         let ahead = |piece: usize| from.chunks(bytes).nth(piece).into_iter().for_each(will_need);
-        (0..PIECES).for_each(ahead);
+        (0..count).for_each(ahead);
         for (i, piece) in from.chunks(bytes).enumerate() {
-            ahead(i + PIECES);
+            ahead(i + count);
             let to = to + (i * bytes) as u64;
-            let Some(pinned) = self.next(device, bytes) else {
+            let Some(pinned) = self.next(device) else {
                 // SAFETY: a part of what the caller promises.
                 unsafe { device.upload(piece, to)? };
                 continue;
@@ -55,9 +109,9 @@ impl Ferry {
     }
 
     /// The piece whose turn it is.
-    fn next(&mut self, device: &dyn Device, bytes: usize) -> Option<&mut Box<dyn Pinned>> {
-        if self.pieces.len() < PIECES && !self.none {
-            match device.pin(bytes) {
+    fn next(&mut self, device: &dyn Device) -> Option<&mut Box<dyn Pinned>> {
+        if self.pieces.len() < self.size.count && !self.none {
+            match device.pin(self.size.bytes) {
                 Ok(pinned) => self.pieces.push(pinned),
                 // With fewer pieces, or none, it is slower and as right.
                 Err(_) => self.none = true,
@@ -132,6 +186,12 @@ mod tests {
             }
             Ok(())
         }
+        unsafe fn fetch(&mut self, _from: u64, _at: usize, _bytes: usize) -> Result<(), KernelError> {
+            Ok(())
+        }
+        fn is_done(&self) -> Result<bool, KernelError> {
+            Ok(self.sent.is_none())
+        }
         fn wait(&mut self) -> Result<(), KernelError> {
             if self.waits
                 && let Some((bytes, to)) = self.sent.take()
@@ -200,10 +260,11 @@ mod tests {
         let expected: Vec<u8> = (0..5000u32).map(|i| (i * 7 % 251) as u8).collect();
         let memory = Arc::new(Mutex::new(vec![0; expected.len()]));
         let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits };
-        let mut ferry = Ferry::default();
+        let mut ferry = Ferry::new(Pieces { bytes: BYTES, count: 4 });
         let mut at = 0;
         for size in [1, 99, 100, 101, 0, 350, 3000, 7, 1342] {
-            ferry.upload_in(BYTES, &device, &expected[at..at + size], at as u64).unwrap();
+            // SAFETY: a vector, which checks.
+            unsafe { ferry.upload(&device, &expected[at..at + size], at as u64) }.unwrap();
             at += size;
         }
         assert_eq!(at, expected.len());
@@ -219,10 +280,30 @@ mod tests {
 
     #[test]
     fn bytes_arrive_in_any_number_of_pieces() {
-        for (pieces, made) in [(0, 0), (1, 1), (2, 2), (9, PIECES)] {
+        for (pieces, made) in [(0, 0), (1, 1), (2, 2), (9, 4)] {
             let (expected, got, pieces) = upload(pieces, true);
             assert_eq!(pieces, made);
             assert!(expected == got, "{pieces} pieces");
+        }
+    }
+
+    #[test]
+    fn what_is_made_in_a_piece_arrives_and_what_fails_does_not() {
+        for pieces in [0, 1, 9] {
+            let memory = Arc::new(Mutex::new(vec![0; 12]));
+            let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits: true };
+            let mut ferry = Ferry::new(Pieces { bytes: 7, count: 2 });
+            for i in 0..3u8 {
+                let make = |out: &mut [u8]| {
+                    out.fill(i + 1);
+                    if i == 1 { Err(KernelError::Device { what: "be made", why: String::new() }) } else { Ok(()) }
+                };
+                // SAFETY: a vector, which checks.
+                let made = unsafe { ferry.upload_made(&device, 4, u64::from(i) * 4, make) };
+                assert_eq!(made.is_ok(), i != 1);
+            }
+            ferry.pieces.iter_mut().for_each(|piece| piece.wait().unwrap());
+            assert_eq!(*memory.lock().unwrap(), [1, 1, 1, 1, 0, 0, 0, 0, 3, 3, 3, 3], "{pieces} pieces");
         }
     }
 

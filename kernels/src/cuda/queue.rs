@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::device::{Device, Graph, Launch};
-use super::pinned::Ferry;
+use super::device::{Device, Graph, Launch, Pinned};
+use super::pinned::Ferries;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
@@ -30,7 +30,7 @@ const SEEN_MAX: usize = 64;
 pub struct Counts {
     /// Copies from the host.
     pub uploads: u64,
-    /// Copies to the host; the host waited for each.
+    /// Copies to the host.
     pub downloads: u64,
     /// Sequences of launches, device copies and zeros that were submitted.
     pub submissions: u64,
@@ -67,7 +67,7 @@ struct State {
     /// Why, until it was told.
     warning: Option<KernelError>,
     counts: Counts,
-    ferry: Ferry,
+    ferries: Ferries,
 }
 
 /// A graph and what its nodes are.
@@ -164,7 +164,24 @@ impl Queue {
         let mut state = self.state();
         state.counts.uploads += 1;
         // SAFETY: as the caller promises.
-        unsafe { state.ferry.upload(&*self.device, from, to) }
+        unsafe { state.ferries.of(from.len()).upload(&*self.device, from, to) }
+    }
+
+    /// Copies to the device, behind what is recorded, bytes that `make` writes.
+    ///
+    /// # Safety
+    /// As [`Device::upload`].
+    pub(super) unsafe fn upload_made(
+        &self,
+        bytes: usize,
+        to: u64,
+        make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        self.submit()?;
+        let mut state = self.state();
+        state.counts.uploads += 1;
+        // SAFETY: as the caller promises.
+        unsafe { state.ferries.of(bytes).upload_made(&*self.device, bytes, to, make) }
     }
 
     /// Copies from the device, behind what is recorded, and waits.
@@ -176,6 +193,23 @@ impl Queue {
         self.state().counts.downloads += 1;
         // SAFETY: as the caller promises.
         unsafe { self.device.download(from, to) }
+    }
+
+    /// Copies from the device to pinned memory, behind what is recorded; does not wait.
+    ///
+    /// # Safety
+    /// As [`Pinned::fetch`].
+    pub(super) unsafe fn fetch(
+        &self,
+        from: u64,
+        to: &mut dyn Pinned,
+        at: usize,
+        bytes: usize,
+    ) -> Result<(), KernelError> {
+        self.submit()?;
+        self.state().counts.downloads += 1;
+        // SAFETY: as the caller promises.
+        unsafe { to.fetch(from, at, bytes) }
     }
 
     /// Gives an allocation back, behind what is recorded.

@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::device::{Buffer, Plain};
 use super::inputs::Staging;
-use super::ops::{SAMPLE, SampleArgs};
+use super::ops::{Op, SAMPLE_CHANGE, SAMPLE_CUT, SAMPLE_DRAW, SAMPLE_LARGEST, SAMPLE_REPORT, SAMPLE_WEIGH, SampleArgs};
 use super::rows::Rows;
 use crate::cpu::{check, need};
 use crate::random::uniform;
@@ -20,14 +20,42 @@ pub(super) const DRAW: usize = 56;
 pub(super) const EDIT: usize = 12;
 pub(super) const DRAWN: usize = 24;
 pub(super) const TOP: usize = 8;
-/// Shared memory: a number in f64 of each of 256 threads.
-const SHARED: u32 = 256 * 8;
+/// Ids of a block, and of a thread, as `csrc/sample.cu` has them.
+const CHUNK: usize = 512 * EACH;
+const EACH: usize = 8;
+/// Tokens up to which sums of weights hold.
+const VOCAB_MAX: usize = 1 << 22;
+/// Shared memory: sums, and a histogram of 11 bits or a list of a block's ids.
+const SHARED: u32 = 160 + 2048 * 16;
 
-/// What one launch drew, on the device.
+/// Bytes of how many blocks of each row are done: at one place whatever the rows, since they stay 0 between kernels.
+const DONE: usize = ROWS.next_multiple_of(4) * 4;
+
+/// Bytes of what is kept of rows while they are drawn from: how many blocks are done, states, weights.
+pub(super) const fn rows_bytes(rows: usize, vocab: usize) -> usize {
+    DONE + rows * (state_bytes(vocab) + stride(vocab) * 4)
+}
+
+/// Bytes of a row's state: what it is, a histogram, a list, and a number of every block.
+const fn state_bytes(vocab: usize) -> usize {
+    64 + 2048 * 16 + 4096 * 8 + vocab.div_ceil(CHUNK).next_multiple_of(2) * 8
+}
+
+/// Weights of a row.
+const fn stride(vocab: usize) -> usize {
+    vocab.next_multiple_of(EACH)
+}
+
+/// What one launch drew, on the device: `[draws]` of what was drawn, then the likely tokens of all.
 #[derive(Debug)]
 pub(super) struct Drawn {
-    drawn: Buffer,
-    top: Buffer,
+    buffer: Buffer,
+    report: Report,
+}
+
+/// How what was drawn is read.
+#[derive(Debug)]
+pub(super) struct Report {
     /// Of each draw, whether something is reported, and where its likely tokens begin.
     reports: Vec<(bool, u32)>,
     tops: usize,
@@ -93,7 +121,8 @@ impl Cuda {
             return Ok(());
         }
         let vocab = logits.cols();
-        self.weights.reserve(draws.len().min(ROWS) * vocab * 4)?;
+        check("token", vocab.saturating_sub(1), VOCAB_MAX)?;
+        self.weights.reserve(rows_bytes(draws.len().min(ROWS), vocab))?;
         let mut first = 0;
         while first < draws.len() {
             let count = at_once(&draws[first..], vocab);
@@ -103,7 +132,7 @@ impl Cuda {
         Ok(())
     }
 
-    /// Draws from rows of `logits` from `first` on, with one launch.
+    /// Draws from rows of `logits` from `first` on, with one launch of each kernel that one of them needs.
     fn sample_at_once(&mut self, logits: &Rows, first: usize, draws: &[Draw]) -> Result<(), KernelError> {
         let vocab = logits.cols();
         let packed = Packed::new(draws, vocab);
@@ -112,23 +141,47 @@ impl Cuda {
         let edits = staging.push(packed.edits);
         let allowed = staging.push(packed.allowed);
         let at = self.late.push(&staging.bytes)?;
-        let (drawn, top) = (self.memory.zeroed(draws.len() * DRAWN)?, self.memory.zeroed(packed.tops * TOP)?);
+        let report = Report { reports: packed.reports, tops: packed.tops };
+        let buffer = self.memory.zeroed(report.bytes())?;
         let args = SampleArgs {
             logits: logits.address() + (first * vocab * 4) as u64,
-            weights: self.weights.address(),
+            weights: self.weights.address() + (DONE + draws.len() * state_bytes(vocab)) as u64,
+            states: self.weights.address() + DONE as u64,
+            done: self.weights.address(),
             draws: at,
             edits: at + edits,
             allowed: at + allowed,
-            drawn: drawn.address(),
-            top: top.address(),
+            drawn: buffer.address(),
+            top: buffer.address() + (draws.len() * DRAWN) as u64,
             slots: self.tokens.address(),
             vocab: vocab as u32,
+            stride: stride(vocab) as u32,
+            state_bytes: state_bytes(vocab) as u32,
             unused: 0,
         };
-        self.launch(&SAMPLE, [draws.len() as u32, 1, 1], SHARED, &args)?;
-        self.drawn.push(Drawn { drawn, top, reports: packed.reports, tops: packed.tops });
+        // Two blocks for each multiprocessor, no more than a row has chunks.
+        let blocks = 2 * self.memory.queue.device().multiprocessors() as usize / draws.len();
+        for (kernel, blocks) in kernels(draws, blocks.clamp(1, vocab.div_ceil(CHUNK).max(1))) {
+            self.launch(kernel, [blocks as u32, draws.len() as u32, 1], SHARED, &args)?;
+        }
+        self.drawn.push(Drawn { buffer, report });
         Ok(())
     }
+}
+
+/// The kernels that these draws need, and how many blocks of each share a row.
+fn kernels(draws: &[Draw], blocks: usize) -> impl Iterator<Item = (&'static Op<SampleArgs>, usize)> {
+    let any = |what: fn(&Draw) -> bool| draws.iter().any(what);
+    let random = any(|draw| draw.temperature > 0.0);
+    let needed = [
+        (&SAMPLE_CHANGE, blocks, any(|draw| !draw.edits.is_empty() || draw.allowed.is_some())),
+        (&SAMPLE_LARGEST, blocks, true),
+        (&SAMPLE_WEIGH, blocks, random),
+        (&SAMPLE_CUT, blocks, any(|draw| draw.temperature > 0.0 && (draw.top_k > 0 || draw.top_p < 1.0))),
+        (&SAMPLE_DRAW, blocks, random),
+        (&SAMPLE_REPORT, 1, any(|draw| draw.logprobs.is_some())),
+    ];
+    needed.into_iter().filter_map(|(kernel, blocks, is_needed)| is_needed.then_some((kernel, blocks)))
 }
 
 /// How many of these draws one launch takes: at least one, and no more bytes than [`DRAWS_BYTES`] where that is so.
@@ -143,10 +196,25 @@ fn at_once(draws: &[Draw], vocab: usize) -> usize {
 }
 
 impl Drawn {
-    /// What was drawn; waits.
-    pub(super) fn read(&self) -> Result<Vec<Sampled>, KernelError> {
-        let drawn = self.drawn.download(self.reports.len() * DRAWN)?;
-        let top = self.top.download(self.tops * TOP)?;
+    /// Where it is, and how many bytes.
+    pub(super) const fn part(&self) -> (&Buffer, usize) {
+        (&self.buffer, self.report.bytes())
+    }
+
+    /// Gives the memory back.
+    pub(super) fn into_report(self) -> Report {
+        self.report
+    }
+}
+
+impl Report {
+    pub(super) const fn bytes(&self) -> usize {
+        self.reports.len() * DRAWN + self.tops * TOP
+    }
+
+    /// What was drawn, from its bytes.
+    pub(super) fn read(&self, bytes: &[u8]) -> Vec<Sampled> {
+        let (drawn, top) = bytes.split_at_checked(self.reports.len() * DRAWN).unwrap_or_default();
         let one = |(drawn, &(reported, first)): (&[u8; DRAWN], &(bool, u32))| {
             let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| drawn[i * 4 + byte]));
             let token = word(0);
@@ -163,12 +231,12 @@ impl Drawn {
                     (word(0), f32::from_bits(word(4)))
                 })
                 .collect();
-            // By ascending id until now, and the sort is stable; no logit of them is NaN.
-            likely.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal));
+            // In any order until now; no logit of them is NaN.
+            likely.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0)));
             likely.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
             Sampled { token, logprob: logprob(f32::from_bits(word(2))), top: likely }
         };
-        Ok(drawn.as_chunks::<DRAWN>().0.iter().zip(&self.reports).map(one).collect())
+        drawn.as_chunks::<DRAWN>().0.iter().zip(&self.reports).map(one).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use super::arena::ALIGNMENT;
 use super::choose::{DENSE_GROUP_MAX, PARTIALS_BYTES_MAX};
 use super::device::grown;
 use super::inputs::STRIDE;
-use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP};
+use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP, rows_bytes};
 use super::status;
 use crate::{BLOCK_SIZE, SEGMENT};
 
@@ -76,9 +76,9 @@ impl ScratchShape {
         self.rows.next_multiple_of(DENSE_GROUP_MAX) * self.projected.next_multiple_of(16) * 2
     }
 
-    /// Bytes of logits that are drawn from.
+    /// Bytes of what is kept of rows that are drawn from.
     pub(super) fn weights(&self) -> usize {
-        self.logits_rows.min(ROWS) * self.vocab * 4
+        rows_bytes(self.logits_rows.min(ROWS), self.vocab)
     }
 }
 

@@ -8,12 +8,17 @@ pub(super) const BYTES: usize = 16;
 
 /// What was found wrong since the last look; waits.
 pub(super) fn take(status: &mut Buffer) -> Result<(), KernelError> {
-    let bytes = status.download(BYTES)?;
-    let words = [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte])));
+    let words = words(&status.download(BYTES)?);
     if words[0] != 0 {
         status.upload(0, &[0; BYTES])?;
     }
     read(words)
+}
+
+/// The words in their bytes; zeros where there are fewer.
+pub(super) fn words(bytes: &[u8]) -> [u32; 4] {
+    let mut words = bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word));
+    [(); 4].map(|()| words.next().unwrap_or(0))
 }
 
 /// Reads the words (code, what, index, length); as in `csrc/common.cuh`.

@@ -171,6 +171,7 @@ impl Backend for Reference {
     type Routes = Routes;
     type Work = Work;
     type Parts = HostParts;
+    type Ended = Result<Vec<Sampled>, KernelError>;
 
     fn rows(&mut self, rows: usize, cols: usize) -> Rows {
         self.allocated += (rows * cols * 4) as u64;
@@ -474,8 +475,17 @@ impl Backend for Reference {
         self.tokens[slot as usize] = token;
     }
 
-    fn sampled(&mut self) -> Vec<Sampled> {
-        self.sampled.clone()
+    fn end(&mut self) -> Self::Ended {
+        let sampled = std::mem::take(&mut self.sampled);
+        self.finish().map(|()| sampled)
+    }
+
+    fn is_done(&self, _ended: &Self::Ended) -> bool {
+        true
+    }
+
+    fn result(&mut self, ended: Self::Ended) -> Result<Vec<Sampled>, KernelError> {
+        ended
     }
 
     fn read(&mut self, rows: &Rows) -> Vec<f32> {

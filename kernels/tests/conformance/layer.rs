@@ -159,9 +159,8 @@ impl<B: Tested> Layers<B> {
         b.gather(&m.normed, &(0..draws.len() as u32).collect::<Vec<_>>(), &mut m.last);
         b.project(&m.last, &self.unembedding, &mut m.logits);
         b.sample(&m.logits, draws);
-        let sampled = b.sampled();
-        b.finish().unwrap();
-        sampled
+        let ended = b.end();
+        b.result(ended).unwrap()
     }
 
     /// Gives back some of what a step of one row works in, after others of the same kind were made.

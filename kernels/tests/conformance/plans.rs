@@ -75,6 +75,37 @@ pub(crate) fn what_does_not_exist_is_named<B: Tested>(make: &Make<B>) {
     run(&mut b, &inputs(), None).unwrap();
 }
 
+/// Steps may be under way together; each fails for itself, whether it is the host that finds out or the device.
+pub(crate) fn errors_are_those_of_their_step<B: Tested>(make: &Make<B>) {
+    if trusts(make) {
+        return;
+    }
+    let mut b = make.backend();
+    let table = Random(71).tensor(10 * 48, 1.0);
+    let embedding = b.embedding(48, table.embedding()).unwrap();
+    let mut x = b.rows(2, 48);
+    let mut logits = b.rows(1, 10);
+    b.token_slots(2);
+    let steps = [(3, 4), (3, 10), (3, 5), (11, 6), (3, 7)].map(|(given, sampled)| {
+        b.set_token(1, sampled);
+        let inputs = StepInputs { tokens: vec![TokenSource::Given(given), TokenSource::Sampled(1)], ..inputs() };
+        b.begin(&inputs, &rope_table(8));
+        b.embed(&embedding, &mut x);
+        b.write(&mut logits, &[0., 0., 0., 0., 0., 0., 0., 0., 0., 1.]);
+        b.sample(&logits, &[DRAW]);
+        b.end()
+    });
+    let results = steps.map(|step| b.result(step).map(|sampled| sampled[0].token).map_err(|error| error.to_string()));
+    for (result, expected) in results.iter().zip([None, Some("token 10"), None, Some("token 11"), None]) {
+        match (result, expected) {
+            (Ok(9), None) => {}
+            (Err(error), Some(what)) => assert!(error.starts_with(&format!("the step names {what}, ")), "{error}"),
+            other => panic!("{}: {other:?}", make.name),
+        }
+    }
+    assert!(b.finish().is_ok());
+}
+
 pub(crate) fn what_no_row_sees_may_not_exist<B: Tested>(make: &Make<B>) {
     if trusts(make) {
         return;

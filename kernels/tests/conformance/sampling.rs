@@ -30,9 +30,8 @@ pub(crate) fn sampled<B: Tested>(make: &Make<B>, logits: &[f32], draws: &[Draw])
     b.begin(&step(0), &rope_table(8));
     b.write(&mut rows, logits);
     b.sample(&rows, draws);
-    let tokens = b.sampled();
-    b.finish().unwrap();
-    tokens
+    let ended = b.end();
+    b.result(ended).unwrap()
 }
 
 pub(crate) fn takes_the_largest<B: Tested>(make: &Make<B>) {
@@ -152,6 +151,60 @@ pub(crate) fn keeps_what_is_asked_for<B: Tested>(make: &Make<B>) {
     let equals: Vec<Draw> = (0..60).map(|position| Draw { top_k: 3, position, ..DRAW }).collect();
     let drawn = draw(make, &[1.0; 60 * 40], &equals);
     assert_eq!(drawn.iter().max(), Some(&2), "{} {drawn:?}", make.name);
+}
+
+/// Rows of any length, of which a part, all or nothing is alike.
+pub(crate) fn draws_from_long_rows<B: Tested>(make: &Make<B>) {
+    let mut random = Random(26);
+    // One backend, whose rows and vocabulary change.
+    let mut b = make.backend();
+    b.token_slots(1);
+    let mut sampled = |logits: &[f32], draws: &[Draw]| {
+        let mut rows = b.rows(draws.len(), logits.len() / draws.len());
+        b.begin(&step(0), &rope_table(8));
+        b.write(&mut rows, logits);
+        b.sample(&rows, draws);
+        let ended = b.end();
+        b.result(ended).unwrap()
+    };
+    for vocab in [4096, 13_001, 4100] {
+        let draws: Vec<Draw> = (0..24)
+            .map(|i| Draw {
+                temperature: [0.0, 0.4, 1.0, 1.5][i % 4],
+                top_k: [0, 3, 0, 5000, 0, 40][i % 6],
+                top_p: [1.0, 0.9, 0.999][i / 6 % 3],
+                min_p: [0.0, 0.0, 0.01][i % 3],
+                edits: if i % 5 == 0 { vec![Edit { token: 4095, repetition: 1.0, add: 9.0 }] } else { Vec::new() },
+                allowed: (i % 7 == 6).then(|| mask(vocab, |token| token % 3 == 0)),
+                position: i as u32,
+                logprobs: (i % 8 == 3).then_some(7),
+                ..DRAW
+            })
+            .collect();
+        let mut logits: Vec<f32> = random.numbers(draws.len() * vocab as usize).iter().map(|x| x * 6.0).collect();
+        for (i, logits) in logits.chunks_mut(vocab as usize).enumerate() {
+            match i % 3 {
+                0 => logits.iter_mut().for_each(|logit| *logit = logit.round()),
+                1 => logits.fill(0.25),
+                _ => {}
+            }
+        }
+        let given = sampled(&logits, &draws);
+        for ((logits, one), given) in logits.chunks(vocab as usize).zip(&draws).zip(&given) {
+            check(&make.name, logits, one, given.token);
+            if let Some(count) = one.logprobs {
+                let mut order: Vec<usize> = (0..logits.len()).collect();
+                order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+                let top: Vec<usize> = given.top.iter().map(|&(token, _)| token as usize).collect();
+                assert_eq!(top, order[..count as usize], "{}", make.name);
+            }
+        }
+        // A row gives the same alone.
+        for (i, one) in draws.iter().enumerate().step_by(5) {
+            let row = &logits[i * vocab as usize..][..vocab as usize];
+            assert_eq!(sampled(row, std::slice::from_ref(one)), [given[i].clone()], "{}", make.name);
+        }
+    }
 }
 
 pub(crate) fn reports_logprobs_of_the_row_as_it_was<B: Tested>(make: &Make<B>) {

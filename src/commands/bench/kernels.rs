@@ -33,11 +33,11 @@ pub struct KernelsArgs {
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32,64,512", value_name = "T",
           value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
-    /// Only ops whose name contains one of these: norm, qkv, rotate, attend-full, attend-window, attention-out, route,
-    /// experts, unembed, sample
+    /// Only ops whose name contains one of these: norm, qkv, rotate, attend-full, attend-window, prefill-full, prefill-window,
+    /// attention-out, route, experts, unembed, sample
     #[arg(long, value_name = "TEXT", value_delimiter = ',', default_value = "")]
     only: Vec<String>,
-    /// Tokens of context that each row of attention sees
+    /// Tokens of context that each row of attend- sees, or the last one of prefill-
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     context: u32,
     /// Rounds; each measures every op and every ceiling once
@@ -169,12 +169,17 @@ fn cases<B: Machine>(
         let matrices = Matrices::new(backend, "qkv", (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, dense)?;
         cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
-    for (name, does) in
-        [("rotate", Does::Rotate), ("attend-full", Does::Attend(None)), ("attend-window", Does::Attend(Some(128)))]
-    {
+    for (name, does) in [
+        ("rotate", Does::Rotate),
+        ("attend-full", Does::Attend(None)),
+        ("attend-window", Does::Attend(Some(128))),
+        ("prefill-full", Does::Prefill(None)),
+        ("prefill-window", Does::Prefill(Some(128))),
+    ] {
         if wanted(name) {
+            let fits = |&rows: &usize| !matches!(does, Does::Prefill(_)) || rows <= args.context as usize;
             let one = |rows| sequences(backend, name, does, args.context, rows);
-            cases.extend(rows().map(one).collect::<Result<Vec<_>>>()?);
+            cases.extend(rows().filter(fits).map(one).collect::<Result<Vec<_>>>()?);
         }
     }
     if wanted("attention-out") {

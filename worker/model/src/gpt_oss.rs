@@ -232,17 +232,27 @@ impl<B: Backend> GptOss<B> {
         self.backend.set_token(slot, token);
     }
 
-    /// Waits for the step and returns what was sampled, in the order it was asked for. A device that runs behind the host
+    /// Ends the step: the next one may be run before its results are asked for.
+    pub fn end(&mut self) -> B::Ended {
+        self.backend.end()
+    }
+
+    /// Whether a step is done; does not wait.
+    #[must_use]
+    pub fn is_done(&self, step: &B::Ended) -> bool {
+        self.backend.is_done(step)
+    }
+
+    /// Waits for a step and returns what was sampled, in the order it was asked for. A device that runs behind the host
     /// is waited for here, so that most of its time is told as that of sampling.
     ///
     /// # Errors
     /// An op of the step failed.
-    pub fn finish(&mut self, phases: &mut PhaseTimes) -> Result<Vec<Sampled>, ForwardError> {
+    pub fn result(&mut self, step: B::Ended, phases: &mut PhaseTimes) -> Result<Vec<Sampled>, ForwardError> {
         let mut laps = Laps { phases, last: Instant::now() };
-        let tokens = self.backend.sampled();
-        self.backend.finish()?;
+        let tokens = self.backend.result(step);
         laps.lap(Phase::Sample);
-        Ok(tokens)
+        Ok(tokens?)
     }
 
     /// Something that makes steps slower and not wrong; told once.

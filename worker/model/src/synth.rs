@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use phalanx_proto::ModelConfig;
 use serde_json::{Map, Value, json};
@@ -127,15 +128,12 @@ pub(crate) fn checkpoint(spec: &str) -> Result<Checkpoint, CheckpointError> {
     let (table, rest): (Vec<_>, Vec<_>) = kept.partition(|tensor| tensor.name == names::EMBEDDING);
     let images = [("embedding.safetensors", table), ("model.safetensors", rest)].map(|(name, tensors)| {
         let plan = ShardPlan { name: name.to_owned(), tensors };
-        let mut bytes = plan.header();
-        bytes.reserve_exact(plan.tensors.iter().map(|tensor| tensor.bytes() as usize).sum());
-        for tensor in &plan.tensors {
-            let made = fill(tensor, 1, |piece| {
-                bytes.extend_from_slice(piece);
-                Ok(())
-            });
-            made.expect("writing to memory succeeds");
-        }
+        let header = plan.header();
+        let weights: u64 = plan.tensors.iter().map(Expected::bytes).sum();
+        let mut bytes = vec![0; header.len() + weights as usize];
+        let (head, tail) = bytes.split_at_mut(header.len());
+        head.copy_from_slice(&header);
+        fill_all(&plan.tensors, 1, tail);
         Image { name, bytes }
     });
     let texts = [config_json, generation(&config)].map(|json| json.to_string());
@@ -345,6 +343,31 @@ fn fill(tensor: &Expected, seed: u64, mut take: impl FnMut(&[u8]) -> io::Result<
     Ok(())
 }
 
+/// Makes tensors, one behind the other, in all of `out`; all cores help.
+fn fill_all(tensors: &[Expected], seed: u64, mut out: &mut [u8]) {
+    let mut pieces = Vec::new();
+    for tensor in tensors {
+        let (look, key) = (Look::of(tensor), key(seed, &tensor.name));
+        let (own, rest) = out.split_at_mut(tensor.bytes() as usize);
+        pieces.extend((0..).step_by(CHUNK_BYTES).zip(own.chunks_mut(CHUNK_BYTES)).map(|at| (look, key, at)));
+        out = rest;
+    }
+    let pieces = Mutex::new(pieces.into_iter());
+    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some((look, key, (begin, piece))) = next() {
+            look.fill(key, begin, piece);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..std::thread::available_parallelism().map_or(1, usize::from) {
+            // What a thread does not make that does not start, the others do.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+}
+
 /// A generator for one tensor of one seed.
 fn key(seed: u64, name: &str) -> u64 {
     name.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)))
@@ -455,6 +478,22 @@ mod tests {
             look.fill(7, 48, second);
             assert_eq!(whole, pieces, "{look:?}");
         }
+    }
+
+    #[test]
+    fn tensors_made_side_by_side_are_those_made_one_by_one() {
+        let (_, config) = configuration(&Shape::Small, Some(1)).unwrap();
+        let mut tensors = names::expected(&config);
+        tensors.retain(|tensor| tensor.bytes() < 40 << 20);
+        assert!(tensors.iter().any(|tensor| tensor.bytes() > 2 * CHUNK_BYTES as u64));
+        let mut expected = Vec::new();
+        for tensor in &tensors {
+            let made = fill(tensor, 3, |piece| expected.write_all(piece));
+            made.unwrap();
+        }
+        let mut made = vec![0; expected.len()];
+        fill_all(&tensors, 3, &mut made);
+        assert!(made == expected);
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Found<'_> {
 
     /// Whether it has a token that [`Tokens::Previous`] stands for.
     fn has_sampled(self) -> bool {
-        matches!(self, Self::Living(sequence) if sequence.last.is_some())
+        matches!(self, Self::Living(sequence) if sequence.has_sampled)
     }
 
     /// Whether a token for `position` would be chosen as if those sampled there and beyond were its past.

@@ -58,6 +58,14 @@ impl<E: Clone> Outcomes<E> {
         if fence == self.fence.next() { Ok(None) } else { Err(OutOfStep { theirs: fence, ours: self.fence }) }
     }
 
+    /// What came of a step that ran.
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn told(&self, fence: Fence) -> Result<Result<StepResult, E>, OutOfStep> {
+        self.of(fence)?.ok_or(OutOfStep { theirs: fence, ours: self.fence })
+    }
+
     /// Keeps what came of the next step, and forgets what `header` says has arrived.
     pub fn keep(&mut self, header: &StepHeader, outcome: &Result<StepResult, E>) {
         self.fence = header.fence;

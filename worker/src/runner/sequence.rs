@@ -16,9 +16,9 @@ pub(super) struct Sequence {
     pub(super) sampling: Sampling,
     /// Where the backend keeps the token sampled last.
     pub(super) slot: u32,
-    /// The token sampled last.
-    pub(super) last: Option<TokenId>,
-    /// Position of the token sampled last.
+    /// Whether a token is there, or will be once the steps under way are done.
+    pub(super) has_sampled: bool,
+    /// Position of the token sampled last, if what is chosen depends on it.
     pub(super) sampled: Option<u32>,
     /// Positions whose keys and values are written.
     pub(super) reached: u32,
@@ -38,7 +38,7 @@ impl Sequence {
         Self {
             sampling: admission.sampling,
             slot,
-            last: None,
+            has_sampled: false,
             sampled: None,
             reached: admission.cached,
             tables: [Vec::new(), Vec::new()],
@@ -71,7 +71,6 @@ impl Sequence {
 
     /// Tokens have been sampled; the last of them for `position`.
     pub(super) fn sampled(&mut self, tokens: &[TokenId], position: u32) {
-        self.last = tokens.last().copied();
         self.sampled = Some(position);
         if self.sampling.looks_back() {
             tokens.iter().for_each(|&token| self.past.generated(token));

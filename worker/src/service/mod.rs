@@ -67,11 +67,29 @@ pub trait Host: Send + 'static {
     /// What does not load, or which rank cannot be reached. There is no epoch afterwards.
     fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError>;
 
-    /// Runs a step of the epoch, or tells again what came of it.
+    /// Begins a step of the epoch, unless it ran before. The one before may still be under way.
     ///
     /// # Errors
     /// It is refused, or fails.
-    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult>;
+    fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult>;
+
+    /// Whether the oldest step under way is done, so that finishing it does not wait.
+    fn is_done(&self) -> bool;
+
+    /// Waits for a step that was begun, and tells what came of it; steps are finished in their order.
+    ///
+    /// # Errors
+    /// It fails.
+    fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult>;
+
+    /// Begins a step and waits for it.
+    ///
+    /// # Errors
+    /// Those of both.
+    fn run(&mut self, plan: &StepPlan) -> Result<StepResult, NoResult> {
+        self.begin(plan)?;
+        self.finish(plan.header.fence)
+    }
 
     /// Drops the epoch, its memory and its connections.
     fn release(&mut self);

@@ -1,9 +1,11 @@
-//! The thread that owns the model. It does one thing after another, in the order asked.
+//! The thread that owns the model. It does one thing after another, in the order asked; only the next step may begin before
+//! the last one is done.
 
 use std::sync::Arc;
 
-use phalanx_proto::{Fence, Outputs, StepPlan, Term};
+use phalanx_proto::{Fence, Outputs, StepPlan, StepResult, Term};
 use phalanx_wire::{Prepare, PrepareEvent, StepFailure, StepReply, WireError, WorkerState, logit_rows_max};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, Receiver, Sender};
 use tokio::sync::oneshot;
 use tonic::{Code, Status};
@@ -17,30 +19,59 @@ type Event = Result<PrepareEvent, Status>;
 /// What the thread is asked to do. Every answer has its place already, so giving it never waits.
 pub(super) enum Command {
     Prepare { request: Prepare, events: Sender<Event>, last: OwnedPermit<Event> },
-    Step { plan: Result<StepPlan, WireError>, reply: OwnedPermit<Result<StepReply, Status>> },
+    Step { plan: Result<StepPlan, WireError>, reply: Reply },
     Release { term: Term, done: oneshot::Sender<()> },
 }
 
 pub(super) struct ModelThread<H> {
     host: H,
     shared: Arc<Shared>,
+    /// A step that has begun and is not answered.
+    under_way: Option<(Fence, Reply)>,
+    /// The state once no step is under way.
+    resting: WorkerState,
 }
+
+type Reply = OwnedPermit<Result<StepReply, Status>>;
 
 impl<H: Host> ModelThread<H> {
     pub(super) const fn new(host: H, shared: Arc<Shared>) -> Self {
-        Self { host, shared }
+        Self { host, shared, under_way: None, resting: WorkerState::Idle }
     }
 
     /// Does what it is asked until nobody can ask any more, or the host panics: it is not touched again then.
     pub(super) fn run(mut self, mut commands: Receiver<Command>) -> Result<(), Panic> {
-        while let Some(command) = commands.blocking_recv() {
+        while let Some(command) = self.next(&mut commands)? {
             match command {
-                Command::Prepare { request, events, last } => self.prepare(&request, &events, last)?,
+                Command::Prepare { request, events, last } => {
+                    self.answer()?;
+                    self.prepare(&request, &events, last)?;
+                }
                 Command::Step { plan, reply } => self.step(plan, reply)?,
-                Command::Release { term, done } => self.release(term, done)?,
+                Command::Release { term, done } => {
+                    self.answer()?;
+                    self.release(term, done)?;
+                }
             }
         }
-        Ok(())
+        self.answer()
+    }
+
+    /// What is asked next; a step that is done meanwhile is answered.
+    fn next(&mut self, commands: &mut Receiver<Command>) -> Result<Option<Command>, Panic> {
+        while self.under_way.is_some() {
+            if self.host.is_done() {
+                self.answer()?;
+                continue;
+            }
+            match commands.try_recv() {
+                Ok(command) => return Ok(Some(command)),
+                Err(TryRecvError::Disconnected) => return Ok(None),
+                // Both are waited for, and a device says no more than whether it is done.
+                Err(TryRecvError::Empty) => std::thread::yield_now(),
+            }
+        }
+        Ok(commands.blocking_recv())
     }
 
     fn prepare(&mut self, request: &Prepare, events: &Sender<Event>, last: OwnedPermit<Event>) -> Result<(), Panic> {
@@ -94,14 +125,11 @@ impl<H: Host> ModelThread<H> {
         Ok(())
     }
 
-    fn step(
-        &mut self,
-        plan: Result<StepPlan, WireError>,
-        reply: OwnedPermit<Result<StepReply, Status>>,
-    ) -> Result<(), Panic> {
+    fn step(&mut self, plan: Result<StepPlan, WireError>, reply: Reply) -> Result<(), Panic> {
         let plan = match plan {
             Ok(plan) => plan,
             Err(error) => {
+                self.answer()?;
                 warn!(%error, "plan refused");
                 let damaged = matches!(error, WireError::Checksum { .. });
                 let code = if damaged { Code::DataLoss } else { Code::InvalidArgument };
@@ -111,45 +139,80 @@ impl<H: Host> ModelThread<H> {
         };
         let fence = plan.header.fence;
         if let Err(why) = self.has_epoch(fence) {
+            self.answer()?;
             warn!(%fence, %why, "plan refused");
             reply.send(Err(Status::failed_precondition(why)));
             return Ok(());
         }
-        let failure = |message| StepFailure { fence, message, blamed: Vec::new() };
         if let Err(why) = self.fits(&plan) {
+            self.answer()?;
             warn!(%fence, %why, "plan refused");
-            reply.send(Ok(Err(failure(why))));
+            reply.send(Ok(Err(failure(fence, why))));
             return Ok(());
         }
         let before = std::mem::replace(&mut self.shared.status().state, WorkerState::Stepping);
+        if self.under_way.is_none() {
+            self.resting = before;
+        }
         let host = &mut self.host;
-        let (outcome, end) = match catch(|| host.run(&plan)) {
-            Ok(outcome) => (outcome, Ok(())),
-            Err(panic) => (Err(NoResult::Failed(failure(format!("the worker panicked: {panic}")))), Err(panic)),
-        };
+        match catch(|| host.begin(&plan)) {
+            Ok(begun) => {
+                self.answer()?;
+                match begun {
+                    Ok(()) => {
+                        self.under_way = Some((fence, reply));
+                        self.shared.status().state = WorkerState::Stepping;
+                    }
+                    Err(no_result) => self.tell(fence, Err(no_result), reply),
+                }
+                Ok(())
+            }
+            Err(panic) => self.panicked(fence, panic, reply),
+        }
+    }
+
+    /// Waits for the step under way, if there is one, and answers it.
+    fn answer(&mut self) -> Result<(), Panic> {
+        let Some((fence, reply)) = self.under_way.take() else { return Ok(()) };
+        let host = &mut self.host;
+        match catch(|| host.finish(fence)) {
+            Ok(outcome) => {
+                self.tell(fence, outcome, reply);
+                Ok(())
+            }
+            Err(panic) => self.panicked(fence, panic, reply),
+        }
+    }
+
+    fn panicked(&mut self, fence: Fence, panic: Panic, reply: Reply) -> Result<(), Panic> {
+        let failed = NoResult::Failed(failure(fence, format!("the worker panicked: {panic}")));
+        self.tell(fence, Err(failed), reply);
+        Err(panic)
+    }
+
+    fn tell(&mut self, fence: Fence, outcome: Result<StepResult, NoResult>, reply: Reply) {
         let mut status = self.shared.status();
-        // What is told again changes nothing.
-        status.state = before;
         let outcome = outcome.map_err(|no_result| match no_result {
             NoResult::Refused(failure) => {
                 warn!(%failure, "plan refused");
                 failure
             }
             NoResult::Failed(failure) => {
-                if before != WorkerState::Failed {
+                if self.resting != WorkerState::Failed {
                     warn!(%failure, "the epoch is over");
-                    status.state = WorkerState::Failed;
+                    self.resting = WorkerState::Failed;
                     status.last_error = Some(failure.to_string());
                 }
                 failure
             }
         });
+        // What is told again changes nothing.
+        status.state = self.resting;
         if outcome.is_ok() {
             status.fence = status.fence.max(fence);
         }
         drop(status);
         reply.send(Ok(outcome));
-        end
     }
 
     /// Whether the epoch of a plan is the one here. Which of its steps is next is the host's to say.
@@ -209,6 +272,10 @@ impl<H: Host> ModelThread<H> {
             status.last_error = error;
         }
     }
+}
+
+const fn failure(fence: Fence, message: String) -> StepFailure {
+    StepFailure { fence, message, blamed: Vec::new() }
 }
 
 /// An error with its causes.

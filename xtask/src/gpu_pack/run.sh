@@ -13,13 +13,21 @@ export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
 # Ranks that share the GPU: NCCL since 2.30.3 lets them, without NVLink's multicast and with one block each. Kernels are
 # loaded before any of them waits for another.
 export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1 CUDA_MODULE_LOADING=EAGER
-# One test at a time: they share one GPU. A test that hangs ends here.
+# A test that hangs ends here.
 limit=${LIMIT_SECONDS:-120}
 logs=${OUT:-$here}/logs
 mkdir -p "$logs"
 
 for packed in "$here"/bin/*.gz "$here"/tests/*.gz; do
     [ -e "$packed" ] && gzip --decompress --force "$packed"
+done
+for packed in "$here"/bin/*.xz "$here"/tests/*.xz; do
+    [ -e "$packed" ] || continue
+    xz --decompress --force "$packed" 2>/dev/null && continue
+    # Python has its own.
+    python3 -c 'import lzma, shutil, sys
+shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' "$packed" "${packed%.xz}" &&
+        chmod +x "${packed%.xz}" && rm "$packed"
 done
 
 packages=$(python3 -c 'import glob, sys
@@ -28,6 +36,13 @@ export LD_LIBRARY_PATH="$here/lib${packages:+:$packages}${LD_LIBRARY_PATH:+:$LD_
 
 if [ -x "$PHALANX_BIN" ]; then
     "$PHALANX_BIN" doctor
+fi
+has_gpu() {
+    [ -x "$PHALANX_BIN" ] && "$PHALANX_BIN" doctor --device cuda:0 >/dev/null 2>&1
+}
+# Suites that run on any processor run on the GPU, unless they may do without one.
+if [ "$GPU_REQUIRED" != 0 ] || has_gpu; then
+    export PHALANX_GPU=0 PHALANX_DEVICE=cuda:0
 fi
 
 wanted() {
@@ -40,14 +55,37 @@ wanted() {
     return 1
 }
 
+# One test at a time: ranks and processes of a test share the GPU.
+one_by_one() {
+    # The tests' own threads and processes die with it.
+    timeout --kill-after=10 "$limit" "$1" --test-threads=1
+}
+
+# Each check of the CUDA backend in a process of its own, as many at once as there are cores: most of their time goes to
+# the reference, which is one thread's work.
+each_apart() {
+    "$1" --list | sed -n 's/: test$//p' | grep cuda |
+        xargs -P "$(nproc)" -I '{}' bash -c 'log=$4.$(tr -c "[:alnum:]" _ <<<"$3")
+            timeout --kill-after=10 "$1" "$2" --exact "$3" --include-ignored --test-threads=1 >"$log" 2>&1
+            status=$?
+            cat "$log"
+            case $status in
+                0) ;;
+                124 | 137) echo "test $3: still running after $1 s ... FAILED" ;;
+                *) echo "test $3: exit status $status ... FAILED" ;;
+            esac
+            exit "$status"' bash "$limit" "$1" '{}' "$2"
+}
+
 rows=() failed=0
 for test in "$here"/tests/*; do
     name=$(basename "$test")
     wanted "$name" "$@" || continue
     echo
     echo "== $name"
-    # The tests' own threads and processes die with it.
-    (cd "$PHALANX_ROOT" && timeout --kill-after=10 "$limit" "$test" --test-threads=1) >"$logs/$name.log" 2>&1
+    how=one_by_one
+    case $name in *conformance) how=each_apart ;; esac
+    (cd "$PHALANX_ROOT" && "$how" "$test" "$logs/$name") >"$logs/$name.log" 2>&1
     status=$?
     grep -E '^(NOT RUN|test .*FAILED$|test result:)' "$logs/$name.log"
     case $status in
@@ -73,14 +111,29 @@ measure() {
         *) failed=1 rows+=("$(printf '%-34s %25s  %s' "$name" '' "FAILED: exit status ${PIPESTATUS[0]}")") ;;
     esac
 }
+# Others' kernels on the layer of `bench kernels`: none has to be there, and none that fails is a failure of ours.
+measure_peers() {
+    local outcome='NOT RUN: python3 has no torch'
+    if python3 -c 'import torch' >/dev/null 2>&1; then
+        echo
+        echo "== peers"
+        timeout --kill-after=10 "${BENCH_SECONDS:-300}" python3 "$here/peers.py" --json "$logs/peers.json" \
+            2>"$logs/peers.err" | tee "$logs/peers.log"
+        case ${PIPESTATUS[0]} in
+            0) outcome=measured ;;
+            *) outcome="NOT RUN: exit status ${PIPESTATUS[0]}" ;;
+        esac
+    fi
+    rows+=("$(printf '%-34s %25s  %s' peers '' "$outcome")")
+}
 if wanted benches "$@" && [ -x "$PHALANX_BIN" ]; then
-    if "$PHALANX_BIN" doctor --device cuda:0 >/dev/null 2>&1; then
+    if has_gpu; then
         measure kernels-120b bench kernels --device cuda:0 --shape 120b --rows 1,8,64,256,1024,8192 --context 8192 --rounds 3
+        measure_peers
+        # A long prompt twice: the first one also makes what the second finds.
         for shape in 20b 120b; do
-            for batch in 1 64; do
-                measure "$shape-$batch" bench offline --device cuda:0 --model "synth:$shape" --prompt-len 1024 \
-                    --gen-len 128 --batch "$batch" --step-rows 8192
-            done
+            measure "$shape" bench offline --device cuda:0 --model "synth:$shape" --gen-len 128 --step-rows 8192 \
+                --batch 1,1,1,64 --prompt-len 8192,8192,1024,1024
         done
     else
         rows+=("$(printf '%-34s %25s  %s' benches '' 'NOT RUN: no GPU')")

@@ -204,12 +204,13 @@ impl<B: Machine> Matrices<B> {
 pub(super) enum Does {
     /// Rotates and stores.
     Rotate,
-    /// Attends, within a window or to all.
+    /// Attends, within a window or to all; each row in a sequence of its own as long as there is room for any.
     Attend(Option<u32>),
+    /// The same, the last rows of one sequence.
+    Prefill(Option<u32>),
 }
 
-/// Rows of sequences of their own, as long as there is room for any, each `context` tokens long; in as many layers as no
-/// cache holds.
+/// Rows of sequences that are `context` tokens long, in as many layers as no cache holds.
 ///
 /// # Errors
 /// There is no memory for them.
@@ -220,40 +221,66 @@ pub(super) fn sequences<B: Machine>(
     context: u32,
     rows: usize,
 ) -> Result<Case<B>> {
-    let cols = (HEADS + 2 * KV_HEADS) * DIM;
-    let seen = match does {
-        Does::Rotate => 1,
-        Does::Attend(window) => window.unwrap_or(context).min(context),
+    const COLS: usize = (HEADS + 2 * KV_HEADS) * DIM;
+    // The keys that all rows of a sequence see; those before may be anyone's.
+    let (window, of_sequence) = match does {
+        Does::Rotate => (1, 1),
+        Does::Attend(window) => (window.unwrap_or(context).min(context), 1),
+        Does::Prefill(window) => (window.unwrap_or(context).min(context), rows as u32),
     };
-    // The stretches that are seen; those before may be anyone's.
+    let touched = context.min(window + of_sequence - 1);
     let last = (context as usize - 1) / BLOCK_SIZE;
-    let first = (context - seen) as usize / BLOCK_SIZE;
+    let first = (context - touched) as usize / BLOCK_SIZE;
     let stretches = last - first + 1;
     let of_block = BLOCK_SIZE * 2 * KV_HEADS * DIM * backend.kv_bytes();
-    let count = rows.min(B::MOST_KV_BYTES / (stretches * of_block)).max(1);
+    let count = match does {
+        Does::Prefill(_) => 1,
+        _ => rows.min(B::MOST_KV_BYTES / (stretches * of_block)).max(1),
+    };
     let layers = match does {
         // What is written needs not be cold.
         Does::Rotate => 4,
-        Does::Attend(_) => COLD_BYTES.div_ceil(count * stretches * of_block),
+        Does::Attend(_) | Does::Prefill(_) => COLD_BYTES.div_ceil(count * stretches * of_block),
     };
     let pool = PoolShape { layers, blocks: count * stretches };
     let mut kv = backend.kv(&KvShape { pools: vec![pool], kv_heads: KV_HEADS, head_dim: DIM });
     let sinks = vec![0x3f; HEADS * 2];
     let sinks = backend.vector(Source::memory(&sinks))?;
-    let (mut qkv, mut out) = (backend.rows(rows, cols), backend.rows(rows, HEADS * DIM));
-    backend.write(&mut qkv, &numbers(rows * cols));
-    let table = |i: usize| (0..=last).map(|at| (i * stretches + at.saturating_sub(first)) as u32).collect();
-    let step = StepInputs {
-        tokens: vec![TokenSource::Given(0); rows],
-        positions: vec![context - 1; rows],
-        sequences: (0..rows).map(|row| (row % count) as u32).collect(),
-        tables: vec![(0..count).map(table).collect()],
-    };
     let rope = RopeTable { inv_freq: vec![0.1; DIM / 2], scale: 1.0 };
-    let read = count * seen as usize * 2 * KV_HEADS * DIM * backend.kv_bytes();
+    let table = |i: usize| (0..=last).map(|at| (i * stretches + at.saturating_sub(first)) as u32).collect::<Vec<_>>();
+    let step = |positions: Vec<u32>, sequences: Vec<u32>, tables: Vec<Vec<u32>>| StepInputs {
+        tokens: vec![TokenSource::Given(0); positions.len()],
+        positions,
+        sequences,
+        tables: vec![tables],
+    };
+    if !matches!(does, Does::Rotate) {
+        // Nothing is measured on zeros.
+        let seen: Vec<u32> = ((first * BLOCK_SIZE) as u32..context).collect();
+        for positions in (0..count).flat_map(|i| seen.chunks(512).map(move |positions| (i, positions))) {
+            let (i, positions) = positions;
+            let mut qkv = backend.rows(positions.len(), COLS);
+            backend.write(&mut qkv, &numbers(positions.len() * COLS));
+            backend.begin(&step(positions.to_vec(), vec![0; positions.len()], vec![table(i)]), &rope);
+            for layer in 0..layers {
+                backend.rotate_and_store(&mut qkv, &mut kv, KvLayer { pool: 0, layer });
+            }
+        }
+    }
+    let (mut qkv, mut out) = (backend.rows(rows, COLS), backend.rows(rows, HEADS * DIM));
+    backend.write(&mut qkv, &numbers(rows * COLS));
+    let step = match does {
+        Does::Prefill(_) => step((context - of_sequence..context).collect(), vec![0; rows], vec![table(0)]),
+        _ => {
+            let sequences = (0..rows).map(|row| (row % count) as u32).collect();
+            step(vec![context - 1; rows], sequences, (0..count).map(table).collect())
+        }
+    };
+    let read = count * touched as usize * 2 * KV_HEADS * DIM * backend.kv_bytes();
+    let pairs: usize = step.positions.iter().map(|&position| window.min(position + 1) as usize).sum();
     let (bytes, operations) = match does {
         Does::Rotate => (read + rows * (2 * HEADS + 3 * KV_HEADS) * DIM * 4, rows * (HEADS + KV_HEADS) * DIM * 3),
-        Does::Attend(_) => (read + rows * 2 * HEADS * DIM * 4, rows * seen as usize * 4 * HEADS * DIM),
+        Does::Attend(_) | Does::Prefill(_) => (read + rows * 2 * HEADS * DIM * 4, pairs * 4 * HEADS * DIM),
     };
     let mut next = 0;
     Ok(Case {
@@ -272,7 +299,9 @@ pub(super) fn sequences<B: Machine>(
             let layer = KvLayer { pool: 0, layer: next };
             match does {
                 Does::Rotate => backend.rotate_and_store(&mut qkv, &mut kv, layer),
-                Does::Attend(window) => backend.attend(&qkv, &kv, layer, &sinks, window, &mut out),
+                Does::Attend(window) | Does::Prefill(window) => {
+                    backend.attend(&qkv, &kv, layer, &sinks, window, &mut out);
+                }
             }
         }),
     })
