@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::lanes::{CODE_OFFSET, Lanes};
-use super::tiles::{BLOCK, Format, Tiles, blocks};
+use super::tiles::{BLOCK, Cluster, Format, Tiles, blocks, cluster};
 
 /// Byte vectors of a block: four columns each.
 pub(super) const QUADS: usize = BLOCK / 4;
@@ -174,29 +174,58 @@ impl<F: Bytes> Multiply<Int8Block> for F {
         x: [&[Int8Block]; TOKENS],
     ) -> [[L::F; TOKENS]; TILES] {
         let width = blocks(matrix.cols());
-        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        let tiles = matrix.some::<TILES>(tile);
         tiles.iter().for_each(|tile| tile.check(width));
         assert!(x.iter().all(|x| x.len() == width), "whole rows");
         let mut sums = [[l.splat(0.0); TOKENS]; TILES];
-        for b in 0..width {
-            for i in 0..TILES {
-                // SAFETY: every tile has `width` blocks, checked above.
-                let (codes, scales) = unsafe { tiles[i].block(l, b, TOKENS) };
-                let bytes = F::bytes(l, codes);
-                let scale = F::scales(l, scales);
-                for t in 0..TOKENS {
-                    // SAFETY: every row has `width` blocks, checked above.
-                    let x = unsafe { x[t].get_unchecked(b) };
-                    let mut dot = l.splat_i32(F::correction(x));
-                    for (bytes, quad) in bytes.iter().zip(&x.quads) {
-                        dot = F::dot(l, dot, *bytes, l.splat_i32(*quad));
-                    }
-                    let scale = l.mul(scale, l.splat(x.half_scale));
-                    sums[i][t] = l.fma(scale, l.to_f32(dot), sums[i][t]);
+        for first in (0..width).step_by(cluster::<F>()) {
+            // SAFETY: every tile has `width` blocks, checked above.
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].cluster(l, first, TOKENS) });
+            if first + cluster::<F>() <= width {
+                // A number of blocks that the compiler knows, so that nothing is left of the loop.
+                for i in 0..cluster::<F>() {
+                    // SAFETY: so many blocks are there, of weights and of every row.
+                    unsafe { add_block(l, &weights, i, x, first + i, &mut sums) };
+                }
+            } else {
+                for i in 0..width - first {
+                    // SAFETY: as above.
+                    unsafe { add_block(l, &weights, i, x, first + i, &mut sums) };
                 }
             }
         }
         sums
+    }
+}
+
+/// Adds the products of block `i` of a cluster, which is block `b` of the rows.
+///
+/// # Safety
+/// The clusters have this block, and the rows too.
+#[inline(always)]
+unsafe fn add_block<F: Bytes, L: Lanes, const TILES: usize, const TOKENS: usize>(
+    l: L,
+    weights: &[Cluster<'_, F>; TILES],
+    i: usize,
+    x: [&[Int8Block]; TOKENS],
+    b: usize,
+    sums: &mut [[L::F; TOKENS]; TILES],
+) {
+    for (weights, sums) in weights.iter().zip(sums) {
+        // SAFETY: by the caller's promise.
+        let (codes, scales) = unsafe { weights.block(i) };
+        let bytes = F::bytes(l, codes);
+        let scale = F::scales(l, scales);
+        for t in 0..TOKENS {
+            // SAFETY: by the caller's promise.
+            let x = unsafe { x[t].get_unchecked(b) };
+            let mut dot = l.splat_i32(F::correction(x));
+            for (bytes, quad) in bytes.iter().zip(&x.quads) {
+                dot = F::dot(l, dot, *bytes, l.splat_i32(*quad));
+            }
+            let scale = l.mul(scale, l.splat(x.half_scale));
+            sums[t] = l.fma(scale, l.to_f32(dot), sums[t]);
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 use super::dense::need;
 use super::int8::{Bytes, Int8Block, Multiply, QUADS};
 use super::lanes::{LANES, Lanes};
-use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks};
+use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks, cluster};
 use crate::KernelError;
 use crate::memory::Source;
 use crate::threads::Threads;
@@ -72,31 +72,35 @@ impl Multiply<f32> for Mxfp4 {
         x: [&[f32]; TOKENS],
     ) -> [[L::F; TOKENS]; TILES] {
         let width = blocks(matrix.cols());
-        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        let tiles = matrix.some::<TILES>(tile);
         tiles.iter().for_each(|tile| tile.check(width));
         let x: [&[[f32; BLOCK]]; TOKENS] = x.map(|x| x.as_chunks().0);
         assert!(x.iter().all(|x| x.len() == width), "whole rows");
         let mut sums = [[l.splat(0.0); TOKENS]; TILES];
-        for b in 0..width {
-            for i in 0..TILES {
-                // SAFETY: every tile has `width` blocks, checked above.
-                let (codes, scales) = unsafe { tiles[i].block(l, b, TOKENS) };
-                let mut products = [l.splat(0.0); TOKENS];
-                for (v, codes) in codes.iter().enumerate() {
-                    let codes = l.load_codes(codes);
-                    for c in 0..8 {
-                        let nibble = if c < 4 { 2 * c } else { 2 * (c - 4) + 1 };
-                        let value = l.code_value(codes, nibble as u32);
-                        for t in 0..TOKENS {
-                            // SAFETY: every row has `width` blocks, checked above.
-                            let x = unsafe { x[t].get_unchecked(b) };
-                            products[t] = l.fma(value, l.splat(x[8 * v + c]), products[t]);
+        for first in (0..width).step_by(cluster::<Self>()) {
+            // SAFETY: every tile has `width` blocks, checked above.
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].cluster(l, first, TOKENS) });
+            for b in first..width.min(first + cluster::<Self>()) {
+                for i in 0..TILES {
+                    // SAFETY: as above.
+                    let (codes, scales) = unsafe { weights[i].block(b - first) };
+                    let mut products = [l.splat(0.0); TOKENS];
+                    for (v, codes) in codes.iter().enumerate() {
+                        let codes = l.load_codes(codes);
+                        for c in 0..8 {
+                            let nibble = if c < 4 { 2 * c } else { 2 * (c - 4) + 1 };
+                            let value = l.code_value(codes, nibble as u32);
+                            for t in 0..TOKENS {
+                                // SAFETY: every row has `width` blocks, checked above.
+                                let x = unsafe { x[t].get_unchecked(b) };
+                                products[t] = l.fma(value, l.splat(x[8 * v + c]), products[t]);
+                            }
                         }
                     }
-                }
-                let scale = l.scales(scales);
-                for t in 0..TOKENS {
-                    sums[i][t] = l.fma(scale, products[t], sums[i][t]);
+                    let scale = l.scales(scales);
+                    for t in 0..TOKENS {
+                        sums[i][t] = l.fma(scale, products[t], sums[i][t]);
+                    }
                 }
             }
         }
