@@ -398,27 +398,25 @@ fn slots(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
 /// Results of a group of tiles for a few items.
 type Results<const TOKENS: usize> = [[f32; GROUP * LANES]; TOKENS];
 
-/// The group's matrix rows times `x`, plus bias. Tiles beyond the matrix give zeros.
+/// The group's matrix rows times `x`, plus bias. What belongs to tiles beyond the matrix is left as it is.
 #[inline(always)]
 fn multiply<L: Lanes, O: Operand, const TOKENS: usize>(
     l: L,
     matrix: &Tiles<Mxfp4>,
     group: usize,
     x: [&[O]; TOKENS],
-) -> Results<TOKENS>
-where
+    results: &mut Results<TOKENS>,
+) where
     Mxfp4: Multiply<O>,
 {
-    let mut results = [[0.0; GROUP * LANES]; TOKENS];
     let first = group * GROUP;
     for tile in first..matrix.tiles().min(first + GROUP) {
         let [sums] = Mxfp4::sums::<L, 1, TOKENS>(l, matrix, tile, x);
         let bias = l.load(matrix.bias(tile));
-        for (sum, result) in sums.into_iter().zip(&mut results) {
+        for (sum, result) in sums.into_iter().zip(&mut *results) {
             l.store(l.add(sum, bias), &mut result.as_chunks_mut().0[tile - first]);
         }
     }
-    results
 }
 
 /// 64 rows of an expert's gate-up matrix for all its items, some times over.
@@ -460,15 +458,16 @@ where
         });
         // A group's results are dealt with after the next group's product: what they wait for has arrived by then, and
         // meanwhile weights keep coming in.
-        let mut before = None;
-        for group in self.groups.clone() {
-            let results = multiply::<L, O, TOKENS>(l, self.matrix, group, x);
-            if let Some((group, results)) = before.replace((group, results)) {
-                self.activate(group, at, &results);
+        let mut results = [[[0.0; GROUP * LANES]; TOKENS]; 2];
+        let groups = self.groups.clone();
+        for group in groups.clone() {
+            multiply(l, self.matrix, group, x, &mut results[group % 2]);
+            if group > groups.start {
+                self.activate(group - 1, at, &results[(group - 1) % 2]);
             }
         }
-        if let Some((group, results)) = before {
-            self.activate(group, at, &results);
+        if let Some(last) = groups.last() {
+            self.activate(last, at, &results[last % 2]);
         }
     }
 }
@@ -540,7 +539,8 @@ where
             let item = self.first + at + t;
             &self.activations[item * cols..(item + 1) * cols]
         });
-        let results = multiply::<L, O, TOKENS>(l, self.matrix, self.group, x);
+        let mut results = [[0.0; GROUP * LANES]; TOKENS];
+        multiply(l, self.matrix, self.group, x, &mut results);
         let size = wire::bytes(self.precision);
         let column = self.group * GROUP * LANES;
         let width = (GROUP * LANES).min(self.matrix.rows() - column);

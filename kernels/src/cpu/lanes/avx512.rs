@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{CODE_BYTES, CODE_VALUES, Kernel, LANES, Lanes};
+use super::{CODE_BYTES, CODE_VALUES, HALF_WAY, Kernel, LANES, Lanes};
 
 /// [`CODE_BYTES`] four times over.
 const CODE_BYTES_4: [[u8; 16]; 4] = [CODE_BYTES; 4];
@@ -125,6 +125,28 @@ impl<const LEVEL: u8> Lanes for Avx512<LEVEL> {
             let normal = _mm512_slli_epi32::<23>(exponents);
             _mm512_castsi512_ps(_mm512_max_epi32(normal, _mm512_set1_epi32(0x0040_0000)))
         }
+    }
+
+    #[inline(always)]
+    fn steps(self, bytes: &[u8; LANES]) -> Self::F {
+        // SAFETY: the processor has the instructions; 16 bytes are readable.
+        unsafe {
+            let exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let first = _mm512_set1_epi32((1 << 23) + HALF_WAY);
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<23>(exponents), first))
+        }
+    }
+
+    #[inline(always)]
+    fn count_from(self, steps: Self::F, v: i32) -> Self::I {
+        // SAFETY: the processor has the instructions.
+        unsafe { _mm512_add_epi32(_mm512_castps_si512(steps), _mm512_set1_epi32(v)) }
+    }
+
+    #[inline(always)]
+    fn counted(self, count: Self::I, steps: Self::F) -> Self::F {
+        // SAFETY: the processor has the instructions.
+        unsafe { _mm512_sub_ps(_mm512_castsi512_ps(count), steps) }
     }
 
     #[inline(always)]
