@@ -95,8 +95,7 @@ impl Port {
     /// # Errors
     /// [`KernelError::Device`].
     pub fn is_idle(&self) -> Result<bool, KernelError> {
-        self.memory.queue.submit()?;
-        self.memory.queue.device().is_idle()
+        self.memory.queue.is_idle()
     }
 
     /// Bytes to each rank, `[ranks]`; waits for what writes them.
