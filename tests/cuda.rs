@@ -15,9 +15,10 @@ use phalanx_kernels::cuda::{self, Emulated, Family, Meter};
 use phalanx_model::packed::{PackedFile, Stored};
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::{Engine, EngineConfig, Event, Want};
+use phalanx_proto::memory::Use;
 use phalanx_proto::{
-    BackendReport, Bytes, CellId, DenseType, Epoch, Fence, Layout, MemoryPlan, MemoryRefused, Placement, Precision,
-    Rank, Scratch, SeqId, StepHeader, StepId, StepPlan, Term,
+    BackendReport, Bytes, CellId, DenseType, Epoch, Fence, Layout, MemoryPlan, MemoryRefused, Peers, Placement,
+    Precision, Rank, Scratch, SeqId, StepHeader, StepId, StepPlan, Term,
 };
 use phalanx_wire::{Prepare, StepFailure};
 use phalanx_worker::collectives::local;
@@ -186,7 +187,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
         let backend = options.device.look(&checkpoint).unwrap().backend;
         let of_rank = |rank, backend: &BackendReport| {
             let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, backend);
-            plan.total().0 - backend.process_base.0
+            plan.total().0 - plan.of(Use::Process).0
         };
         let planned: u64 = layout.ranks().map(|rank| of_rank(rank, &backend)).sum();
         let mut cell = LocalCell::start(&checkpoint, &options, |_, _| ()).unwrap();
@@ -200,7 +201,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
         let (stored, limits) = (Stored { checkpoint: &checkpoint, packed: None }, options.limits);
         let empty = options.device.cuda(&mut |_, _| ()).unwrap();
         let model = GptOss::load(empty, stored, &placement, Rank(0), workers, &limits, &mut |_, _| ()).unwrap();
-        let bare = BackendReport { scratch: Scratch::default(), ..backend };
+        let bare = BackendReport { scratch: Scratch::default(), peers: Peers::default(), ..backend };
         let (held, planned) = (model.allocated(), of_rank(Rank(0), &bare));
         println!("{name}: {held} bytes held, {planned} planned");
         assert!(held > planned / 2 && held < 2 * planned, "{name}: {held} of {planned} bytes");
@@ -210,7 +211,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
 #[test]
 fn what_does_not_fit_is_refused_before_and_said_at_once() {
     let checkpoint = open("tiny-a");
-    let gpus: &'static EmulatedGpus = Box::leak(Box::new(EmulatedGpus { free: Bytes(600 << 20), ..GPUS }));
+    let gpus: &'static EmulatedGpus = Box::leak(Box::new(EmulatedGpus { free: Bytes(1600 << 20), ..GPUS }));
     let refused = start(gpus, small(1, Precision::Fast), &checkpoint).err().unwrap();
     assert!(refused.downcast_ref::<MemoryRefused>().is_some(), "{refused}");
     // The driver said that there is memory, and has none in one piece.
@@ -337,6 +338,16 @@ fn hosts_exchange_rows_over_tcp_and_tell_who_failed() {
         }
     }
     assert_eq!(given, base);
+
+    // Slots for exchanges are among what was planned; they are there before it is known what carries the rows.
+    let config = checkpoint.config();
+    let layout = Layout::new(2, 0).unwrap();
+    let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
+    let (limits, backend) = (setup.options(&checkpoint).limits, hosts[1].describe().backend);
+    let plan = MemoryPlan::new(config, layout, &placement, Rank(1), &limits, &backend);
+    let planned = plan.total().0 - plan.of(Use::Process).0;
+    assert!(plan.of(Use::Process).0 > backend.process_base.0 && backend.peers.slots.0 > 0);
+    assert!((planned..planned + 256).contains(&meter.peak()), "{} of {planned}", meter.peak());
 
     engine.submit(request(2, &prompt(&checkpoint, 9), 3, Want::Tokens)).unwrap();
     meter.leave(10);

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use phalanx_proto::{
     BackendReport, Bytes, CellId, Epoch, Fence, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId, Outputs,
-    Placement, Position, Rank, Rope, Rows, Scratch, SeqId, Start, StepHeader, StepId, StepPlan, StepResult, Term,
-    TokenId, Tokens,
+    Peers, Placement, Position, Rank, Rope, Rows, Scratch, SeqId, Start, StepHeader, StepId, StepPlan, StepResult,
+    Term, TokenId, Tokens,
 };
 use phalanx_wire::token::SendToken;
 use phalanx_wire::v1::worker_client::WorkerClient;
@@ -177,6 +177,7 @@ fn description() -> Description {
             operand_block_bytes: 128,
             item_tile: 0,
             scratch: Scratch::default(),
+            peers: Peers::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),
         },

@@ -146,6 +146,11 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// [`KernelError::Device`].
     fn stream(&self) -> Result<*mut c_void, KernelError>;
 
+    /// Memory that is left, whoever uses the rest; `None` where nothing says.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Which device of all there are.
     ///
     /// # Errors

@@ -275,6 +275,11 @@ impl Device for Driver {
         Ok(self.stream.raw().cast())
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        self.bind().ok()?;
+        result::mem_get_info().ok().map(|(free, _)| free as u64)
+    }
+
     fn uuid(&self) -> Result<[u8; 16], KernelError> {
         let uuid = self.stream.context().uuid().map_err(failed("say which it is"))?;
         Ok(uuid.bytes.map(|byte| byte.to_ne_bytes()[0]))

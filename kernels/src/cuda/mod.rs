@@ -44,7 +44,7 @@ pub use emulated::{Emulated, Fault, Meter};
 pub use ended::Ended;
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
-pub use queue::Counts;
+pub use queue::{Counts, GRAPH_BYTES};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};

@@ -23,7 +23,11 @@ const NODES_MAX: usize = 256;
 const NODES_MIN: usize = 4;
 /// Graphs that are kept, and their nodes in all.
 const GRAPHS_MAX: usize = 256;
-const GRAPH_NODES_MAX: usize = 32 << 10;
+const GRAPH_NODES_MAX: usize = 16 << 10;
+/// Bytes of the device that a driver takes for a node: about as much as is told of graphs of PyTorch. Not measured here.
+const GRAPH_NODE_BYTES: u64 = 64 << 10;
+/// Bytes of the device that drivers take for graphs, beside what is allocated.
+pub const GRAPH_BYTES: u64 = GRAPH_NODES_MAX as u64 * GRAPH_NODE_BYTES;
 /// Structures that are remembered after their first sight.
 const SEEN_MAX: usize = 64;
 
@@ -46,6 +50,9 @@ pub struct Counts {
     pub nodes: u64,
     /// Graphs made.
     pub instantiated: u64,
+    /// Bytes of the device that were free before graphs were made and not afterwards, where it says. Others on the device
+    /// count too.
+    pub graph_bytes: u64,
     /// Nodes of graphs that were changed before a launch.
     pub updated: u64,
     /// Graphs given up for others.
@@ -422,8 +429,11 @@ impl State {
             self.graphs.remove(0);
             self.counts.evicted += 1;
         }
+        let free = device.free_memory();
         match device.graph(nodes) {
             Ok(graph) => {
+                let taken = free.zip(device.free_memory()).map_or(0, |(before, after)| before.saturating_sub(after));
+                self.counts.graph_bytes += taken;
                 self.counts.instantiated += 1;
                 Some(Kept { graph, nodes: std::mem::take(nodes), structure })
             }

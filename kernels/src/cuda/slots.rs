@@ -90,6 +90,12 @@ impl Port {
         self.memory.queue.device().uuid()
     }
 
+    /// Memory that is left on the device, if it says.
+    #[must_use]
+    pub fn free_memory(&self) -> Option<u64> {
+        self.memory.queue.device().free_memory()
+    }
+
     /// Whether everything on the stream is done.
     ///
     /// # Errors
