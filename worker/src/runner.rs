@@ -148,9 +148,13 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             return Ok(());
         }
         self.check(plan)?;
-        let step = self.step(plan, watch);
+        // A device is done with one step after the other.
+        let now = Instant::now();
+        let begins = self.under_way.back().map_or(now, |before| before.deadline.max(now));
+        let deadline = begins + Duration::from_millis(u64::from(plan.header.deadline_ms));
+        let step = self.step(plan, deadline, watch);
         let asked = self.asked(plan);
-        self.under_way.push_back(UnderWay { header: plan.header.clone(), asked, step });
+        self.under_way.push_back(UnderWay { header: plan.header.clone(), deadline, asked, step });
         Ok(())
     }
 
@@ -182,7 +186,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
 
     /// Waits for the oldest step under way. Those after a failed one are given up.
     fn collect(&mut self) {
-        let Some(UnderWay { header, asked, step }) = self.under_way.pop_front() else { return };
+        let Some(UnderWay { header, asked, step, .. }) = self.under_way.pop_front() else { return };
         let outcome = step.and_then(|Begun { mut result, ended }| {
             let sampled = self.model.result(ended, &mut result.phases)?;
             self.keep_sampled(&asked, sampled, &mut result);
@@ -211,7 +215,13 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         asked.collect()
     }
 
-    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<Begun<B::Ended>, StepError> {
+    fn step(
+        &mut self,
+        plan: &StepPlan,
+        deadline: Instant,
+        watch: &(impl Watch + ?Sized),
+    ) -> Result<Begun<B::Ended>, StepError> {
+        self.model.set_deadline(deadline);
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);
@@ -230,7 +240,6 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let inputs = self.inputs(plan);
 
         let fence = plan.header.fence;
-        let deadline = Instant::now() + Duration::from_millis(u64::from(plan.header.deadline_ms));
         let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
         let jobs = self.constrained(plan);
         let forward = || -> Result<(), StepError> {

@@ -90,13 +90,18 @@ impl Port {
         self.memory.queue.device().uuid()
     }
 
+    /// Memory that is left on the device, if it says.
+    #[must_use]
+    pub fn free_memory(&self) -> Option<u64> {
+        self.memory.queue.device().free_memory()
+    }
+
     /// Whether everything on the stream is done.
     ///
     /// # Errors
     /// [`KernelError::Device`].
     pub fn is_idle(&self) -> Result<bool, KernelError> {
-        self.memory.queue.submit()?;
-        self.memory.queue.device().is_idle()
+        self.memory.queue.is_idle()
     }
 
     /// Bytes to each rank, `[ranks]`; waits for what writes them.

@@ -1,5 +1,7 @@
 //! Steps that have begun and whose results are still to come.
 
+use std::time::Instant;
+
 use phalanx_kernels::Backend;
 use phalanx_model::GptOss;
 use phalanx_proto::{Fence, Outputs, SeqId, StepHeader, StepResult, TokenId};
@@ -12,6 +14,8 @@ pub(super) const DEPTH: usize = 2;
 /// A step under way.
 pub(super) struct UnderWay<E> {
     pub(super) header: StepHeader,
+    /// Until when it may be waited for.
+    pub(super) deadline: Instant,
     /// Of each run that asked for something, in the order of the result.
     pub(super) asked: Vec<Asked>,
     /// What it was begun with, or why it could not be enqueued.

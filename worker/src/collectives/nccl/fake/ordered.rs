@@ -32,6 +32,18 @@ impl Ordered {
         std::ptr::with_exposed_provenance_mut(self.stream)
     }
 
+    fn finish(&self) -> Result<(), KernelError> {
+        self.waits.fetch_add(1, Ordering::SeqCst);
+        let begun = Instant::now();
+        while !try_advance(self.raw())? {
+            if begun.elapsed() > HANG_MAX {
+                return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
     fn enqueue(&self, op: impl FnOnce() -> Result<(), KernelError> + Send + 'static) {
         enqueue(self.raw(), Work::Op(Box::new(op)));
     }
@@ -67,7 +79,7 @@ impl Device for Ordered {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
-        self.synchronize()?;
+        self.finish()?;
         // SAFETY: the caller's promise.
         unsafe { emulated().download(from, to) }
     }
@@ -93,18 +105,6 @@ impl Device for Ordered {
         self.enqueue(move || unsafe {
             emulated().launch(Launch { kernel: &kernel, grid, shared }, copied.as_ptr().cast(), args_bytes)
         });
-        Ok(())
-    }
-
-    fn synchronize(&self) -> Result<(), KernelError> {
-        self.waits.fetch_add(1, Ordering::SeqCst);
-        let begun = Instant::now();
-        while !try_advance(self.raw())? {
-            if begun.elapsed() > HANG_MAX {
-                return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
-            }
-            std::thread::yield_now();
-        }
         Ok(())
     }
 
