@@ -108,6 +108,7 @@ impl Plan {
     /// Maps the file if it is what this plan says, to the byte of the header.
     fn open(self, path: &Path) -> Result<PackedFile, Self> {
         let Ok(file) = MappedFile::open(path) else { return Err(self) };
+        file.use_large_pages();
         let same =
             file.len() == self.len && file.slice(0..PAGE).is_some_and(|header| header.bytes() == &self.header[..]);
         if same { Ok(PackedFile { file: Arc::new(file), plan: self }) } else { Err(self) }
