@@ -75,9 +75,9 @@ pub enum KernelError {
         /// What was wrong.
         what: &'static str,
     },
-    /// A block scale of an MXFP4 tensor is not a number.
+    /// A block scale of an MXFP4 tensor is not a number, or a weight of its block is beyond f32.
     #[error(
-        "scale {index} of {what} is 255 or so large that a weight is no number; the checkpoint is damaged, fetch it again"
+        "scale {index} of {what} makes a weight that is no number of f32; the checkpoint is damaged, fetch it again"
     )]
     Scale {
         /// Which tensor.

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod parts;
 pub mod random;
 pub mod reference;
+mod scales;
 mod threads;
 mod wire;
 

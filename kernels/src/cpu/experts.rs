@@ -22,10 +22,12 @@ use crate::{ExpertShape, ExpertSource, HostParts, KernelError, NO_SLOT, Precisio
 /// Tiles of a task: 64 matrix rows.
 const GROUP: usize = 4;
 
-/// Items of an expert up to which they all go by in one pass over its weights.
+/// Items of an expert, on average, up to which memory is what an op waits for.
 const FEW: usize = 8;
 /// Groups of a gate-up task then: memory is read on while a group's results become activations.
 const SPAN: usize = 4;
+/// But only if each thread has so many tasks.
+const TASKS: usize = 8;
 
 /// Two matrices, packed one behind the other.
 #[derive(Debug)]
@@ -299,7 +301,8 @@ impl Work {
         let ExpertShape { hidden, intermediate, limit } = self.shape;
         let groups = intermediate / BLOCK;
         let few = self.items.len() <= FEW * self.active.len();
-        let span = if few { SPAN } else { 1 };
+        let many = self.active.len() * groups >= threads.count() * TASKS * SPAN;
+        let span = if few && many { SPAN } else { 1 };
         let spans = groups.div_ceil(span);
         let activations = Disjoint::new(activations);
         threads.each(self.active.len() * spans, self.items.len() * 2 * intermediate * hidden, |task| {

@@ -30,7 +30,8 @@ pub(super) struct Int8Block {
     code_correction: i32,
     /// `-128 * sum q`, which undoes the offset of q8 weights.
     q8_correction: i32,
-    /// `2^22 * half_scale`, since [`Lanes::steps`] are so much smaller than scales. Infinite for numbers above `2^112`.
+    /// `2^22 * half_scale`, since [`Lanes::steps`] are so much smaller than scales. Infinite where the largest number is above
+    /// `2^113`.
     step_scale: f32,
 }
 

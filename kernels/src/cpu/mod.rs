@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// Changes whenever packed bytes change.
-const LAYOUT: u32 = 2;
+const LAYOUT: u32 = 3;
 
 /// Rows whose router logits are held at once.
 const ROUTER_ROWS: usize = 64;
@@ -574,7 +574,10 @@ mod tests {
         };
         let mut cpu = cpu(DenseFormat::Q8);
         let experts = cpu.experts(0, ExpertShape { hidden: 64, intermediate: 32, limit: 7.0 });
-        let parts = [64 * 32, 64 * 2, 64 * 2, 64 * 16, 64, 64 * 2].map(|len| bytes(len, 0x7f));
+        let mut parts = [64 * 32, 64 * 2, 64 * 2, 64 * 16, 64, 64 * 2].map(|len| bytes(len, 0x7f));
+        // The largest scale, whose codes become others.
+        parts[1][5] = 254;
+        parts[0][5 * 16..6 * 16].iter_mut().for_each(|codes| *codes &= 0xbb);
         let [gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias] =
             parts.each_ref().map(|part| Source::memory(part));
         let source = ExpertSource { gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias };
@@ -582,7 +585,7 @@ mod tests {
         let hashes = [dense(DenseFormat::Bf16), dense(DenseFormat::Q8), hash(packed.unwrap())];
         assert_eq!(
             (LAYOUT, hashes.join(" ").as_str()),
-            (2, "34e8b441 a87532b7 2a533213"),
+            (3, "34e8b441 a87532b7 39239559"),
             "bytes have changed: LAYOUT must be one more"
         );
     }

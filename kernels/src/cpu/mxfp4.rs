@@ -4,8 +4,7 @@
 //! nibble `2j` is column `8v + j`, nibble `2j + 1` is column `8v + 4 + j`. So the low nibbles of its bytes are four
 //! neighbouring columns, the high nibbles the next four, as the int8 dot product wants them.
 //!
-//! A scale byte of 254, which [`Lanes::steps`] does not reach, becomes 253 and its codes twice what they were: those that have
-//! no double make numbers that f32 does not have.
+//! A scale byte of 254, which [`Lanes::steps`] does not reach, becomes 253 and its codes twice what they were.
 //!
 //! Order of the sums with an f32 operand, a lane being an output row: within a block `p`, from zero, one fused
 //! multiply-add of code value and `x` a column, ascending; then `sum = scale * p + sum`, fused, blocks ascending.
@@ -14,14 +13,11 @@ use super::dense::need;
 use super::int8::{Bytes, Int8Block, Multiply, QUADS};
 use super::lanes::{LANES, Lanes};
 use super::tiles::{self, BLOCK, Format, Part, Tiles, blocks, cluster};
-use crate::KernelError;
 use crate::memory::Source;
+use crate::scales::LARGEST;
 use crate::threads::Threads;
+use crate::{KernelError, scales};
 
-/// The largest scale byte that stands for a number.
-const LARGEST: u8 = 254;
-/// The code of twice the value of each, or 16 where there is none.
-const DOUBLED: [u8; 16] = [0, 2, 4, 5, 6, 7, 16, 16, 8, 10, 12, 13, 14, 15, 16, 16];
 /// Dwords of codes in a block of a row.
 const DWORDS: usize = 4;
 
@@ -47,15 +43,7 @@ pub(super) fn pack(
     need(blocks_name, blocks.bytes().len(), rows * width * 16)?;
     need(scales_name, scales.bytes().len(), rows * width)?;
     need(bias_name, bias.bytes().len(), rows * 2)?;
-    let fits = |(&scale, codes): (&u8, &[u8; BLOCK / 2])| match scale {
-        u8::MAX => false,
-        LARGEST => {
-            codes.iter().all(|codes| [codes & 0x0f, codes >> 4].into_iter().all(|code| DOUBLED[code as usize] < 16))
-        }
-        _ => true,
-    };
-    let (all_scales, all_codes) = (scales.bytes(), blocks.bytes().as_chunks().0);
-    if let Some(index) = all_scales.iter().zip(all_codes).position(|pair| !fits(pair)) {
+    if let Some(index) = scales::unusable(scales.bytes(), blocks.bytes()) {
         return Err(KernelError::Scale { what: scales_name, index });
     }
     let part = Part { first: 0, rows, weights: blocks, bias: Some(bias) };
@@ -71,9 +59,11 @@ pub(super) fn pack(
     Ok(())
 }
 
-/// Two codes of twice the value each.
+/// Two codes of twice the value each; both of less than two.
 const fn doubled(codes: u8) -> u8 {
-    DOUBLED[(codes & 0x0f) as usize] | DOUBLED[(codes >> 4) as usize] << 4
+    // 0, 1/2, 1, 3/2 to 0, 1, 2, 3; signs stay.
+    const DOUBLE: [u8; 4] = [0, 2, 4, 5];
+    DOUBLE[(codes & 3) as usize] | DOUBLE[(codes >> 4 & 3) as usize] << 4 | codes & 0x88
 }
 
 /// Four nibbles to the low nibbles of four bytes.
@@ -165,6 +155,16 @@ impl Bytes for Mxfp4 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn twice_a_code_is_twice_its_value() {
+        use super::super::lanes::CODE_VALUES;
+        for code in [0, 1, 2, 3, 8, 9, 10, 11u8] {
+            let twice = 2.0 * CODE_VALUES[code as usize];
+            assert_eq!(CODE_VALUES[(doubled(code) & 15) as usize].to_bits(), twice.to_bits());
+            assert_eq!(CODE_VALUES[(doubled(code << 4) >> 4) as usize].to_bits(), twice.to_bits());
+        }
+    }
 
     #[test]
     fn codes_are_laid_out_four_columns_to_the_low_nibbles() {

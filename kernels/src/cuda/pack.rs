@@ -219,11 +219,7 @@ fn tiles<'a>(
     need(blocks_name, blocks.len(), rows * width * 16)?;
     need(scales_name, scales.len(), rows * width)?;
     need(bias_name, bias.len(), rows * 2)?;
-    // Many at once; which one it was is asked only then.
-    let largest = scales.iter().fold(0, |largest, &scale| scale.max(largest));
-    if largest == u8::MAX
-        && let Some(index) = scales.iter().position(|&scale| scale == largest)
-    {
+    if let Some(index) = crate::scales::unusable(scales, blocks) {
         return Err(KernelError::Scale { what: scales_name, index });
     }
     let (codes_out, out) = out.split_at_mut(blocks.len());
@@ -418,7 +414,7 @@ mod tests {
         for (hidden, intermediate) in [(32, 32), (96, 64), (160, 96)] {
             let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
             let parts = |rows: usize, cols: usize| {
-                let scales = random_bytes(2, rows * cols / 32).iter().map(|scale| scale % 255).collect();
+                let scales = random_bytes(2, rows * cols / 32).iter().map(|scale| scale % 254).collect();
                 [random_bytes(1, rows * cols / 2), scales, random_bytes(3, rows * 2)]
             };
             let (gate_up, down) = (parts(2 * intermediate, hidden), parts(hidden, intermediate));

@@ -271,10 +271,13 @@ impl Backend for Reference {
         let mut rest = out;
         for ((part, what), bytes) in parts.into_iter().zip(experts.part_bytes()) {
             need(what, part.bytes().len(), bytes)?;
-            let bad = if what.contains("scales") { part.bytes().iter().position(|&s| s == u8::MAX) } else { None };
-            if let Some(index) = bad {
+        }
+        for [(blocks, _), (scales, what)] in [[parts[0], parts[1]], [parts[3], parts[4]]] {
+            if let Some(index) = crate::scales::unusable(scales.bytes(), blocks.bytes()) {
                 return Err(KernelError::Scale { what, index });
             }
+        }
+        for ((part, _), bytes) in parts.into_iter().zip(experts.part_bytes()) {
             let (here, behind) = rest.split_at_mut(bytes);
             here.copy_from_slice(part.bytes());
             rest = behind;
