@@ -15,7 +15,7 @@ use super::graph::Chain;
 use super::ops::KERNELS;
 use super::page_locked::PageLocked;
 use super::sequence::Sequence;
-use super::stream::Stream;
+use super::stream::{Left, Stream};
 use super::wait::{PATIENCE, within};
 use crate::KernelError;
 
@@ -89,29 +89,32 @@ impl Driver {
     /// # Errors
     /// [`KernelError::Device`]: no driver, no such GPU, or no kernels for it.
     pub fn open(ordinal: usize, cache: &Cache, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Self, KernelError> {
+        // Of a device that hangs the system's part of the driver may not even give a context.
+        let mut driver = within("open", PATIENCE, move || Self::without_kernels(ordinal))??;
+        driver.load(cache, on_progress)?;
+        Ok(driver)
+    }
+
+    fn without_kernels(ordinal: usize) -> Result<Self, KernelError> {
         let refused = |why: String| KernelError::Device { what: "be used", why };
         let count = devices().ok_or_else(|| refused("there is no CUDA driver (libcuda.so.1)".to_owned()))?;
         if ordinal >= count {
             return Err(refused(format!("GPU {ordinal} was asked for and there are {count}")));
         }
         let open = failed("be opened");
-        // Of a device that hangs the system's part of the driver may not give a context.
-        let context = within("open", PATIENCE, move || CudaContext::new(ordinal))?.map_err(&open)?;
-        context.bind_to_thread().map_err(&open)?;
+        let context = CudaContext::new(ordinal).map_err(&open)?;
         let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
         keep_freed_memory(&context).map_err(&open)?;
-        let mut driver = Self {
+        Ok(Self {
             stream: Arc::new(Stream::new(context).map_err(&open)?),
             arch: arch_of(capability),
             family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
             functions: HashMap::new(),
             modules: Vec::new(),
-        };
-        driver.load(cache, on_progress)?;
-        Ok(driver)
+        })
     }
 
     /// The architecture its kernels are compiled for.
@@ -205,15 +208,14 @@ impl Device for Driver {
     }
 
     unsafe fn free(&self, address: u64, _bytes: usize) {
-        // Without a stream's order the driver waits for the device before it frees.
-        let ordered = self.stream.context().has_async_alloc();
-        if if ordered { self.bind().is_err() } else { !self.stream.is_over() } {
-            return;
+        if !self.stream.context().has_async_alloc() {
+            // Without a stream's order the driver would wait for the device before it frees.
+            self.stream.leave(Left::Device(address));
+            self.stream.sweep();
+        } else if self.bind().is_ok() {
+            // SAFETY: the caller promises that this is an allocation and not used again. Nothing can be done about an error.
+            let _ = unsafe { result::free_async(address, self.stream.raw()) };
         }
-        // SAFETY: the caller promises that this is an allocation and not used again. Nothing can be done about an error.
-        let _ = unsafe {
-            if ordered { result::free_async(address, self.stream.raw()) } else { result::free_sync(address) }
-        };
     }
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {

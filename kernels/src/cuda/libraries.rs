@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use libloading::Library as Handle;
 
 use super::Family;
+use super::wait::{PATIENCE, within};
 
 /// A library that work on GPUs needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -191,6 +192,9 @@ pub enum Missing {
         /// Its result.
         code: c_int,
     },
+    /// The driver does not answer.
+    #[error("the CUDA driver does not answer: a GPU hangs; reset it (nvidia-smi --gpu-reset) or restart the machine")]
+    Late,
     /// The driver works and finds no device.
     #[error("the CUDA driver finds no GPU: check `nvidia-smi`, and that CUDA_VISIBLE_DEVICES hides none")]
     Devices,
@@ -257,8 +261,11 @@ impl Gpu {
     /// # Errors
     /// No context can be made on it.
     pub fn free_memory(&self) -> Result<u64, Missing> {
-        let driver = Driver::open()?;
-        driver.free_memory(driver.device(c_int::try_from(self.index).unwrap_or(c_int::MAX))?)
+        let index = c_int::try_from(self.index).unwrap_or(c_int::MAX);
+        in_time(move || {
+            let driver = Driver::open()?;
+            driver.free_memory(driver.device(index)?)
+        })
     }
 }
 
@@ -267,14 +274,21 @@ impl Gpu {
 /// # Errors
 /// There is no driver, it does not work, or it shows no GPU.
 pub fn gpus() -> Result<Vec<Gpu>, Missing> {
-    let driver = Driver::open()?;
-    let mut count = 0;
-    // SAFETY: the function writes the integer it is given.
-    answered(Library::Driver, "cuDeviceGetCount", unsafe { (driver.device_count)(&mut count) })?;
-    if count <= 0 {
-        return Err(Missing::Devices);
-    }
-    (0..count).map(|index| driver.gpu(index)).collect()
+    in_time(|| {
+        let driver = Driver::open()?;
+        let mut count = 0;
+        // SAFETY: the function writes the integer it is given.
+        answered(Library::Driver, "cuDeviceGetCount", unsafe { (driver.device_count)(&mut count) })?;
+        if count <= 0 {
+            return Err(Missing::Devices);
+        }
+        (0..count).map(|index| driver.gpu(index)).collect()
+    })
+}
+
+/// What the driver says, if it says anything: with a GPU that hangs any call may.
+fn in_time<T: Send + 'static>(ask: impl FnOnce() -> Result<T, Missing> + Send + 'static) -> Result<T, Missing> {
+    within("answer", PATIENCE, ask).unwrap_or(Err(Missing::Late))
 }
 
 /// The driver's functions that tell of devices; after `cuInit`.

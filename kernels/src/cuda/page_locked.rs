@@ -127,7 +127,7 @@ impl Pinned for PageLocked {
 impl Drop for PageLocked {
     fn drop(&mut self) {
         // The driver waits for a stream before it takes such memory back.
-        self.stream.leave(Left { memory: self.memory, event: self.event });
+        self.stream.leave(Left::Pinned(self.memory, self.event));
         self.stream.sweep();
     }
 }

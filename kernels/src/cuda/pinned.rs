@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::device::{Device, Pinned, STAGED_MAX};
-use super::wait::until;
+use super::wait::{Limit, until};
 use crate::KernelError;
 use crate::memory::{Aligned, will_need};
 
@@ -70,7 +70,7 @@ impl Ferry {
     pub(super) unsafe fn upload_made(
         &mut self,
         device: &dyn Device,
-        deadline: Instant,
+        limit: Limit,
         bytes: usize,
         to: u64,
         make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
@@ -78,14 +78,14 @@ impl Ferry {
         if bytes <= self.size.bytes
             && let Some(pinned) = self.next(device)
         {
-            make(&mut ready(pinned, deadline)?[..bytes])?;
+            make(&mut ready(pinned, limit.deadline())?[..bytes])?;
             // SAFETY: what the caller promises.
             return unsafe { pinned.send(bytes, to) };
         }
         let mut made = Aligned::zeroed(bytes);
         make(&mut made)?;
         // SAFETY: what the caller promises.
-        unsafe { self.upload(device, deadline, &made, to) }
+        unsafe { self.upload(device, limit, &made, to) }
     }
 
     /// Copies bytes to the device; they may change as soon as this returns.
@@ -95,7 +95,7 @@ impl Ferry {
     pub(super) unsafe fn upload(
         &mut self,
         device: &dyn Device,
-        deadline: Instant,
+        limit: Limit,
         from: &[u8],
         to: u64,
     ) -> Result<(), KernelError> {
@@ -108,14 +108,14 @@ impl Ferry {
             let to = to + (i * bytes) as u64;
             let Some(pinned) = self.next(device) else {
                 if piece.len() > STAGED_MAX {
-                    until(TAKE, deadline, || device.is_idle())?;
+                    until(TAKE, limit.deadline(), || device.is_idle())?;
                 }
                 // SAFETY: a part of what the caller promises.
                 unsafe { device.upload(piece, to)? };
                 continue;
             };
             // What was sent from there before has been read.
-            fill(&mut ready(pinned, deadline)?[..piece.len()], piece);
+            fill(&mut ready(pinned, limit.deadline())?[..piece.len()], piece);
             // SAFETY: a part of what the caller promises.
             unsafe { pinned.send(piece.len(), to)? };
         }
@@ -129,7 +129,7 @@ impl Ferry {
     pub(super) unsafe fn download(
         &mut self,
         device: &dyn Device,
-        deadline: Instant,
+        limit: Limit,
         from: u64,
         to: &mut [u8],
     ) -> Result<(), KernelError> {
@@ -137,15 +137,15 @@ impl Ferry {
         for (i, piece) in to.chunks_mut(bytes).enumerate() {
             let from = from + (i * bytes) as u64;
             let Some(pinned) = self.next(device) else {
-                until(FINISH, deadline, || device.is_idle())?;
+                until(FINISH, limit.deadline(), || device.is_idle())?;
                 // SAFETY: a part of what the caller promises.
                 unsafe { device.download(from, piece)? };
                 continue;
             };
-            ready(pinned, deadline)?;
+            ready(pinned, limit.deadline())?;
             // SAFETY: a part of what the caller promises.
             unsafe { pinned.fetch(from, 0, piece.len())? };
-            piece.copy_from_slice(&ready(pinned, deadline)?[..piece.len()]);
+            piece.copy_from_slice(&ready(pinned, limit.deadline())?[..piece.len()]);
         }
         Ok(())
     }
@@ -312,8 +312,8 @@ mod tests {
         }
     }
 
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(60)
+    fn soon() -> Limit {
+        Limit::For(Duration::from_secs(60))
     }
 
     /// What is on the device after uploads of many sizes, and what should be.
@@ -393,7 +393,7 @@ mod tests {
         let device = Late { memory: Arc::new(Mutex::new(vec![0; 9])), pieces: Mutex::new(1), reads: true, hangs: true };
         let mut ferry = Ferry::new(Pieces { bytes: 4, count: 1 });
         // SAFETY: a vector, which checks.
-        let sent = unsafe { ferry.upload(&device, Instant::now(), &[1; 9], 0) };
+        let sent = unsafe { ferry.upload(&device, Limit::Until(Instant::now()), &[1; 9], 0) };
         assert_eq!(sent, Err(KernelError::Late { what: FINISH }));
         assert!(ferry.pieces[0].bytes().is_err(), "nobody may touch what is still read");
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::device::{Device, Graph, Launch, Pinned};
 use super::pinned::Ferries;
 use super::sequence::{Node, Sequence};
-use super::wait::{PATIENCE, until};
+use super::wait::{Limit, PATIENCE, until};
 use crate::KernelError;
 
 /// Nodes of a submission, at most: the device begins with the first layers while the host records the next ones.
@@ -144,7 +144,7 @@ impl Queue {
 
     /// Until when a wait that begins now may last.
     pub(super) fn deadline(&self) -> Instant {
-        self.state().deadline()
+        self.state().limit().deadline()
     }
 
     /// Whether the device is done with all; does not wait.
@@ -236,9 +236,9 @@ impl Queue {
     pub(super) unsafe fn upload_ahead(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         let mut state = self.state();
         state.counts.uploads += 1;
-        let deadline = state.give(&*self.device, 1)?;
+        let limit = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { state.ferries.of(from.len()).upload(&*self.device, deadline, from, to) }
+        unsafe { state.ferries.of(from.len()).upload(&*self.device, limit, from, to) }
     }
 
     /// Copies to the device, behind what is recorded, bytes that `make` writes.
@@ -254,9 +254,9 @@ impl Queue {
         self.submit()?;
         let mut state = self.state();
         state.counts.uploads += 1;
-        let deadline = state.give(&*self.device, 1)?;
+        let limit = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { state.ferries.of(bytes).upload_made(&*self.device, deadline, bytes, to, make) }
+        unsafe { state.ferries.of(bytes).upload_made(&*self.device, limit, bytes, to, make) }
     }
 
     /// Copies from the device, behind what is recorded, and waits.
@@ -267,9 +267,9 @@ impl Queue {
         self.submit()?;
         let mut state = self.state();
         state.counts.downloads += 1;
-        let deadline = state.give(&*self.device, 1)?;
+        let limit = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { state.ferries.of(to.len()).download(&*self.device, deadline, from, to)? };
+        unsafe { state.ferries.of(to.len()).download(&*self.device, limit, from, to)? };
         state.done = state.given;
         Ok(())
     }
@@ -306,19 +306,19 @@ impl Queue {
 }
 
 impl State {
-    fn deadline(&self) -> Instant {
-        self.deadline.unwrap_or_else(|| Instant::now() + self.patience)
+    fn limit(&self) -> Limit {
+        self.deadline.map_or(Limit::For(self.patience), Limit::Until)
     }
 
-    /// Sees to it that the device takes so many launches or copies without waiting; until when anything may wait for them.
-    fn give(&mut self, device: &dyn Device, launches: u64) -> Result<Instant, KernelError> {
-        let deadline = self.deadline();
+    /// Sees to it that the device takes so many launches or copies without waiting; returns how long anything may wait for them.
+    fn give(&mut self, device: &dyn Device, launches: u64) -> Result<Limit, KernelError> {
+        let limit = self.limit();
         if self.given - self.done + launches > AHEAD_MAX {
-            until("finish", deadline, || device.is_idle())?;
+            until("finish", limit.deadline(), || device.is_idle())?;
             self.done = self.given;
         }
         self.given += launches;
-        Ok(deadline)
+        Ok(limit)
     }
 
     fn submit(&mut self, device: &dyn Device) -> Result<(), KernelError> {
@@ -426,7 +426,7 @@ impl State {
             self.graphs.remove(0);
             self.counts.evicted += 1;
         }
-        let free = device.free_memory();
+        let free = tracing::enabled!(tracing::Level::DEBUG).then(|| device.free_memory()).flatten();
         match device.graph(nodes) {
             Ok(graph) => {
                 if let Some((before, after)) = free.zip(device.free_memory()) {

@@ -25,14 +25,16 @@ pub(super) struct Stream {
     left: Mutex<Vec<Left>>,
 }
 
-/// Page-locked memory that nobody uses any more, and its event.
+/// Memory that nobody uses any more.
 #[derive(Debug)]
-pub(super) struct Left {
-    pub(super) memory: *mut u8,
-    pub(super) event: sys::CUevent,
+pub(super) enum Left {
+    /// Page-locked, with its event.
+    Pinned(*mut u8, sys::CUevent),
+    /// Of the device.
+    Device(u64),
 }
 
-// SAFETY: memory and event belong to the context, not to a thread, and whoever left them uses them no more.
+// SAFETY: memory and events belong to the context, not to a thread, and whoever left them uses them no more.
 unsafe impl Send for Left {}
 
 impl fmt::Debug for Stream {
@@ -81,12 +83,17 @@ impl Stream {
     pub(super) fn sweep(&self) {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         if !left.is_empty() && self.is_idle() == Ok(true) {
-            for Left { memory, event } in left.drain(..) {
+            for left in left.drain(..) {
                 // SAFETY: made by the driver in this context, which is current, and used by nobody; nothing is under way on
                 // the stream that could use them. Nothing can be done about an error.
                 unsafe {
-                    let _ = result::event::destroy(event);
-                    let _ = result::free_host(memory.cast());
+                    match left {
+                        Left::Pinned(memory, event) => {
+                            let _ = result::event::destroy(event);
+                            let _ = result::free_host(memory.cast());
+                        }
+                        Left::Device(address) => drop(result::free_sync(address)),
+                    }
                 }
             }
         }

@@ -14,6 +14,25 @@ const EAGER: Duration = Duration::from_secs(1);
 /// Between later looks.
 const PAUSE: Duration = Duration::from_micros(100);
 
+/// How long waits may last.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Limit {
+    /// All of them together: a step has its deadline.
+    Until(Instant),
+    /// Each: between them the host may have waited for a disk.
+    For(Duration),
+}
+
+impl Limit {
+    /// The deadline of a wait that begins now.
+    pub(super) fn deadline(self) -> Instant {
+        match self {
+            Self::Until(deadline) => deadline,
+            Self::For(patience) => Instant::now() + patience,
+        }
+    }
+}
+
 /// Waits until `is_done`, no longer than until `deadline`; looks once if it has passed.
 ///
 /// # Errors
