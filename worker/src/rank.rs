@@ -10,7 +10,7 @@ use phalanx_model::gpt_oss::incoming_bytes;
 use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, Collectives, GptOss, LoadError, Watch};
 use phalanx_proto::memory::Use;
-use phalanx_proto::{Fence, Layout, Limits, MemoryPlan, Placement, Rank, StepPlan, StepResult};
+use phalanx_proto::{Fence, Layout, Limits, MemoryPlan, Placement, Rank, StepHeader, StepPlan, StepResult};
 
 use crate::collectives::nccl::{
     Api, ExchangeRequest, JoinError, JoinOptions, NoCarrier, Offer, Shape, join_if_all_can,
@@ -154,10 +154,10 @@ pub trait LoadedRank: Send {
     fn begin(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<(), StepError>;
 
     /// See [`Runner::is_done`].
-    fn is_done(&self) -> bool;
+    fn is_done(&mut self) -> bool;
 
     /// See [`Runner::overlaps`].
-    fn overlaps(&self, fence: Fence) -> bool;
+    fn overlaps(&self, header: &StepHeader) -> bool;
 
     /// See [`Runner::finish`].
     ///
@@ -183,12 +183,12 @@ impl<B: Backend, C: Collectives<B::Parts>> LoadedRank for Runner<B, C> {
         Self::begin(self, plan, watch)
     }
 
-    fn is_done(&self) -> bool {
+    fn is_done(&mut self) -> bool {
         Self::is_done(self)
     }
 
-    fn overlaps(&self, fence: Fence) -> bool {
-        Self::overlaps(self, fence)
+    fn overlaps(&self, header: &StepHeader) -> bool {
+        Self::overlaps(self, header)
     }
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError> {

@@ -4,7 +4,9 @@
 //! may be repeated, and a plan that starts a sequence anew at any computed position is legal.
 //!
 //! A step whose results nothing of the next one depends on may still be under way when that one begins: a device then has
-//! its work before it is done with the last.
+//! its work before it is done with the last. Each rank decides that for itself, and none sees whether another does: all
+//! issue the exchanges of the same steps in the same order. A step that fails takes those begun after it with it, and those
+//! before it whose exchanges are not known to be done.
 //!
 //! - `check`: a plan is refused before it touches anything.
 //! - `sequence`: what is known of each sequence.
@@ -26,7 +28,7 @@ use phalanx_kernels::{Backend, Draw, Sampled, StepInputs, TokenSource};
 use phalanx_model::{Collectives, ForwardError, GptOss, Step, Watch};
 use phalanx_proto::{
     Admission, Fence, KvOp, Limits, Outputs, PlanError, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
-    StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
+    StepHeader, StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
 };
 
 use crate::constraints::{Beside, ConstraintFailure, Job, Mask, Table};
@@ -141,7 +143,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// A plan that is refused leaves everything as it was.
     pub fn begin(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<(), StepError> {
         let fence = plan.header.fence;
-        while self.under_way.len() >= if self.overlaps(fence) { DEPTH } else { 1 } {
+        while self.under_way.len() >= if self.overlaps(&plan.header) { DEPTH } else { 1 } {
             self.collect();
         }
         if self.under_way.is_empty() && self.outcomes.of(fence)?.is_some() {
@@ -154,13 +156,14 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         Ok(())
     }
 
-    /// Whether this step can begin before those under way have ended: they are this rank's alone, and nothing of it depends
-    /// on what comes of them.
+    /// Whether this step can begin before those under way have ended: nothing of it depends on what comes of them, and no
+    /// exchange of it waits on the host for another rank.
     #[must_use]
-    pub fn overlaps(&self, fence: Fence) -> bool {
-        // Ranks that exchange rows wait for each other within a step, and learn there of each other's failures.
-        let alone = self.collectives.size() == 1;
-        self.under_way.back().is_none_or(|newest| alone && newest.fence().next() == fence && !newest.is_needed())
+    pub fn overlaps(&self, header: &StepHeader) -> bool {
+        self.under_way.back().is_none_or(|newest| {
+            let is_next = newest.fence().next() == header.fence;
+            is_next && !newest.is_needed() && self.collectives.overlaps(&header.rows_of_rank)
+        })
     }
 
     /// Waits for a step that has begun, and tells what came of it.
@@ -174,24 +177,35 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         self.outcomes.told(fence)?
     }
 
-    /// Whether the oldest step under way is done, so that finishing it does not wait.
+    /// Whether the oldest step under way is done or has failed, so that finishing it does not wait.
     #[must_use]
-    pub fn is_done(&self) -> bool {
-        self.under_way.front().is_none_or(|oldest| oldest.is_done(&self.model))
+    pub fn is_done(&mut self) -> bool {
+        let Some(UnderWay { header, step: Ok(Begun { ended, .. }), .. }) = self.under_way.front() else { return true };
+        // What failed on other ranks is heard here: the device would wait for them for ever.
+        self.collectives.is_settled(header.fence).map_or(true, |settled| settled && self.model.is_done(ended))
     }
 
     /// Waits for the oldest step under way. Those after a failed one are given up.
     fn collect(&mut self) {
         let Some(UnderWay { header, asked, step }) = self.under_way.pop_front() else { return };
-        let outcome = step.and_then(|Begun { mut result, ended }| {
-            let sampled = self.model.result(ended, &mut result.phases)?;
-            self.keep_sampled(&asked, sampled, &mut result);
-            Ok(result)
-        });
+        let outcome = step.and_then(|begun| self.result(header.fence, &asked, begun));
         if outcome.is_err() {
             self.under_way.clear();
         }
         self.outcomes.keep(&header, &outcome);
+    }
+
+    /// Waits for a step that was enqueued: first until its exchanges are done.
+    fn result(&mut self, fence: Fence, asked: &[Asked], begun: Begun<B::Ended>) -> Result<StepResult, StepError> {
+        let Begun { mut result, ended } = begun;
+        self.settle(fence)?;
+        let sampled = self.model.result(ended, &mut result.phases)?;
+        self.keep_sampled(asked, sampled, &mut result);
+        Ok(result)
+    }
+
+    fn settle(&mut self, fence: Fence) -> Result<(), StepError> {
+        self.collectives.settle(fence).map_err(|error| ForwardError::from(error).into())
     }
 
     /// What a plan's runs asked for.
@@ -241,6 +255,10 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let ((), jobs) = self.beside.evaluate(jobs, forward)?;
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
+        if plan.rows.iter().any(|rows| rows.outputs == Outputs::AllLogits) {
+            // They are read at once.
+            self.settle(fence)?;
+        }
         result.rows = self.results(plan, &inputs);
         let ended = self.model.end();
         if let Some(warning) = self.model.take_warning() {

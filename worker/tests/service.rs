@@ -101,13 +101,13 @@ impl Host for FakeHost {
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
-        assert!(self.overlaps(plan.header.fence), "the step under way is told first");
+        assert!(self.overlaps(&plan.header), "the step under way is told first");
         self.begun.push_back(plan.clone());
         assert!(self.begun.len() <= 2);
         Ok(())
     }
 
-    fn is_done(&self) -> bool {
+    fn is_done(&mut self) -> bool {
         self.begun.front().is_none_or(|plan| match plan.header.deadline_ms {
             HOLD => self.begun.len() > 1,
             ALONE => false,
@@ -115,7 +115,7 @@ impl Host for FakeHost {
         })
     }
 
-    fn overlaps(&self, _fence: Fence) -> bool {
+    fn overlaps(&self, _header: &StepHeader) -> bool {
         self.begun.back().is_none_or(|plan| plan.header.deadline_ms != ALONE)
     }
 

@@ -167,6 +167,11 @@ impl Queue {
         unsafe { state.ferries.of(from.len()).upload(&*self.device, from, to) }
     }
 
+    /// Makes the pinned memory that what steps bring goes through.
+    pub(super) fn pin_steps(&self) -> Result<(), KernelError> {
+        self.state().ferries.pin_steps(&*self.device)
+    }
+
     /// Copies to the device, behind what is recorded, bytes that `make` writes.
     ///
     /// # Safety

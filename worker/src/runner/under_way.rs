@@ -1,7 +1,5 @@
 //! Steps that have begun and whose results are still to come.
 
-use phalanx_kernels::Backend;
-use phalanx_model::GptOss;
 use phalanx_proto::{Fence, Outputs, SeqId, StepHeader, StepResult, TokenId};
 
 use super::StepError;
@@ -53,9 +51,5 @@ impl<E> UnderWay<E> {
     /// Whether the next step cannot begin before this one's results are known.
     pub(super) fn is_needed(&self) -> bool {
         self.step.is_err() || self.asked.iter().any(Asked::is_told)
-    }
-
-    pub(super) fn is_done<B: Backend<Ended = E>>(&self, model: &GptOss<B>) -> bool {
-        self.step.as_ref().map_or(true, |begun| model.is_done(&begun.ended))
     }
 }

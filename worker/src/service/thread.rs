@@ -151,7 +151,7 @@ impl<H: Host> ModelThread<H> {
             return Ok(());
         }
         // What came of a step is not held back by one that waits for it.
-        if !self.host.overlaps(fence) {
+        if !self.host.overlaps(&plan.header) {
             self.answer()?;
         }
         let before = std::mem::replace(&mut self.shared.status().state, WorkerState::Stepping);

@@ -19,13 +19,13 @@ pub(in super::super) struct Ordered {
     /// What every look at the stream finds.
     pub(in super::super) fault: Mutex<Option<String>>,
     /// Waits of the host for the stream.
-    pub(in super::super) waits: AtomicUsize,
+    pub(in super::super) waits: Arc<AtomicUsize>,
 }
 
 impl Ordered {
     pub(in super::super) fn new() -> Arc<Self> {
-        let (stream, waits) = (new_stream().expose_provenance(), AtomicUsize::new(0));
-        Arc::new(Self { stream, fault: Mutex::default(), waits })
+        let stream = new_stream().expose_provenance();
+        Arc::new(Self { stream, fault: Mutex::default(), waits: Arc::default() })
     }
 
     fn raw(&self) -> cudaStream_t {
@@ -40,6 +40,18 @@ impl Ordered {
 /// What the ops run on.
 fn emulated() -> Emulated {
     Emulated::default()
+}
+
+/// Waits as long as nothing can hang any more.
+fn wait_until(mut done: impl FnMut() -> Result<bool, KernelError>) -> Result<(), KernelError> {
+    let begun = Instant::now();
+    while !done()? {
+        if begun.elapsed() > HANG_MAX {
+            return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
 }
 
 impl Device for Ordered {
@@ -98,14 +110,7 @@ impl Device for Ordered {
 
     fn synchronize(&self) -> Result<(), KernelError> {
         self.waits.fetch_add(1, Ordering::SeqCst);
-        let begun = Instant::now();
-        while !try_advance(self.raw())? {
-            if begun.elapsed() > HANG_MAX {
-                return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
+        wait_until(|| try_advance(self.raw()))
     }
 
     fn family(&self) -> Family {
@@ -116,8 +121,9 @@ impl Device for Ordered {
         Err(KernelError::Device { what: "make graphs", why: "its stream takes one op after the other".to_owned() })
     }
 
-    fn pin(&self, _bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Err(KernelError::Device { what: "pin memory", why: "it copies what it takes".to_owned() })
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        let (stream, waits) = (self.stream, Arc::clone(&self.waits));
+        Ok(Box::new(OrderedPinned { stream, waits, bytes: vec![0; bytes], under_way: Arc::default() }))
     }
 
     fn is_idle(&self) -> Result<bool, KernelError> {
@@ -133,5 +139,87 @@ impl Device for Ordered {
 
     fn uuid(&self) -> Result<[u8; 16], KernelError> {
         Ok([0; 16])
+    }
+}
+
+/// Memory that the stream reads, and what it brings back, when it comes there.
+#[derive(Debug)]
+struct OrderedPinned {
+    stream: usize,
+    waits: Arc<AtomicUsize>,
+    bytes: Vec<u8>,
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+/// Copies that the stream has not come to, and what those have brought that it has.
+#[derive(Debug, Default)]
+struct UnderWay {
+    copies: usize,
+    fetched: Vec<(usize, Vec<u8>)>,
+}
+
+impl OrderedPinned {
+    fn enqueue(&self, op: impl FnOnce(&mut UnderWay) -> Result<(), KernelError> + Send + 'static) {
+        let under_way = Arc::clone(&self.under_way);
+        lock(&under_way).copies += 1;
+        let work = move || {
+            let mut under_way = lock(&under_way);
+            under_way.copies -= 1;
+            op(&mut under_way)
+        };
+        enqueue(std::ptr::with_exposed_provenance_mut(self.stream), Work::Op(Box::new(work)));
+    }
+}
+
+impl Pinned for OrderedPinned {
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+        let from = self.bytes[..bytes].as_mut_ptr().expose_provenance();
+        self.enqueue(move |_| {
+            // SAFETY: the memory lives until its copies are done, and only its owner's thread works on the stream.
+            let from = unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(from), bytes) };
+            // SAFETY: the caller's promise.
+            unsafe { emulated().upload(from, to) }
+        });
+        Ok(())
+    }
+
+    unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+        self.enqueue(move |under_way| {
+            let mut fetched = vec![0; bytes];
+            // SAFETY: the caller's promise; what is freed later is freed behind this.
+            unsafe { emulated().download(from, &mut fetched)? };
+            under_way.fetched.push((at, fetched));
+            Ok(())
+        });
+        Ok(())
+    }
+
+    fn is_done(&self) -> Result<bool, KernelError> {
+        try_advance(std::ptr::with_exposed_provenance_mut(self.stream))?;
+        Ok(lock(&self.under_way).copies == 0)
+    }
+
+    fn wait(&mut self) -> Result<(), KernelError> {
+        if !self.is_done()? {
+            self.waits.fetch_add(1, Ordering::SeqCst);
+            wait_until(|| self.is_done())?;
+        }
+        for (at, fetched) in lock(&self.under_way).fetched.drain(..) {
+            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for OrderedPinned {
+    fn drop(&mut self) {
+        if self.wait().is_err() && lock(&self.under_way).copies > 0 {
+            // The stream will read it, should it come there.
+            std::mem::forget(std::mem::take(&mut self.bytes));
+        }
     }
 }

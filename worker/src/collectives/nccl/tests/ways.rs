@@ -22,6 +22,8 @@ type Routing = Vec<Vec<[usize; TOP_K]>>;
 /// One rank with one layer of experts, which it uses again and again.
 struct Member {
     nccl: Nccl,
+    /// The step that has begun.
+    begun: Fence,
     /// Where the host's waits can be counted.
     device: Option<Arc<Ordered>>,
     backend: Cuda,
@@ -116,7 +118,7 @@ impl Member {
         let places = b.places(&places);
         let (outgoing, incoming) = (b.parts(n, room), b.parts(n, room));
         b.finish().unwrap();
-        Self { nccl, device: None, backend: b, held, places, routes, x, outgoing, incoming }
+        Self { nccl, begun: epoch(), device: None, backend: b, held, places, routes, x, outgoing, incoming }
     }
 
     fn dispatch(&mut self, layer: u32) -> Result<(), CollectiveError> {
@@ -144,12 +146,19 @@ impl Member {
     }
 
     fn begin(&mut self, step: u64, deadline: Instant, routing: &Routing, way: Option<Way>) {
-        self.nccl.begin(fence(step), deadline);
+        self.begun = fence(step);
+        self.nccl.begin(self.begun, deadline);
         let rows: Vec<u32> = routing.iter().map(|rows| rows.len() as u32).collect();
         self.nccl.expect(&rows);
         if let Some(way) = way {
             self.nccl.go(way);
         }
+    }
+
+    /// Ends the step that has begun and waits for it.
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        self.nccl.end()?;
+        self.nccl.settle(self.begun)
     }
 
     /// A step of so many layers.
@@ -175,7 +184,7 @@ impl Member {
             let waits = self.device.as_ref().map(|device| device.waits.load(Ordering::SeqCst));
             assert_eq!(waits, before, "the host only enqueues");
         }
-        self.nccl.settle()?;
+        self.settle()?;
         let residual = self.backend.read(&self.x).into_iter().map(f32::to_bits).collect();
         self.backend.finish().unwrap();
         Ok(Outcome { residual, received })
@@ -296,7 +305,7 @@ fn a_rank_that_dies_while_nobody_waits_is_named_when_somebody_does() {
             }
             member.dispatch(0).unwrap();
             member.experts_and_combine(0).unwrap();
-            let error = member.nccl.settle().unwrap_err();
+            let error = member.settle().unwrap_err();
             assert_eq!(member.nccl.communicator().state(), State::Aborted, "what is on the stream must end");
             member.nccl.begin(fence(2), Instant::now() + PATIENCE);
             assert_eq!(member.dispatch(0), Err(CollectiveError::Broken));
@@ -317,7 +326,7 @@ fn a_rank_that_takes_no_part_ends_the_step_with_its_deadline() {
             if member.nccl.rank() == Rank(0) {
                 member.begin(1, Instant::now() + Duration::from_millis(300), &routing, Some(way));
                 member.dispatch(0).unwrap();
-                let error = member.nccl.settle().unwrap_err();
+                let error = member.settle().unwrap_err();
                 let late = |waiting_for: &[Rank]| waiting_for == [Rank(1)];
                 assert!(
                     matches!(&error, CollectiveError::Deadline { waiting_for, .. } if late(waiting_for)),
@@ -339,7 +348,7 @@ fn slots_of_another_moment_are_refused_with_the_rank() {
                 let ahead = member.nccl.rank() == Rank(1);
                 member.begin(if ahead { step } else { 1 }, Instant::now() + PATIENCE, &routing, Some(way));
                 member.dispatch(if ahead { layer } else { 0 }).unwrap();
-                member.nccl.settle().unwrap_err()
+                member.settle().unwrap_err()
             });
             let CollectiveError::Corrupt { rank: Rank(1), what: found } = &errors[0] else {
                 panic!("{way:?}: {}", errors[0]);
@@ -431,7 +440,7 @@ mod gpu {
                 if member.nccl.rank() == Rank(1) {
                     return None;
                 }
-                let sent = member.dispatch(0).and_then(|()| member.nccl.settle());
+                let sent = member.dispatch(0).and_then(|()| member.settle());
                 assert_eq!(member.nccl.communicator().state(), State::Aborted);
                 Some(sent.unwrap_err())
             });
