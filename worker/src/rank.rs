@@ -89,19 +89,10 @@ impl LoadedModel {
             }
             alone => return Ok(alone.join(control, limits, fence)),
         };
-        let (config, backend, ranks) = (model.config(), model.backend(), control.size());
-        let (top_k, hidden) = (config.top_k as usize, config.hidden as usize);
-        let shape = Shape {
-            ranks: ranks as usize,
-            experts: config.experts as usize,
-            top_k,
-            row_bytes: [backend.dispatch_record(top_k, hidden), backend.combine_record(hidden)],
-            rows_max: limits.step_rows_max,
-            room: incoming_bytes(backend, config, ranks, &limits),
-        };
+        let shape = shape(&model, control.size(), &limits);
         let deadline = Instant::now() + JOIN_WAIT;
         let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
-        let port = Port::new(backend, shape.slots_bytes())?;
+        let port = Port::new(model.backend(), shape.slots_bytes())?;
         let offer = Offer::of(exchange, &port);
         Ok(match join_if_all_can(Api::load, control, offer, port, options)? {
             Ok(nccl) => Box::new(Runner::new(model, nccl, limits, fence)),
@@ -116,6 +107,20 @@ impl LoadedModel {
             Self::Cpu(model) => Box::new(Runner::new(*model, collectives, limits, fence)),
             Self::Cuda(model) => Box::new(Runner::new(*model, Staged::new(collectives), limits, fence)),
         }
+    }
+}
+
+/// What decides how the rows of a model's steps travel.
+pub(crate) fn shape<B: Backend>(model: &GptOss<B>, ranks: u32, limits: &Limits) -> Shape {
+    let (config, backend) = (model.config(), model.backend());
+    let (top_k, hidden) = (config.top_k as usize, config.hidden as usize);
+    Shape {
+        ranks: ranks as usize,
+        experts: config.experts as usize,
+        top_k,
+        row_bytes: [backend.dispatch_record(top_k, hidden), backend.combine_record(hidden)],
+        rows_max: limits.step_rows_max,
+        room: incoming_bytes(backend, config, ranks, limits),
     }
 }
 

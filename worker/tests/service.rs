@@ -39,6 +39,8 @@ const HANG: u32 = 3;
 const HOLD: u32 = 4;
 /// Is not done until it is waited for, and no step may begin before.
 const ALONE: u32 = 5;
+/// Fails once the next step has begun.
+const FAIL_LATE: u32 = 6;
 
 /// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
@@ -66,7 +68,7 @@ impl FakeHost {
         self.steps.lock().unwrap().push(fence);
         self.progress.begin(fence.step);
         match plan.header.deadline_ms {
-            FAIL => {
+            FAIL | FAIL_LATE => {
                 return Err(StepFailure { fence, message: "rank 2 is lost".to_owned(), blamed: vec![Rank(2)] });
             }
             PANIC => panic!("told to"),
@@ -109,7 +111,7 @@ impl Host for FakeHost {
 
     fn is_done(&mut self) -> bool {
         self.begun.front().is_none_or(|plan| match plan.header.deadline_ms {
-            HOLD => self.begun.len() > 1,
+            HOLD | FAIL_LATE => self.begun.len() > 1,
             ALONE => false,
             _ => true,
         })
@@ -498,6 +500,35 @@ async fn a_failed_step_ends_the_epoch_and_another_may_be_prepared() {
     prepare(&mut client, request(1, 2)).await.unwrap();
     steps.run(plan(fence(1, 2, 1), OBEY)).await.unwrap();
     assert_eq!(health(&mut client).await.last_error, None);
+}
+
+/// Both are answered once, with the failure of the first; and so is what comes after.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_fails_fails_the_one_that_began_meanwhile() {
+    let (worker, mut client, mut steps) = ready().await;
+    for (step, what) in [(1, FAIL_LATE), (2, OBEY), (3, OBEY)] {
+        steps.send(plan(fence(1, 1, step), what)).await;
+    }
+    for _ in 1..=3 {
+        assert_eq!(steps.reply().await.unwrap_err().blamed, [Rank(2)]);
+    }
+    assert_eq!(seen(&worker), [1]);
+    assert_eq!(health(&mut client).await.state, WorkerState::Failed);
+}
+
+/// A step under way is waited for and answered before its epoch is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_ends_after_the_step_that_is_under_way() {
+    let (_worker, mut client, mut steps) = ready().await;
+    for epoch in [1, 2] {
+        steps.send(plan(fence(1, epoch, 1), HOLD)).await;
+        while health(&mut client).await.state != WorkerState::Stepping {
+            tokio::task::yield_now().await;
+        }
+        prepare(&mut client, request(1, epoch + 1)).await.unwrap();
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, epoch, 1));
+    }
+    steps.run(plan(fence(1, 3, 1), OBEY)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

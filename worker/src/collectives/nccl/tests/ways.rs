@@ -292,6 +292,109 @@ fn long_steps_follow_each_other() {
     assert!(run(Way::Gather { rows: 8 }) == exact);
 }
 
+/// A step of 30 layers, without waiting for it.
+fn enqueue(member: &mut Member, step: u64, routing: &Routing, way: Way, allowed: Duration) {
+    member.begin(step, Instant::now() + allowed, routing, Some(way));
+    for layer in 0..30 {
+        member.dispatch(layer).unwrap();
+        member.experts_and_combine(layer).unwrap();
+    }
+    member.nccl.end().unwrap();
+}
+
+/// Each is longer than the host may be ahead.
+#[test]
+fn a_step_that_begins_before_the_last_one_is_settled_changes_no_bit() {
+    let routing = any(7, &[5, 3]);
+    for way in WAYS {
+        let one_by_one =
+            cell(&routing, |mut member| (1..5).map(|step| member.step(step, &routing, Some(way), 30)).last().unwrap());
+        let early = cell(&routing, |mut member| {
+            for step in 1..5 {
+                enqueue(&mut member, step, &routing, way, PATIENCE);
+                // Rank 1 does not wait for the first before it begins the second.
+                if member.nccl.rank() == Rank(0) || step > 1 {
+                    member.nccl.settle(fence(step - u64::from(member.nccl.rank().0))).unwrap();
+                }
+            }
+            member.nccl.settle(fence(4)).unwrap();
+            member.backend.read(&member.x).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        });
+        let one_by_one: Vec<_> = one_by_one.into_iter().map(|outcome| outcome.unwrap().residual).collect();
+        assert!(early == one_by_one, "{way:?}");
+    }
+}
+
+#[test]
+fn no_third_step_begins_before_the_first_is_settled() {
+    let routing = any(7, &[1]);
+    cell(&routing, |mut member| {
+        for step in 1..=2 {
+            member.begin(step, Instant::now() + PATIENCE, &routing, Some(WAYS[0]));
+            member.dispatch(0).unwrap();
+            member.nccl.end().unwrap();
+        }
+        member.begin(3, Instant::now() + PATIENCE, &routing, Some(WAYS[0]));
+        assert_eq!(member.dispatch(0), Err(CollectiveError::Broken));
+        assert_eq!(member.nccl.settle(fence(2)), Err(CollectiveError::Broken));
+    });
+}
+
+/// Rank 1 is a step ahead: what it sent for the first step is found wrong, and the second, which begins meanwhile, is not used.
+#[test]
+fn a_wrong_slot_of_the_first_step_fails_the_second() {
+    let routing = any(10, &[2, 3]);
+    for way in WAYS {
+        let errors = cell(&routing, |mut member| {
+            let ahead = u64::from(member.nccl.rank().0);
+            for step in [1, 2] {
+                member.begin(step + ahead, Instant::now() + PATIENCE, &routing, Some(way));
+                member.dispatch(0).unwrap();
+                member.nccl.end().unwrap();
+            }
+            [1, 2].map(|step| member.nccl.settle(fence(step + ahead)).unwrap_err())
+        });
+        let [first, second] = &errors[0];
+        assert!(matches!(first, CollectiveError::Corrupt { rank: Rank(1), what } if what.contains("another step")));
+        assert_eq!(first, second);
+    }
+}
+
+/// The second step may take 300 ms, and does not begin before the first is done, which takes longer.
+#[test]
+fn the_time_of_a_step_begins_when_the_one_before_is_settled() {
+    let routing = any(12, &[2, 3]);
+    let settled = std::sync::Barrier::new(2);
+    let outcomes = cell(&routing, |mut member| {
+        let way = WAYS[0];
+        let late = member.nccl.rank() == Rank(1);
+        if late {
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        enqueue(&mut member, 1, &routing, way, PATIENCE);
+        if late {
+            member.nccl.settle(fence(1)).unwrap();
+            settled.wait();
+            settled.wait();
+            return None;
+        }
+        enqueue_first_layer(&mut member, 2, &routing, way, Duration::from_millis(300));
+        member.nccl.settle(fence(1)).unwrap();
+        settled.wait();
+        let error = member.nccl.settle(fence(2)).unwrap_err();
+        settled.wait();
+        Some(error)
+    });
+    let late = matches!(&outcomes[0], Some(CollectiveError::Deadline { waiting_for, .. }) if *waiting_for == [Rank(1)]);
+    assert!(late, "{outcomes:?}");
+}
+
+fn enqueue_first_layer(member: &mut Member, step: u64, routing: &Routing, way: Way, allowed: Duration) {
+    member.begin(step, Instant::now() + allowed, routing, Some(way));
+    member.dispatch(0).unwrap();
+    member.nccl.end().unwrap();
+}
+
 const WAYS: [Way; 2] = [Way::Slots { rows: 8 }, Way::Gather { rows: 8 }];
 
 #[test]
