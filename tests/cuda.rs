@@ -15,11 +15,12 @@ use phalanx_kernels::cuda::{self, Emulated, Family, Meter};
 use phalanx_model::packed::{PackedFile, Stored};
 use phalanx_model::{Checkpoint, GptOss};
 use phalanx_planner::{Engine, EngineConfig, Event, Want};
+use phalanx_proto::memory::Use;
 use phalanx_proto::{
-    BackendReport, Bytes, CellId, DenseType, Epoch, Fence, Layout, MemoryPlan, MemoryRefused, Placement, Precision,
-    Rank, Scratch, SeqId, StepId, StepPlan, Term,
+    BackendReport, Bytes, CellId, DenseType, Epoch, Fence, Layout, MemoryPlan, MemoryRefused, Peers, Placement,
+    Precision, Rank, Scratch, SeqId, StepHeader, StepId, StepPlan, Term,
 };
-use phalanx_wire::Prepare;
+use phalanx_wire::{Prepare, StepFailure};
 use phalanx_worker::collectives::local;
 use phalanx_worker::collectives::tcp::Listener;
 use phalanx_worker::device::{Device, GpuReport, Gpus, Processor};
@@ -186,7 +187,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
         let backend = options.device.look(&checkpoint).unwrap().backend;
         let of_rank = |rank, backend: &BackendReport| {
             let plan = MemoryPlan::new(config, layout, &placement, rank, &options.limits, backend);
-            plan.total().0 - backend.process_base.0
+            plan.total().0 - plan.of(Use::Process).0
         };
         let planned: u64 = layout.ranks().map(|rank| of_rank(rank, &backend)).sum();
         let mut cell = LocalCell::start(&checkpoint, &options, |_, _| ()).unwrap();
@@ -200,7 +201,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
         let (stored, limits) = (Stored { checkpoint: &checkpoint, packed: None }, options.limits);
         let empty = options.device.cuda(&mut |_, _| ()).unwrap();
         let model = GptOss::load(empty, stored, &placement, Rank(0), workers, &limits, &mut |_, _| ()).unwrap();
-        let bare = BackendReport { scratch: Scratch::default(), ..backend };
+        let bare = BackendReport { scratch: Scratch::default(), peers: Peers::default(), ..backend };
         let (held, planned) = (model.allocated(), of_rank(Rank(0), &bare));
         println!("{name}: {held} bytes held, {planned} planned");
         assert!(held > planned / 2 && held < 2 * planned, "{name}: {held} of {planned} bytes");
@@ -210,7 +211,7 @@ fn no_more_memory_is_held_than_planned_and_little_less() {
 #[test]
 fn what_does_not_fit_is_refused_before_and_said_at_once() {
     let checkpoint = open("tiny-a");
-    let gpus: &'static EmulatedGpus = Box::leak(Box::new(EmulatedGpus { free: Bytes(600 << 20), ..GPUS }));
+    let gpus: &'static EmulatedGpus = Box::leak(Box::new(EmulatedGpus { free: Bytes(1600 << 20), ..GPUS }));
     let refused = start(gpus, small(1, Precision::Fast), &checkpoint).err().unwrap();
     assert!(refused.downcast_ref::<MemoryRefused>().is_some(), "{refused}");
     // The driver said that there is memory, and has none in one piece.
@@ -244,6 +245,71 @@ fn step(hosts: &mut [ModelHost], plans: Vec<StepPlan>) -> Vec<Result<phalanx_pro
     })
 }
 
+/// Hosts whose GPUs these are, joined over TCP, and an engine that plans for them.
+fn hosts(gpus: &[&'static EmulatedGpus], setup: Setup, checkpoint: &Arc<Checkpoint>) -> (Vec<ModelHost>, Engine) {
+    let listen = || Listener::bind("127.0.0.1:0".parse().unwrap(), None).unwrap();
+    let options = on(&GPUS, setup, checkpoint);
+    let (device, limits, config) = (options.device, options.limits, checkpoint.config());
+    let host = |&gpus: &&'static EmulatedGpus| {
+        ModelHost::new(checkpoint.clone(), Device { gpus, ..device }, listen()).unwrap()
+    };
+    let mut hosts: Vec<ModelHost> = gpus.iter().map(host).collect();
+    let layout = Layout::new(setup.workers, 0).unwrap();
+    let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
+    let fence = Fence { term: Term(1), epoch: Epoch(1), step: StepId(0) };
+    let peers: Vec<SocketAddr> = hosts.iter().map(|host| host.describe().data_address).collect();
+    std::thread::scope(|scope| {
+        for (rank, host) in (0..).map(Rank).zip(&mut hosts) {
+            let (placement, peers) = (placement.clone(), peers.clone());
+            let prepare = Prepare { fence, cell: CellId(0), rank, layout, placement, limits, peers };
+            scope.spawn(move || assert!(host.prepare(&prepare, &|_| ()).unwrap() > 0));
+        }
+    });
+    let engine = EngineConfig { depth: 1, prefix_cache: false, ..EngineConfig::new(config, limits, setup.workers) };
+    (hosts, Engine::new(engine, fence))
+}
+
+fn failures(outcomes: Vec<Result<phalanx_proto::StepResult, NoResult>>) -> Vec<StepFailure> {
+    let failure = |outcome| match outcome {
+        Err(NoResult::Failed(failure)) => failure,
+        other => panic!("{other:?}"),
+    };
+    outcomes.into_iter().map(failure).collect()
+}
+
+#[test]
+fn a_device_that_hangs_fails_its_rank_within_the_steps_deadline() {
+    let checkpoint = open("tiny-a");
+    for workers in [1, 2] {
+        let (gpus, meter) = metered(Family::Mma, u64::MAX);
+        let machines = [gpus, &GPUS];
+        let setup = small(workers, Precision::Fast);
+        let (mut hosts, mut engine) = hosts(&machines[..workers as usize], setup, &checkpoint);
+        engine.submit(request(1, &prompt(&checkpoint, 9), 3, Want::Tokens)).unwrap();
+        for result in step(&mut hosts, engine.plan().unwrap()) {
+            engine.apply(result.unwrap()).unwrap();
+        }
+        meter.hang();
+        let mut plans = engine.plan().unwrap();
+        for plan in &mut plans {
+            plan.header = StepHeader { deadline_ms: 50, ..plan.header.clone() };
+        }
+        if workers == 1 {
+            // As the service does it: it waits for a step only once it is done, or late.
+            hosts[0].begin(&plans[0]).unwrap();
+            while !hosts[0].is_done() {
+                std::thread::yield_now();
+            }
+        }
+        let failures = failures(step(&mut hosts, plans));
+        assert!(failures[0].message.contains("in time"), "{}", failures[0].message);
+        let blamed = if workers == 1 { vec![] } else { vec![Rank(0)] };
+        assert!(failures.iter().all(|failure| failure.blamed == blamed), "{failures:?}");
+        // Giving back what it holds waits for nothing either.
+        hosts.iter_mut().for_each(ModelHost::release);
+    }
+}
+
 #[test]
 fn hosts_exchange_rows_over_tcp_and_tell_who_failed() {
     let checkpoint = open("tiny-a");
@@ -255,31 +321,11 @@ fn hosts_exchange_rows_over_tcp_and_tell_who_failed() {
 
     // The second host's device can be broken.
     let (gpus, meter) = metered(Family::Mma, u64::MAX);
-    let listen = || Listener::bind("127.0.0.1:0".parse().unwrap(), None).unwrap();
-    let machines: [&'static EmulatedGpus; 2] = [&GPUS, gpus];
-    let options = on(&GPUS, setup, &checkpoint);
-    let (device, limits) = (options.device, options.limits);
-    let mut hosts =
-        machines.map(|gpus| ModelHost::new(checkpoint.clone(), Device { gpus, ..device }, listen()).unwrap());
+    let (mut hosts, mut engine) = hosts(&[&GPUS, gpus], setup, &checkpoint);
     let described = hosts[0].describe();
     assert!(described.numerics.0.starts_with("cuda-smemulated-"), "{}", described.numerics);
     assert_eq!((described.memory_pool.as_str(), described.backend.memory), ("gpu/0", GPUS.free));
 
-    let config = checkpoint.config();
-    let layout = Layout::new(2, 0).unwrap();
-    let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
-    let fence = Fence { term: Term(1), epoch: Epoch(1), step: StepId(0) };
-    let peers: Vec<SocketAddr> = hosts.iter().map(|host| host.describe().data_address).collect();
-    std::thread::scope(|scope| {
-        for (rank, host) in (0..).map(Rank).zip(&mut hosts) {
-            let (placement, peers) = (placement.clone(), peers.clone());
-            let prepare = Prepare { fence, cell: CellId(0), rank, layout, placement, limits, peers };
-            scope.spawn(move || assert!(host.prepare(&prepare, &|_| ()).unwrap() > 0));
-        }
-    });
-
-    let engine = EngineConfig { depth: 1, prefix_cache: false, ..EngineConfig::new(config, limits, 2) };
-    let mut engine = Engine::new(engine, fence);
     engine.submit(request(1, &prompt(&checkpoint, 9), 3, Want::Tokens)).unwrap();
     let mut given = Given::default();
     while let Some(plans) = engine.plan() {
@@ -293,16 +339,20 @@ fn hosts_exchange_rows_over_tcp_and_tell_who_failed() {
     }
     assert_eq!(given, base);
 
+    // Slots for exchanges are among what was planned; they are there before it is known what carries the rows.
+    let config = checkpoint.config();
+    let layout = Layout::new(2, 0).unwrap();
+    let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
+    let (limits, backend) = (setup.options(&checkpoint).limits, hosts[1].describe().backend);
+    let plan = MemoryPlan::new(config, layout, &placement, Rank(1), &limits, &backend);
+    let planned = plan.total().0 - plan.of(Use::Process).0;
+    assert!(plan.of(Use::Process).0 > backend.process_base.0 && backend.peers.slots.0 > 0);
+    assert!((planned..planned + 256).contains(&meter.peak()), "{} of {planned}", meter.peak());
+
     engine.submit(request(2, &prompt(&checkpoint, 9), 3, Want::Tokens)).unwrap();
     meter.leave(10);
     let outcomes = step(&mut hosts, engine.plan().unwrap());
-    let failures: Vec<_> = outcomes
-        .into_iter()
-        .map(|outcome| match outcome {
-            Err(NoResult::Failed(failure)) => failure,
-            other => panic!("{other:?}"),
-        })
-        .collect();
+    let failures = failures(outcomes);
     assert!(failures[1].message.contains("the device is broken"), "{}", failures[1].message);
     assert!(failures.iter().all(|failure| failure.blamed == [Rank(1)]), "{failures:?}");
 }

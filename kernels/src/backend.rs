@@ -7,6 +7,7 @@
 //! backend keeps it until [`Backend::finish`]. Shapes come from the plan alone.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::memory::{Packed, Source};
 
@@ -111,6 +112,15 @@ pub enum KernelError {
         what: &'static str,
         /// What the device or its driver said.
         why: String,
+    },
+    /// A device did not answer in time.
+    #[error(
+        "the device did not {what} in time: it hangs, or is far slower than it should be; restart the worker, and if that \
+         does not help reset the GPU (nvidia-smi --gpu-reset) or restart the machine"
+    )]
+    Late {
+        /// What was waited for.
+        what: &'static str,
     },
     /// The threads could not be started.
     #[error("cannot start {threads} threads: {why}; use fewer --threads")]
@@ -472,6 +482,9 @@ pub trait Backend: Send + Sized + 'static {
     fn places(&mut self, places: &[(u32, u32)]) -> Self::Places;
 
     // The step, in the order of the forward pass.
+
+    /// Says until when the host may wait for the step that begins next. Where ops are done when they return, nothing waits.
+    fn set_deadline(&mut self, _deadline: Instant) {}
 
     /// Begins a step of `T` rows. `T` may be 0: the rank then only serves its experts.
     fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable);

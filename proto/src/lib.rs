@@ -22,7 +22,7 @@ pub use fence::{Epoch, Fence, StepId, Term};
 pub use ids::{BlockId, Bytes, CellId, ExpertId, ExpertSlot, LayerIdx, Position, Rank, SeqId, TokenId};
 pub use layout::{Layout, LayoutError, Placement};
 pub use limits::Limits;
-pub use memory::{BackendReport, MemoryPlan, MemoryRefused, Scratch};
+pub use memory::{BackendReport, MemoryPlan, MemoryRefused, Peers, Scratch};
 pub use numerics::{DenseType, NumericsId, Precision};
 pub use plan::{
     Admission, BlockAddress, BlockGrant, History, KvOp, Outputs, PlanError, Pool, Rows, Sampling, Start, StepHeader,

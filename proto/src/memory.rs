@@ -27,6 +27,8 @@ pub struct BackendReport {
     pub item_tile: u32,
     /// What it makes for itself.
     pub scratch: Scratch,
+    /// What it needs to exchange rows with other ranks, where there are any.
+    pub peers: Peers,
     /// Threads that load and compute.
     pub threads: u32,
     /// Memory of a worker process before it holds anything: program, runtimes, connections.
@@ -57,10 +59,19 @@ impl Scratch {
     }
 }
 
+/// What exchanges with other ranks take beside the rows on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peers {
+    /// What a library takes for itself.
+    pub library: Bytes,
+    /// Slots of one size, which few rows travel in.
+    pub slots: Bytes,
+}
+
 /// What memory is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Use {
-    /// The process before it holds anything.
+    /// The process before it holds anything, and what its libraries take.
     Process,
     /// Attention, router, norms, embedding (unless mapped) and unembedding.
     Dense,
@@ -218,18 +229,20 @@ impl MemoryPlan {
             + rows * n(config.top_k).min(n(layout.ep)) * (wire + heads)
             + rows * n(config.top_k) * wire;
 
+        let peers = if layout.ep > 1 { backend.peers } else { Peers::default() };
+
         // Each thread packs one piece of the checkpoint at a time.
         let piece = (i * h / 32 * 17 * 2).max(n(LOAD_PIECE_BYTES));
         let loading = (n(backend.threads) * piece).min(dense_weights + experts);
 
         let uses = vec![
-            (Use::Process, backend.process_base),
+            (Use::Process, Bytes(backend.process_base.0 + peers.library.0)),
             (Use::Dense, Bytes(dense_weights)),
             (Use::Experts, Bytes(experts)),
             (Use::KvFull, Bytes(kv_full)),
             (Use::KvWindow, Bytes(kv_window)),
             (Use::Workspace, Bytes(workspace)),
-            (Use::Exchange, Bytes(exchange)),
+            (Use::Exchange, Bytes(exchange + peers.slots.0)),
             (Use::Loading, Bytes(loading)),
         ];
         Self { rank, uses }

@@ -7,22 +7,24 @@ mod scratch;
 use std::path::PathBuf;
 
 use phalanx_kernels::cpu::{Cpu, CpuOptions, Isa};
-use phalanx_kernels::cuda::Cuda;
+use phalanx_kernels::cuda::{Cuda, GRAPH_BYTES};
 use phalanx_kernels::{DenseFormat, KernelError, Precision as KernelPrecision};
 use phalanx_model::Checkpoint;
 use phalanx_proto::memory::INT8_BLOCK_BYTES;
-use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Precision, Scratch};
+use phalanx_proto::{BackendReport, Bytes, DenseType, NumericsId, Peers, Precision, Scratch};
 
 pub use choice::{Choice, DeviceError, DeviceRequest, Probe, Processor, choose_device};
 pub use gpus::{DriverGpus, GpuReport, Gpus};
 
-use crate::collectives::nccl::ExchangeRequest;
+use crate::collectives::nccl::{ExchangeRequest, LIBRARY_BYTES, SLOTS_BYTES_MAX};
 use crate::process::memory_pool;
 
 /// Memory of a worker process before it holds anything.
 const PROCESS_BASE: Bytes = Bytes(24 << 20);
-/// Memory of a GPU that the driver takes for a process before it holds anything: its context and the kernels' code.
-const GPU_PROCESS_BASE: Bytes = Bytes(512 << 20);
+/// Memory of a GPU that the driver takes for a process beside what is allocated: its context, the kernels' code, graphs.
+const GPU_PROCESS_BASE: Bytes = Bytes((512 << 20) + GRAPH_BYTES);
+/// A small buffer or two beside slots.
+const PORT_BYTES: u64 = 4 << 10;
 
 /// How a worker computes.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +121,7 @@ impl Device {
             },
             item_tile: 0,
             scratch: Scratch::default(),
+            peers: Peers::default(),
             threads: self.threads,
             process_base: PROCESS_BASE,
             embedding_mapped: checkpoint.embedding_mapped(),
@@ -135,6 +138,12 @@ impl Device {
                     operand_block_bytes: 32 * float_bytes,
                     item_tile: if self.precision == Precision::Fast { family.item_tile() } else { 0 },
                     scratch: scratch::gpu_scratch(checkpoint.config()),
+                    peers: match self.exchange {
+                        ExchangeRequest::Tcp => Peers { library: Bytes(0), slots: Bytes(PORT_BYTES) },
+                        ExchangeRequest::Auto | ExchangeRequest::Nccl => {
+                            Peers { library: Bytes(LIBRARY_BYTES), slots: Bytes(SLOTS_BYTES_MAX as u64 + PORT_BYTES) }
+                        }
+                    },
                     process_base: GPU_PROCESS_BASE,
                     threads: 1,
                     embedding_mapped: false,

@@ -92,7 +92,8 @@ impl LoadedModel {
         let shape = shape(&model, control.size(), &limits);
         let deadline = Instant::now() + JOIN_WAIT;
         let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
-        let port = Port::new(model.backend(), shape.slots_bytes())?;
+        let slots = if exchange == ExchangeRequest::Tcp { 0 } else { shape.slots_bytes() };
+        let port = Port::new(model.backend(), slots)?;
         let offer = Offer::of(exchange, &port);
         Ok(match join_if_all_can(Api::load, control, offer, port, options)? {
             Ok(nccl) => Box::new(Runner::new(model, nccl, limits, fence)),

@@ -150,6 +150,9 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             return Ok(());
         }
         self.check(plan)?;
+        // A device is done with one step after the other.
+        let before: Duration = self.under_way.iter().map(|before| allowed(&before.header)).sum();
+        self.model.set_deadline(Instant::now() + before + allowed(&plan.header));
         let step = self.step(plan, watch);
         let asked = self.asked(plan);
         self.under_way.push_back(UnderWay { header: plan.header.clone(), asked, step });
@@ -244,7 +247,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let inputs = self.inputs(plan);
 
         let fence = plan.header.fence;
-        let deadline = Instant::now() + Duration::from_millis(u64::from(plan.header.deadline_ms));
+        let deadline = Instant::now() + allowed(&plan.header);
         let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
         let jobs = self.constrained(plan);
         let forward = || -> Result<(), StepError> {
@@ -390,6 +393,11 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             }
         }
     }
+}
+
+/// How long a step may take.
+fn allowed(header: &StepHeader) -> Duration {
+    Duration::from_millis(u64::from(header.deadline_ms))
 }
 
 /// Where a run begins in a sequence whose positions before `reached` are computed.

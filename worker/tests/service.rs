@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use phalanx_proto::{
     BackendReport, Bytes, CellId, Epoch, Fence, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId, Outputs,
-    Placement, Position, Rank, Rope, Rows, Scratch, SeqId, Start, StepHeader, StepId, StepPlan, StepResult, Term,
-    TokenId, Tokens,
+    Peers, Placement, Position, Rank, Rope, Rows, Scratch, SeqId, Start, StepHeader, StepId, StepPlan, StepResult,
+    Term, TokenId, Tokens,
 };
 use phalanx_wire::token::SendToken;
 use phalanx_wire::v1::worker_client::WorkerClient;
@@ -39,8 +39,10 @@ const HANG: u32 = 3;
 const HOLD: u32 = 4;
 /// Is not done until it is waited for, and no step may begin before.
 const ALONE: u32 = 5;
-/// Fails once the next step has begun.
-const FAIL_LATE: u32 = 6;
+/// Is done once the next step has begun, and fails then.
+const FALTER: u32 = 6;
+/// Panics when it is asked whether it is done.
+const STARTLE: u32 = 7;
 
 /// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
@@ -68,7 +70,7 @@ impl FakeHost {
         self.steps.lock().unwrap().push(fence);
         self.progress.begin(fence.step);
         match plan.header.deadline_ms {
-            FAIL | FAIL_LATE => {
+            FAIL | FALTER => {
                 return Err(StepFailure { fence, message: "rank 2 is lost".to_owned(), blamed: vec![Rank(2)] });
             }
             PANIC => panic!("told to"),
@@ -104,6 +106,8 @@ impl Host for FakeHost {
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
         assert!(self.overlaps(&plan.header), "the step under way is told first");
+        let waits = plan.rows.iter().any(|rows| rows.outputs == Outputs::AllLogits);
+        assert!(!waits || self.begun.is_empty(), "nobody is told of the step under way while this one waits");
         self.begun.push_back(plan.clone());
         assert!(self.begun.len() <= 2);
         Ok(())
@@ -111,8 +115,9 @@ impl Host for FakeHost {
 
     fn is_done(&mut self) -> bool {
         self.begun.front().is_none_or(|plan| match plan.header.deadline_ms {
-            HOLD | FAIL_LATE => self.begun.len() > 1,
+            HOLD | FALTER => self.begun.len() > 1,
             ALONE => false,
+            STARTLE => panic!("asked"),
             _ => true,
         })
     }
@@ -179,6 +184,7 @@ fn description() -> Description {
             operand_block_bytes: 128,
             item_tile: 0,
             scratch: Scratch::default(),
+            peers: Peers::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),
         },
@@ -390,6 +396,30 @@ async fn what_came_of_a_step_is_not_held_back_by_one_that_waits_for_it() {
     for step in 2..=3 {
         assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
     }
+    // Logits are waited for within the step that asks for them.
+    steps.send(plan(fence(1, 1, 4), HOLD)).await;
+    let rows = Rows {
+        seq: SeqId(9),
+        start: Start::At(Position(0)),
+        tokens: Tokens::Given(vec![TokenId(1)]),
+        grants: Vec::new(),
+        outputs: Outputs::AllLogits,
+    };
+    steps.send(StepPlan { rows: vec![rows], ..plan(fence(1, 1, 5), OBEY) }).await;
+    for step in 4..=5 {
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, 1, step));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_step_failed_says_so_while_the_next_one_is_under_way() {
+    let (_worker, mut client, mut steps) = ready().await;
+    steps.send(plan(fence(1, 1, 1), FALTER)).await;
+    steps.send(plan(fence(1, 1, 2), HOLD)).await;
+    assert_eq!(steps.reply().await.unwrap_err().blamed, [Rank(2)]);
+    for _ in 0..20 {
+        assert_eq!(health(&mut client).await.state, WorkerState::Failed);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -506,7 +536,7 @@ async fn a_failed_step_ends_the_epoch_and_another_may_be_prepared() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_step_that_fails_fails_the_one_that_began_meanwhile() {
     let (worker, mut client, mut steps) = ready().await;
-    for (step, what) in [(1, FAIL_LATE), (2, OBEY), (3, OBEY)] {
+    for (step, what) in [(1, FALTER), (2, OBEY), (3, OBEY)] {
         steps.send(plan(fence(1, 1, step), what)).await;
     }
     for _ in 1..=3 {
@@ -620,6 +650,14 @@ async fn a_panic_is_answered_and_ends_the_worker() {
     let ended = worker.served.await.unwrap().unwrap_err();
     assert!(matches!(&ended, ServeError::Panicked(why) if why == "told to"), "{ended}");
     assert!(TcpStream::connect(worker.address).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_between_steps_is_answered_too() {
+    let (worker, _client, mut steps) = ready().await;
+    let failure = steps.run(plan(fence(1, 1, 1), STARTLE)).await.unwrap_err();
+    assert!(failure.message.contains("panicked: asked"), "{failure}");
+    assert!(matches!(worker.served.await.unwrap().unwrap_err(), ServeError::Panicked(why) if why == "asked"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

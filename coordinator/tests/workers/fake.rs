@@ -11,8 +11,8 @@ use phalanx_coordinator::workers::{
     WorkerHandle, Workers, form_cell,
 };
 use phalanx_proto::{
-    BackendReport, Bytes, CellId, Epoch, Fence, LayerKind, Layout, Limits, ModelConfig, NumericsId, Position, Rank,
-    Rope, RowsResult, Scratch, StepHeader, StepId, StepPlan, StepResult, Term, TokenId, Tokens,
+    BackendReport, Bytes, CellId, Epoch, Fence, LayerKind, Layout, Limits, ModelConfig, NumericsId, Peers, Position,
+    Rank, Rope, RowsResult, Scratch, StepHeader, StepId, StepPlan, StepResult, Term, TokenId, Tokens,
 };
 use phalanx_wire::token::CheckToken;
 use phalanx_wire::v1::worker_server::WorkerServer;
@@ -253,6 +253,7 @@ pub(crate) fn description() -> Description {
             operand_block_bytes: 128,
             item_tile: 0,
             scratch: Scratch::default(),
+            peers: Peers::default(),
             embedding_mapped: true,
             memory: Bytes(1 << 30),
         },

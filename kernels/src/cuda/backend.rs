@@ -1,5 +1,7 @@
 //! The trait, op by op: each does its work in [`Cuda`], and what goes wrong waits for the end of the step, or [`Backend::finish`].
 
+use std::time::Instant;
+
 use super::device::{Memory, bytes_of};
 use super::pack::{ExpertLayout, LAYOUT, dense_bytes, pack_dense, pack_expert};
 use super::{Cuda, Dense, Embedding, Ended, Experts, Kv, Parts, Places, Routes, Rows, Vector, Work};
@@ -126,6 +128,10 @@ impl Backend for Cuda {
     fn places(&mut self, places: &[(u32, u32)]) -> Places {
         let made = Places::new(&self.memory, places);
         self.made(made, Places::nothing)
+    }
+
+    fn set_deadline(&mut self, deadline: Instant) {
+        self.memory.queue.set_deadline(Some(deadline));
     }
 
     fn begin(&mut self, inputs: &StepInputs, rope: &RopeTable) {

@@ -11,6 +11,10 @@ use super::queue::Queue;
 use super::sequence::{Node, Sequence};
 use crate::KernelError;
 
+/// Bytes of ordinary memory that a driver takes at once, whatever is under way on the device.
+//= CUDA C++ Programming Guide, Concurrent Execution between Host and Device
+pub const STAGED_MAX: usize = 64 << 10;
+
 /// A launch of a kernel; its blocks have the kernel's number of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch<'a> {
@@ -49,8 +53,8 @@ impl Family {
     }
 }
 
-/// A device with one stream: calls take effect in their order, and only [`Device::download`] and
-/// [`Device::synchronize`] wait. Addresses are the device's own.
+/// A device with one stream: calls take effect in their order, and none waits for what was enqueued. Addresses are the
+/// device's own.
 pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Multiprocessors: blocks that run side by side, at least.
     fn multiprocessors(&self) -> u32;
@@ -70,7 +74,8 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// `address` and `bytes` are those of one [`Device::allocate`], and it is not used afterwards.
     unsafe fn free(&self, address: u64, bytes: usize);
 
-    /// Copies to the device; `from` may change as soon as this returns.
+    /// Copies to the device; `from` may change as soon as this returns. More than [`STAGED_MAX`] bytes only where all that
+    /// was enqueued is done: a driver may wait for it.
     ///
     /// # Errors
     /// [`KernelError::Device`].
@@ -79,7 +84,7 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// The bytes at `to` are allocated.
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError>;
 
-    /// Copies from the device, and waits.
+    /// Copies from the device, which is done with all that was enqueued.
     ///
     /// # Errors
     /// [`KernelError::Device`]; also for what failed before on the stream.
@@ -116,12 +121,6 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// as large as the kernel's shapes say.
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError>;
 
-    /// Waits for all that was enqueued.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`].
-    fn synchronize(&self) -> Result<(), KernelError>;
-
     /// Makes a graph that does what these nodes do, in their order.
     ///
     /// # Errors
@@ -147,6 +146,11 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// [`KernelError::Device`].
     fn stream(&self) -> Result<*mut c_void, KernelError>;
 
+    /// Memory that is left, whoever uses the rest; `None` where nothing says.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Which device of all there are.
     ///
     /// # Errors
@@ -154,10 +158,13 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     fn uuid(&self) -> Result<[u8; 16], KernelError>;
 }
 
-/// Pinned host memory and the last copy out of it or into it.
+/// Pinned host memory and the copies out of it or into it.
 pub trait Pinned: fmt::Debug + Send {
-    /// The memory. What was sent from it changes with it until it was waited for.
-    fn bytes(&mut self) -> &mut [u8];
+    /// The memory, which no copy reads or writes.
+    ///
+    /// # Errors
+    /// [`KernelError::Late`] while a copy is under way, [`KernelError::Device`].
+    fn bytes(&mut self) -> Result<&mut [u8], KernelError>;
 
     /// Enqueues a copy of the first `bytes` to the device.
     ///
@@ -177,17 +184,11 @@ pub trait Pinned: fmt::Debug + Send {
     /// As many bytes at `from` are allocated.
     unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError>;
 
-    /// Whether all of its copies are done; does not wait.
+    /// Whether all of its copies are done; does not wait: what was sent has been read, and what was fetched is here.
     ///
     /// # Errors
     /// [`KernelError::Device`].
     fn is_done(&self) -> Result<bool, KernelError>;
-
-    /// Waits until all of its copies are done: what was sent has been read, and what was fetched is here.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`].
-    fn wait(&mut self) -> Result<(), KernelError>;
 }
 
 /// Nodes that a device launches as one, each after the one before. Those in flight outlive it when it is dropped.
@@ -403,12 +404,6 @@ impl Buffer {
         }
         // SAFETY: the range was checked to lie within this allocation.
         unsafe { self.memory.queue.upload_ahead(from, self.address + at as u64) }
-    }
-
-    /// Whether what was enqueued before is done; does not wait.
-    pub(super) fn is_idle(&self) -> Result<bool, KernelError> {
-        self.memory.queue.submit()?;
-        self.memory.queue.device().is_idle()
     }
 
     /// Its first bytes; waits.

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use super::choose::SHARED_MAX;
 use super::compile::Cache;
@@ -15,6 +15,7 @@ use super::graph::Chain;
 use super::ops::KERNELS;
 use super::page_locked::PageLocked;
 use super::sequence::Sequence;
+use super::stream::Stream;
 use crate::KernelError;
 
 const DYNAMIC_SHARED: sys::CUfunction_attribute =
@@ -27,8 +28,7 @@ struct Module(sys::CUmodule);
 
 /// A GPU and one stream on it.
 pub struct Driver {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    stream: Arc<Stream>,
     arch: String,
     family: Family,
     multiprocessors: u32,
@@ -44,10 +44,7 @@ unsafe impl Sync for Driver {}
 
 impl fmt::Debug for Driver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Driver")
-            .field("device", &self.context.ordinal())
-            .field("arch", &self.arch)
-            .finish_non_exhaustive()
+        f.debug_struct("Driver").field("stream", &self.stream).field("arch", &self.arch).finish_non_exhaustive()
     }
 }
 
@@ -98,14 +95,12 @@ impl Driver {
         }
         let open = failed("be opened");
         let context = CudaContext::new(ordinal).map_err(&open)?;
-        let stream = context.new_stream().map_err(&open)?;
         let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
         keep_freed_memory(&context).map_err(&open)?;
         let mut driver = Self {
-            context,
-            stream,
+            stream: Arc::new(Stream::new(context).map_err(&open)?),
             arch: arch_of(capability),
             family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
@@ -136,7 +131,8 @@ impl Driver {
             .cubins(&self.arch, on_progress)
             .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
         // A kernel has 48 KiB unless it is allowed more: what the device has, and no kernel wants more than the constant.
-        let shared = self.context.attribute(SHARED_OPTIN).map_err(failed("load its kernels"))?.min(SHARED_MAX as i32);
+        let shared =
+            self.stream.context().attribute(SHARED_OPTIN).map_err(failed("load its kernels"))?.min(SHARED_MAX as i32);
         for (file, cubin) in cubins {
             let load = failed("load its kernels");
             // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
@@ -167,17 +163,16 @@ impl Driver {
 
     /// Makes the context current on this thread.
     fn bind(&self) -> Result<(), KernelError> {
-        self.context.bind_to_thread().map_err(failed("be reached"))
+        self.stream.bind().map_err(failed("be reached"))
     }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() {
-            // Nothing can be done about an error here; the context's end frees all.
-            let _ = self.stream.synchronize();
+        if self.stream.is_over() {
             for module in self.modules.drain(..) {
-                // SAFETY: the module was loaded by `load`, and all launches of its functions are done.
+                // SAFETY: the module was loaded by `load`, and all launches of its functions are done. Nothing can be done
+                // about an error here; the context's end frees all.
                 let _ = unsafe { result::module::unload(module.0) };
             }
         }
@@ -197,8 +192,8 @@ impl Device for Driver {
         self.bind()?;
         // SAFETY: the stream belongs to the context, which is current; memory is written before it is read, by `zero`.
         let allocated = unsafe {
-            if self.context.has_async_alloc() {
-                result::malloc_async(self.stream.cu_stream(), bytes)
+            if self.stream.context().has_async_alloc() {
+                result::malloc_async(self.stream.raw(), bytes)
             } else {
                 result::malloc_sync(bytes)
             }
@@ -207,17 +202,14 @@ impl Device for Driver {
     }
 
     unsafe fn free(&self, address: u64, _bytes: usize) {
-        if self.bind().is_err() {
+        // Without a stream's order the driver waits for the device before it frees.
+        let ordered = self.stream.context().has_async_alloc();
+        if if ordered { self.bind().is_err() } else { !self.stream.is_over() } {
             return;
         }
-        // SAFETY: the caller promises that this is an allocation and not used again. Without a stream's order the
-        // driver waits for the device before it frees. Nothing can be done about an error.
+        // SAFETY: the caller promises that this is an allocation and not used again. Nothing can be done about an error.
         let _ = unsafe {
-            if self.context.has_async_alloc() {
-                result::free_async(address, self.stream.cu_stream())
-            } else {
-                result::free_sync(address)
-            }
+            if ordered { result::free_async(address, self.stream.raw()) } else { result::free_sync(address) }
         };
     }
 
@@ -225,27 +217,25 @@ impl Device for Driver {
         self.bind()?;
         // SAFETY: the caller promises that the destination is allocated. The source is ordinary memory, which the
         // driver has read, or staged, when this returns.
-        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed("take bytes"))
+        unsafe { result::memcpy_htod_async(to, from, self.stream.raw()) }.map_err(failed("take bytes"))
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
         self.bind()?;
-        // SAFETY: the caller promises that the source is allocated; the destination lives until the copy is done, for
-        // which this waits.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(failed("give bytes"))?;
-        self.synchronize()
+        // SAFETY: the caller promises that the source is allocated; the copy is done when this returns.
+        unsafe { result::memcpy_dtoh_sync(to, from) }.map_err(failed("give bytes"))
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
         self.bind()?;
         // SAFETY: the caller promises that both are allocated and apart.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(failed("copy"))
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.raw()) }.map_err(failed("copy"))
     }
 
     unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
         self.bind()?;
         // SAFETY: the caller promises that the destination is allocated.
-        unsafe { result::memset_d8_async(to, 0, bytes, self.stream.cu_stream()) }.map_err(failed("set bytes"))
+        unsafe { result::memset_d8_async(to, 0, bytes, self.stream.raw()) }.map_err(failed("set bytes"))
     }
 
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
@@ -260,44 +250,38 @@ impl Device for Driver {
                 (x, y, z),
                 (kernel.threads, 1, 1),
                 launch.shared,
-                self.stream.cu_stream(),
+                self.stream.raw(),
                 &mut [args.cast_mut()],
             )
         };
         launched.map_err(|error| KernelError::Device { what: "run a kernel", why: format!("{}: {error}", kernel.name) })
     }
 
-    fn synchronize(&self) -> Result<(), KernelError> {
-        self.bind()?;
-        self.stream.synchronize().map_err(failed("finish"))
-    }
-
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
-        Ok(Box::new(Chain::new(&self.context, &self.stream, nodes, function)?))
+        Ok(Box::new(Chain::new(&self.stream, nodes, function)?))
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Ok(Box::new(PageLocked::new(&self.context, &self.stream, bytes)?))
+        Ok(Box::new(PageLocked::new(&self.stream, bytes)?))
     }
 
     fn is_idle(&self) -> Result<bool, KernelError> {
-        self.bind()?;
-        // SAFETY: the stream belongs to the context, which is current.
-        let status = unsafe { sys::cuStreamQuery(self.stream.cu_stream()) };
-        if status == sys::CUresult::CUDA_ERROR_NOT_READY {
-            return Ok(false);
-        }
-        status.result().map(|()| true).map_err(failed("finish"))
+        self.stream.is_idle()
     }
 
     fn stream(&self) -> Result<*mut c_void, KernelError> {
         self.bind()?;
-        Ok(self.stream.cu_stream().cast())
+        Ok(self.stream.raw().cast())
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        self.bind().ok()?;
+        result::mem_get_info().ok().map(|(free, _)| free as u64)
     }
 
     fn uuid(&self) -> Result<[u8; 16], KernelError> {
-        let uuid = self.context.uuid().map_err(failed("say which it is"))?;
+        let uuid = self.stream.context().uuid().map_err(failed("say which it is"))?;
         Ok(uuid.bytes.map(|byte| byte.to_ne_bytes()[0]))
     }
 }

@@ -1,8 +1,9 @@
 //! A device that runs the kernels on the CPU, compiled by the C++ compiler from the same sources; for tests.
 
 use std::alloc::{Layout, alloc, dealloc};
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::device::{Device, Family, Graph, Launch, Pinned};
 use super::ops::Kernel;
@@ -59,13 +60,19 @@ pub struct Meter {
     held: AtomicU64,
     peak: AtomicU64,
     launches_left: AtomicU64,
+    hangs: AtomicBool,
 }
 
 impl Meter {
     /// A meter that lets so many launches pass; all later ones fail.
     #[must_use]
     pub const fn new(launches: u64) -> Self {
-        Self { held: AtomicU64::new(0), peak: AtomicU64::new(0), launches_left: AtomicU64::new(launches) }
+        Self {
+            held: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+            launches_left: AtomicU64::new(launches),
+            hangs: AtomicBool::new(false),
+        }
     }
 
     /// The most bytes that were ever held at once.
@@ -77,6 +84,11 @@ impl Meter {
     /// Lets no more than so many further launches pass.
     pub fn leave(&self, launches: u64) {
         self.launches_left.store(launches, Ordering::Relaxed);
+    }
+
+    /// Lets devices hang: they take whatever is enqueued from here on, and are never done with it.
+    pub fn hang(&self) {
+        self.hangs.store(true, Ordering::Relaxed);
     }
 
     fn hold(&self, bytes: usize) {
@@ -94,7 +106,7 @@ impl Meter {
     }
 }
 
-/// Kernels on the CPU: every call is done when it returns.
+/// Kernels on the CPU: every call is done when it returns, or never.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Emulated {
     /// Kernels with this fault where there are such.
@@ -108,6 +120,11 @@ pub struct Emulated {
 }
 
 impl Emulated {
+    /// Whether it takes what is enqueued and does nothing of it.
+    fn hangs(&self) -> bool {
+        self.meter.is_some_and(|meter| meter.hangs.load(Ordering::Relaxed))
+    }
+
     /// The name of the kernel to run.
     fn name(&self, kernel: &Kernel) -> CString {
         let plain = CString::new(kernel.name).expect("names of kernels have no zero");
@@ -180,6 +197,9 @@ impl Device for Emulated {
     }
 
     unsafe fn upload(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
+        if self.hangs() {
+            return Ok(());
+        }
         // SAFETY: the caller promises that the destination is allocated; it is not the host's slice.
         unsafe { host(to).copy_from_nonoverlapping(from.as_ptr(), from.len()) };
         Ok(())
@@ -192,12 +212,18 @@ impl Device for Emulated {
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), KernelError> {
+        if self.hangs() {
+            return Ok(());
+        }
         // SAFETY: the caller promises that both are allocated and apart.
         unsafe { host(from).copy_to_nonoverlapping(host(to), bytes) };
         Ok(())
     }
 
     unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
+        if self.hangs() {
+            return Ok(());
+        }
         // SAFETY: the caller promises that the destination is allocated.
         unsafe { host(to).write_bytes(0, bytes) };
         Ok(())
@@ -206,6 +232,9 @@ impl Device for Emulated {
     unsafe fn launch(&self, launch: Launch<'_>, args: *const c_void, args_bytes: usize) -> Result<(), KernelError> {
         if self.meter.is_some_and(|meter| !meter.lets_launch()) {
             return Err(failed("run a kernel", format!("{}: the device is broken", launch.kernel.name)));
+        }
+        if self.hangs() {
+            return Ok(());
         }
         let name = self.name(launch.kernel);
         // SAFETY: the caller promises that the arguments are the kernel's; the emulation checks their size.
@@ -228,12 +257,8 @@ impl Device for Emulated {
         Err(failed("run a kernel", format!("{}: {why}", launch.kernel.name)))
     }
 
-    fn synchronize(&self) -> Result<(), KernelError> {
-        Ok(())
-    }
-
     fn is_idle(&self) -> Result<bool, KernelError> {
-        Ok(true)
+        Ok(!self.hangs())
     }
 
     fn stream(&self) -> Result<*mut c_void, KernelError> {
@@ -245,7 +270,8 @@ impl Device for Emulated {
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes], fetched: Vec::new() }))
+        let done = Cell::new(true);
+        Ok(Box::new(EmulatedPinned { device: *self, bytes: vec![0; bytes], fetched: Vec::new(), done }))
     }
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
@@ -262,25 +288,34 @@ impl Device for Emulated {
     }
 }
 
-/// Memory of the host, read at once; what is fetched is seen when it was waited for.
+/// Memory of the host, read at once; nobody sees it before the device was asked whether it is done.
 #[derive(Debug)]
 struct EmulatedPinned {
     device: Emulated,
     bytes: Vec<u8>,
     fetched: Vec<(usize, Vec<u8>)>,
+    done: Cell<bool>,
 }
 
 impl Pinned for EmulatedPinned {
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.bytes
+    fn bytes(&mut self) -> Result<&mut [u8], KernelError> {
+        if !self.done.get() {
+            return Err(KernelError::Late { what: "finish a copy" });
+        }
+        for (at, fetched) in self.fetched.drain(..) {
+            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        }
+        Ok(&mut self.bytes)
     }
 
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+        self.done.set(false);
         // SAFETY: the caller promises that the destination is allocated.
         unsafe { self.device.upload(&self.bytes[..bytes], to) }
     }
 
     unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+        self.done.set(false);
         let mut fetched = vec![0; bytes];
         // SAFETY: the caller promises that the source is allocated.
         unsafe { self.device.download(from, &mut fetched)? };
@@ -289,14 +324,10 @@ impl Pinned for EmulatedPinned {
     }
 
     fn is_done(&self) -> Result<bool, KernelError> {
-        Ok(true)
-    }
-
-    fn wait(&mut self) -> Result<(), KernelError> {
-        for (at, fetched) in self.fetched.drain(..) {
-            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        if !self.device.hangs() {
+            self.done.set(true);
         }
-        Ok(())
+        Ok(self.done.get())
     }
 }
 

@@ -83,14 +83,6 @@ impl Parts {
         Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
     }
 
-    /// Whether the bytes are there, so that [`Parts::download`] will not wait.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
-    pub fn is_ready(&self) -> Result<bool, KernelError> {
-        self.bytes.is_idle()
-    }
-
     /// The bytes, on the host; waits.
     ///
     /// # Errors

@@ -4,18 +4,18 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{DriverError, result, sys};
 
 use super::device::{Graph, Launch};
 use super::driver::failed;
 use super::sequence::{Node, Sequence};
+use super::stream::Stream;
 use crate::KernelError;
 
 /// A graph, what it was made from, and the stream it is launched on.
 #[derive(Debug)]
 pub(super) struct Chain {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    stream: Arc<Stream>,
     graph: sys::CUgraph,
     /// Null until the graph is whole.
     exec: sys::CUgraphExec,
@@ -37,24 +37,18 @@ unsafe impl Send for Chain {}
 impl Chain {
     /// A graph of these nodes; `function` finds a launch's kernel.
     pub(super) fn new(
-        context: &Arc<CudaContext>,
-        stream: &Arc<CudaStream>,
+        stream: &Arc<Stream>,
         nodes: &Sequence,
         function: impl Fn(&Launch<'_>, usize) -> Result<sys::CUfunction, KernelError>,
     ) -> Result<Self, KernelError> {
         let make = failed("make a graph");
-        context.bind_to_thread().map_err(&make)?;
+        stream.bind().map_err(&make)?;
         let mut graph = ptr::null_mut();
         // SAFETY: the handle is written to a place that outlives the call; there are no flags.
         unsafe { sys::cuGraphCreate(&raw mut graph, 0) }.result().map_err(&make)?;
         // From here on dropping it destroys the graph.
-        let mut chain = Self {
-            context: Arc::clone(context),
-            stream: Arc::clone(stream),
-            graph,
-            exec: ptr::null_mut(),
-            nodes: Vec::with_capacity(nodes.len()),
-        };
+        let mut chain =
+            Self { stream: Arc::clone(stream), graph, exec: ptr::null_mut(), nodes: Vec::with_capacity(nodes.len()) };
         for node in nodes.nodes() {
             let function = match node {
                 Node::Launch(launch, args) => function(&launch, size_of_val(args))?,
@@ -71,7 +65,7 @@ impl Chain {
     /// Adds a node behind the last one.
     fn add(&mut self, node: Node<'_>, function: sys::CUfunction) -> Result<(), DriverError> {
         let before: Vec<sys::CUgraphNode> = self.nodes.last().map(|last| last.node).into_iter().collect();
-        let (graph, context) = (self.graph, self.context.cu_ctx());
+        let (graph, context) = (self.graph, self.stream.context().cu_ctx());
         let mut added = ptr::null_mut();
         // SAFETY: the graph is valid, and so is the node before, which is of it; parameters outlive the call and are
         // copied by it, arguments of kernels too.
@@ -109,8 +103,8 @@ impl Chain {
 impl Graph for Chain {
     unsafe fn update(&mut self, at: usize, node: Node<'_>) -> Result<(), KernelError> {
         let change = failed("change a graph");
-        self.context.bind_to_thread().map_err(&change)?;
-        let (exec, context, link) = (self.exec, self.context.cu_ctx(), &self.nodes[at]);
+        self.stream.bind().map_err(&change)?;
+        let (exec, context, link) = (self.exec, self.stream.context().cu_ctx(), &self.nodes[at]);
         // SAFETY: the executable graph is valid and was made from a graph that still has this node; the caller promises
         // that it is of the same kind. Parameters outlive the call and are copied by it. Copies and memsets are of one
         // dimension within this context's memory, before and after, as the driver asks.
@@ -136,16 +130,16 @@ impl Graph for Chain {
 
     unsafe fn launch(&mut self) -> Result<(), KernelError> {
         let launch = failed("launch a graph");
-        self.context.bind_to_thread().map_err(&launch)?;
+        self.stream.bind().map_err(&launch)?;
         // SAFETY: the executable graph and the stream are valid; the caller promises that the nodes may run.
-        unsafe { result::graph::launch(self.exec, self.stream.cu_stream()) }.map_err(&launch)
+        unsafe { result::graph::launch(self.exec, self.stream.raw()) }.map_err(&launch)
     }
 }
 
 impl Drop for Chain {
     fn drop(&mut self) {
         // Without a context nothing is left to destroy, and nothing can be done about an error.
-        if self.context.bind_to_thread().is_ok() {
+        if self.stream.bind().is_ok() {
             if !self.exec.is_null() {
                 // SAFETY: made by `new`, not used again; the driver keeps what is in flight until it is done.
                 let _ = unsafe { result::graph::exec_destroy(self.exec) };

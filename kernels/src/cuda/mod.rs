@@ -3,7 +3,7 @@
 //! The backend is the host's half: it checks shapes, chooses kernels (`choose`), keeps memory and enqueues. A
 //! [`Device`] is the other half: a GPU behind the driver ([`driver`]), or the same kernels on the CPU (`emulated`, for tests).
 //! Between them a `queue` records what a step enqueues and submits it as graphs (docs/adr/0012-steps-as-graphs.md).
-//! Ops enqueue; only reading back waits. What kernels find wrong is kept on the device until
+//! Ops enqueue; only reading back waits, never beyond a deadline (`wait`). What kernels find wrong is kept on the device until
 //! [`Backend::finish`](crate::Backend::finish). A device that has failed stays failed.
 
 mod angles;
@@ -32,16 +32,19 @@ mod scratch;
 mod sequence;
 mod slots;
 mod status;
+mod stream;
+mod wait;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-pub use device::{Device, Family, Graph, Launch, Pinned};
+pub use device::{Device, Family, Graph, Launch, Pinned, STAGED_MAX};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use ended::Ended;
 pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
 pub use ops::{KERNELS, Kernel};
-pub use queue::Counts;
+pub use queue::{Counts, GRAPH_BYTES};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
@@ -92,7 +95,7 @@ pub struct Cuda {
     /// What was sampled in this step.
     drawn: Vec<Drawn>,
     /// Pinned memory for what steps bring back, while none of them uses it.
-    landings: Vec<Box<dyn Pinned>>,
+    landings: Vec<ended::Pin>,
     /// The first thing that went wrong since the last [`Backend::finish`](crate::Backend::finish).
     error: Option<KernelError>,
     /// The device failed: nothing is enqueued any more.
@@ -148,6 +151,12 @@ impl Cuda {
         self.memory.make_arena(bytes)
     }
 
+    /// How long the host waits for the device where no step has a [deadline](crate::Backend::set_deadline); a minute if not
+    /// told.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.memory.queue.set_patience(patience);
+    }
+
     /// How much is rounded on the way.
     #[must_use]
     pub const fn precision(&self) -> Precision {
@@ -190,7 +199,7 @@ impl Cuda {
     /// Keeps the first error for [`Backend::finish`](crate::Backend::finish).
     fn note(&mut self, result: Result<(), KernelError>) {
         if let Err(error) = result {
-            self.broken |= matches!(error, KernelError::Device { .. });
+            self.broken |= matches!(error, KernelError::Device { .. } | KernelError::Late { .. });
             self.error.get_or_insert(error);
         }
     }

@@ -1,23 +1,34 @@
 //! Page-locked memory of the CUDA driver, with an event behind each copy out of it or into it.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use cudarc::driver::{result, sys};
 
 use super::device::Pinned;
 use super::driver::failed;
+use super::stream::{Left, Stream, is_done};
 use crate::KernelError;
 
 /// Host memory that copies of a stream read or write.
 #[derive(Debug)]
 pub(super) struct PageLocked {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    stream: Arc<Stream>,
     memory: *mut u8,
     bytes: usize,
-    /// Recorded behind the last copy.
     event: sys::CUevent,
-    sent: bool,
+    copies: Cell<Copies>,
+}
+
+/// What is known of the copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copies {
+    /// None is under way.
+    Done,
+    /// The event is behind the last one.
+    Marked,
+    /// Some may be under way that the event is not behind: they are done when all on the stream is.
+    Unmarked,
 }
 
 // SAFETY: the memory is this value's alone; memory and event belong to the context, not to a thread, and every method that
@@ -25,9 +36,10 @@ pub(super) struct PageLocked {
 unsafe impl Send for PageLocked {}
 
 impl PageLocked {
-    pub(super) fn new(context: &Arc<CudaContext>, stream: &Arc<CudaStream>, bytes: usize) -> Result<Self, KernelError> {
+    pub(super) fn new(stream: &Arc<Stream>, bytes: usize) -> Result<Self, KernelError> {
         let pin = failed("pin memory");
-        context.bind_to_thread().map_err(&pin)?;
+        stream.bind().map_err(&pin)?;
+        stream.sweep();
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(&pin)?;
         // SAFETY: nothing is assumed of what the memory holds but that it can be read and written, as memory of the system
         // can; no flag is set.
@@ -42,82 +54,80 @@ impl PageLocked {
         };
         // SAFETY: as many bytes were just allocated; from now on they are initialized.
         unsafe { memory.write_bytes(0, bytes) };
-        Ok(Self { context: Arc::clone(context), stream: Arc::clone(stream), memory, bytes, event, sent: false })
+        Ok(Self { stream: Arc::clone(stream), memory, bytes, event, copies: Cell::new(Copies::Done) })
+    }
+
+    /// Where a copy of `bytes` begins.
+    fn place(&self, at: usize, bytes: usize) -> Result<*mut u8, KernelError> {
+        match at.checked_add(bytes).filter(|&end| end <= self.bytes) {
+            // SAFETY: within the allocation, as was just checked.
+            Some(_) => Ok(unsafe { self.memory.add(at) }),
+            None => Err(KernelError::Size { what: "pinned memory", got: self.bytes, need: at.saturating_add(bytes) }),
+        }
+    }
+
+    /// Marks that a copy was enqueued. Where that fails, the copy is under way all the same.
+    fn mark(&self) -> Result<(), KernelError> {
+        self.copies.set(Copies::Unmarked);
+        // SAFETY: event and stream are valid and of one context, which is current.
+        unsafe { result::event::record(self.event, self.stream.raw()) }.map_err(failed("say when a copy is done"))?;
+        self.copies.set(Copies::Marked);
+        Ok(())
     }
 }
 
 impl Pinned for PageLocked {
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: the allocation, initialized by `new`, and borrowed as long as this value. The device may still read it,
-        // which writing spoils but does not make unsound: bytes have no wrong value.
-        unsafe { std::slice::from_raw_parts_mut(self.memory, self.bytes) }
+    fn bytes(&mut self) -> Result<&mut [u8], KernelError> {
+        if !self.is_done()? {
+            return Err(KernelError::Late { what: "finish a copy" });
+        }
+        // SAFETY: the allocation, initialized by `new`, and borrowed as long as this value. No copy is under way, and none
+        // can be enqueued meanwhile.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.memory, self.bytes) })
     }
 
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
         let send = failed("take bytes");
-        self.context.bind_to_thread().map_err(&send)?;
-        let (stream, bytes) = (self.stream.cu_stream(), bytes.min(self.bytes));
-        // SAFETY: the first bytes of the allocation.
-        let from = unsafe { std::slice::from_raw_parts(self.memory, bytes) };
-        // SAFETY: the caller promises that the destination is allocated; the source lives until this is dropped, which
-        // waits for the event.
-        unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(&send)?;
-        self.sent = true;
-        // SAFETY: event and stream are valid and of one context.
-        unsafe { result::event::record(self.event, stream) }.map_err(&send)
+        self.stream.bind().map_err(&send)?;
+        let from = self.place(0, bytes)?;
+        // SAFETY: the caller promises that the destination is allocated; the source lives until the copy is done: dropping
+        // this leaves it to the stream.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream.raw()) }.result().map_err(&send)?;
+        self.mark()
     }
 
     unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
         let fetch = failed("give bytes");
-        self.context.bind_to_thread().map_err(&fetch)?;
-        let stream = self.stream.cu_stream();
-        let Some(to) = self.bytes().get_mut(at..at.saturating_add(bytes)) else {
-            return Err(KernelError::Size { what: "pinned memory", got: self.bytes, need: at.saturating_add(bytes) });
-        };
-        // SAFETY: the caller promises that the source is allocated; the destination lives until this is dropped, which
-        // waits for the event.
-        unsafe { result::memcpy_dtoh_async(to, from, stream) }.map_err(&fetch)?;
-        self.sent = true;
-        // SAFETY: event and stream are valid and of one context.
-        unsafe { result::event::record(self.event, stream) }.map_err(&fetch)
+        self.stream.bind().map_err(&fetch)?;
+        let to = self.place(at, bytes)?;
+        // SAFETY: the caller promises that the source is allocated; the destination lives until the copy is done, as above,
+        // and nobody has a reference to it until then.
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream.raw()) }.result().map_err(&fetch)?;
+        self.mark()
     }
 
     fn is_done(&self) -> Result<bool, KernelError> {
-        if !self.sent {
-            return Ok(true);
+        let done = match self.copies.get() {
+            Copies::Done => true,
+            Copies::Marked => {
+                let query = failed("finish a copy");
+                self.stream.bind().map_err(&query)?;
+                // SAFETY: the event is valid.
+                is_done(unsafe { sys::cuEventQuery(self.event) }).map_err(query)?
+            }
+            Copies::Unmarked => self.stream.is_idle()?,
+        };
+        if done {
+            self.copies.set(Copies::Done);
         }
-        let query = failed("give bytes");
-        self.context.bind_to_thread().map_err(&query)?;
-        // SAFETY: the event is valid.
-        let status = unsafe { sys::cuEventQuery(self.event) };
-        if status == sys::CUresult::CUDA_ERROR_NOT_READY {
-            return Ok(false);
-        }
-        status.result().map(|()| true).map_err(query)
-    }
-
-    fn wait(&mut self) -> Result<(), KernelError> {
-        if self.sent {
-            let wait = failed("take bytes");
-            self.context.bind_to_thread().map_err(&wait)?;
-            // SAFETY: the event is valid.
-            unsafe { result::event::synchronize(self.event) }.map_err(&wait)?;
-            self.sent = false;
-        }
-        Ok(())
+        Ok(done)
     }
 }
 
 impl Drop for PageLocked {
     fn drop(&mut self) {
-        // After an error of the device nothing reads the memory any more; nothing can be done about one here.
-        let _ = self.wait();
-        if self.context.bind_to_thread().is_ok() {
-            // SAFETY: made by `new` and not used again; the last copy was waited for.
-            unsafe {
-                let _ = result::event::destroy(self.event);
-                let _ = result::free_host(self.memory.cast());
-            }
-        }
+        // The driver waits for a stream before it takes such memory back.
+        self.stream.leave(Left { memory: self.memory, event: self.event });
+        self.stream.sweep();
     }
 }

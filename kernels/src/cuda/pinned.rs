@@ -1,8 +1,10 @@
-//! Copies from the host by way of pinned memory: while the device reads one piece, the host fills the next.
+//! Copies between host and device by way of pinned memory: while the device reads one piece, the host fills the next.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
-use super::device::{Device, Pinned};
+use super::device::{Device, Pinned, STAGED_MAX};
+use super::wait::until;
 use crate::KernelError;
 use crate::memory::{Aligned, will_need};
 
@@ -16,6 +18,10 @@ const READERS: usize = 4;
 /// What a thread is worth starting for.
 const READER_BYTES: usize = 1 << 20;
 
+/// What is waited for.
+const TAKE: &str = "take bytes";
+const FINISH: &str = "finish";
+
 /// How long pieces are, and how many are filled and read at the same time.
 #[derive(Clone, Copy, Debug)]
 struct Pieces {
@@ -23,7 +29,7 @@ struct Pieces {
     count: usize,
 }
 
-/// Copies to a device.
+/// Copies to a device, and from it.
 #[derive(Debug)]
 pub(super) struct Ferries {
     weights: Ferry,
@@ -73,6 +79,7 @@ impl Ferry {
     pub(super) unsafe fn upload_made(
         &mut self,
         device: &dyn Device,
+        deadline: Instant,
         bytes: usize,
         to: u64,
         make: impl FnOnce(&mut [u8]) -> Result<(), KernelError>,
@@ -80,22 +87,27 @@ impl Ferry {
         if bytes <= self.size.bytes
             && let Some(pinned) = self.next(device)
         {
-            pinned.wait()?;
-            make(&mut pinned.bytes()[..bytes])?;
-            // SAFETY: what the caller promises; the memory is written again only after `wait`.
+            make(&mut ready(pinned, deadline)?[..bytes])?;
+            // SAFETY: what the caller promises.
             return unsafe { pinned.send(bytes, to) };
         }
         let mut made = Aligned::zeroed(bytes);
         make(&mut made)?;
         // SAFETY: what the caller promises.
-        unsafe { self.upload(device, &made, to) }
+        unsafe { self.upload(device, deadline, &made, to) }
     }
 
     /// Copies bytes to the device; they may change as soon as this returns.
     ///
     /// # Safety
     /// As [`Device::upload`].
-    pub(super) unsafe fn upload(&mut self, device: &dyn Device, from: &[u8], to: u64) -> Result<(), KernelError> {
+    pub(super) unsafe fn upload(
+        &mut self,
+        device: &dyn Device,
+        deadline: Instant,
+        from: &[u8],
+        to: u64,
+    ) -> Result<(), KernelError> {
         let Pieces { bytes, count } = self.size;
         // The system reads ahead of the pieces that are copied.
         let ahead = |piece: usize| from.chunks(bytes).nth(piece).into_iter().for_each(will_need);
@@ -104,15 +116,45 @@ impl Ferry {
             ahead(i + count);
             let to = to + (i * bytes) as u64;
             let Some(pinned) = self.next(device) else {
+                if piece.len() > STAGED_MAX {
+                    until(TAKE, deadline, || device.is_idle())?;
+                }
                 // SAFETY: a part of what the caller promises.
                 unsafe { device.upload(piece, to)? };
                 continue;
             };
             // What was sent from there before has been read.
-            pinned.wait()?;
-            fill(&mut pinned.bytes()[..piece.len()], piece);
-            // SAFETY: a part of what the caller promises; the memory is written again only after `wait`.
+            fill(&mut ready(pinned, deadline)?[..piece.len()], piece);
+            // SAFETY: a part of what the caller promises.
             unsafe { pinned.send(piece.len(), to)? };
+        }
+        Ok(())
+    }
+
+    /// Copies bytes from the device; waits for them.
+    ///
+    /// # Safety
+    /// As [`Device::download`], without its demand that all is done.
+    pub(super) unsafe fn download(
+        &mut self,
+        device: &dyn Device,
+        deadline: Instant,
+        from: u64,
+        to: &mut [u8],
+    ) -> Result<(), KernelError> {
+        let bytes = self.size.bytes;
+        for (i, piece) in to.chunks_mut(bytes).enumerate() {
+            let from = from + (i * bytes) as u64;
+            let Some(pinned) = self.next(device) else {
+                until(FINISH, deadline, || device.is_idle())?;
+                // SAFETY: a part of what the caller promises.
+                unsafe { device.download(from, piece)? };
+                continue;
+            };
+            ready(pinned, deadline)?;
+            // SAFETY: a part of what the caller promises.
+            unsafe { pinned.fetch(from, 0, piece.len())? };
+            piece.copy_from_slice(&ready(pinned, deadline)?[..piece.len()]);
         }
         Ok(())
     }
@@ -131,6 +173,12 @@ impl Ferry {
         }
         self.pieces.get_mut(self.next)
     }
+}
+
+/// The memory, once no copy is under way.
+pub(super) fn ready(pinned: &mut Box<dyn Pinned>, deadline: Instant) -> Result<&mut [u8], KernelError> {
+    until(FINISH, deadline, || pinned.is_done())?;
+    pinned.bytes()
 }
 
 /// Copies by several threads where that is worth it.
@@ -160,54 +208,65 @@ fn fill(to: &mut [u8], from: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::ffi::c_void;
     use std::sync::{Arc, Mutex};
+    use std::time::Duration;
 
     use super::*;
     use crate::cuda::{Family, Graph, Launch, Sequence};
 
-    /// A device that reads pinned memory as late as it may: when it is waited for.
+    /// A device that reads pinned memory as late as it may: when it is asked whether it has.
     #[derive(Debug)]
     struct Late {
         memory: Arc<Mutex<Vec<u8>>>,
         /// Pieces that can be had.
         pieces: Mutex<usize>,
-        /// Planted: waiting is left out.
-        waits: bool,
+        /// Whether it does before it says so.
+        reads: bool,
+        /// It never does.
+        hangs: bool,
     }
 
     #[derive(Debug)]
     struct Piece {
         bytes: Vec<u8>,
-        sent: Option<(usize, usize)>,
+        sent: Cell<Option<(usize, usize)>>,
         memory: Arc<Mutex<Vec<u8>>>,
-        waits: bool,
+        reads: bool,
+        hangs: bool,
+    }
+
+    impl Piece {
+        fn read(&self) {
+            if let Some((bytes, to)) = self.sent.take() {
+                self.memory.lock().unwrap()[to..to + bytes].copy_from_slice(&self.bytes[..bytes]);
+            }
+        }
     }
 
     impl Pinned for Piece {
-        fn bytes(&mut self) -> &mut [u8] {
-            &mut self.bytes
+        fn bytes(&mut self) -> Result<&mut [u8], KernelError> {
+            if self.reads && self.sent.get().is_some() {
+                return Err(KernelError::Late { what: "finish a copy" });
+            }
+            Ok(&mut self.bytes)
         }
         unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
-            // Without waiting, the device has not read what was sent before.
-            if let Some((bytes, to)) = self.sent.replace((bytes, to as usize)) {
-                self.memory.lock().unwrap()[to..to + bytes].copy_from_slice(&self.bytes[..bytes]);
-            }
+            self.read();
+            self.sent.set(Some((bytes, to as usize)));
             Ok(())
         }
-        unsafe fn fetch(&mut self, _from: u64, _at: usize, _bytes: usize) -> Result<(), KernelError> {
+        unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+            let from = from as usize;
+            self.bytes[at..at + bytes].copy_from_slice(&self.memory.lock().unwrap()[from..from + bytes]);
             Ok(())
         }
         fn is_done(&self) -> Result<bool, KernelError> {
-            Ok(self.sent.is_none())
-        }
-        fn wait(&mut self) -> Result<(), KernelError> {
-            if self.waits
-                && let Some((bytes, to)) = self.sent.take()
-            {
-                self.memory.lock().unwrap()[to..to + bytes].copy_from_slice(&self.bytes[..bytes]);
+            if self.reads && !self.hangs {
+                self.read();
             }
-            Ok(())
+            Ok(!self.hangs || self.sent.get().is_none())
         }
     }
 
@@ -237,7 +296,8 @@ mod tests {
             self.memory.lock().unwrap()[to as usize..to as usize + from.len()].copy_from_slice(from);
             Ok(())
         }
-        unsafe fn download(&self, _from: u64, _to: &mut [u8]) -> Result<(), KernelError> {
+        unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
+            to.copy_from_slice(&self.memory.lock().unwrap()[from as usize..from as usize + to.len()]);
             Ok(())
         }
         unsafe fn copy(&self, _from: u64, _to: u64, _bytes: usize) -> Result<(), KernelError> {
@@ -249,9 +309,6 @@ mod tests {
         unsafe fn launch(&self, _launch: Launch<'_>, _args: *const c_void, _bytes: usize) -> Result<(), KernelError> {
             Ok(())
         }
-        fn synchronize(&self) -> Result<(), KernelError> {
-            Ok(())
-        }
         fn graph(&self, _nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
             Err(KernelError::Device { what: "make a graph", why: String::new() })
         }
@@ -259,30 +316,32 @@ mod tests {
             let mut left = self.pieces.lock().unwrap();
             *left = left.checked_sub(1).ok_or(KernelError::Device { what: "pin memory", why: String::new() })?;
             let memory = Arc::clone(&self.memory);
-            Ok(Box::new(Piece { bytes: vec![0; bytes], sent: None, memory, waits: self.waits }))
+            let (reads, hangs) = (self.reads, self.hangs);
+            Ok(Box::new(Piece { bytes: vec![0; bytes], sent: Cell::new(None), memory, reads, hangs }))
         }
     }
 
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
     /// What is on the device after uploads of many sizes, and what should be.
-    fn upload(pieces: usize, waits: bool) -> (Vec<u8>, Vec<u8>, usize) {
+    fn upload(pieces: usize, reads: bool) -> (Vec<u8>, Vec<u8>, usize) {
         const BYTES: usize = 100;
         let expected: Vec<u8> = (0..5000u32).map(|i| (i * 7 % 251) as u8).collect();
         let memory = Arc::new(Mutex::new(vec![0; expected.len()]));
-        let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits };
+        let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), reads, hangs: false };
         let mut ferry = Ferry::new(Pieces { bytes: BYTES, count: 4 });
         let mut at = 0;
         for size in [1, 99, 100, 101, 0, 350, 3000, 7, 1342] {
             // SAFETY: a vector, which checks.
-            unsafe { ferry.upload(&device, &expected[at..at + size], at as u64) }.unwrap();
+            unsafe { ferry.upload(&device, soon(), &expected[at..at + size], at as u64) }.unwrap();
             at += size;
         }
         assert_eq!(at, expected.len());
-        ferry.pieces.iter_mut().for_each(|piece| {
-            piece.wait().unwrap();
-            // What is still under way without waiting.
-            // SAFETY: no bytes.
-            unsafe { piece.send(0, 0) }.unwrap();
-        });
+        // What is still under way.
+        // SAFETY: no bytes.
+        ferry.pieces.iter_mut().for_each(|piece| unsafe { piece.send(0, 0) }.unwrap());
         let got = memory.lock().unwrap().clone();
         (expected, got, ferry.pieces.len())
     }
@@ -300,7 +359,7 @@ mod tests {
     fn what_is_made_in_a_piece_arrives_and_what_fails_does_not() {
         for pieces in [0, 1, 9] {
             let memory = Arc::new(Mutex::new(vec![0; 12]));
-            let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), waits: true };
+            let device = Late { memory: Arc::clone(&memory), pieces: Mutex::new(pieces), reads: true, hangs: false };
             let mut ferry = Ferry::new(Pieces { bytes: 7, count: 2 });
             for i in 0..3u8 {
                 let make = |out: &mut [u8]| {
@@ -308,10 +367,10 @@ mod tests {
                     if i == 1 { Err(KernelError::Device { what: "be made", why: String::new() }) } else { Ok(()) }
                 };
                 // SAFETY: a vector, which checks.
-                let made = unsafe { ferry.upload_made(&device, 4, u64::from(i) * 4, make) };
+                let made = unsafe { ferry.upload_made(&device, soon(), 4, u64::from(i) * 4, make) };
                 assert_eq!(made.is_ok(), i != 1);
             }
-            ferry.pieces.iter_mut().for_each(|piece| piece.wait().unwrap());
+            ferry.pieces.iter_mut().for_each(|piece| assert!(piece.is_done().unwrap()));
             assert_eq!(*memory.lock().unwrap(), [1, 1, 1, 1, 0, 0, 0, 0, 3, 3, 3, 3], "{pieces} pieces");
         }
     }
@@ -320,6 +379,32 @@ mod tests {
     fn a_piece_that_is_filled_before_it_was_read_is_seen() {
         let (expected, got, _) = upload(9, false);
         assert!(expected != got);
+    }
+
+    #[test]
+    fn bytes_come_back_in_any_number_of_pieces() {
+        let expected: Vec<u8> = (0..1000u32).map(|i| (i % 251) as u8).collect();
+        for pieces in [0, 1, 9] {
+            let memory = Arc::new(Mutex::new(expected.clone()));
+            let device = Late { memory, pieces: Mutex::new(pieces), reads: true, hangs: false };
+            let mut ferry = Ferry::new(Pieces { bytes: 100, count: 4 });
+            for range in [0..1, 3..103, 7..1000, 5..5] {
+                let mut got = vec![0; range.len()];
+                // SAFETY: a vector, which checks.
+                unsafe { ferry.download(&device, soon(), range.start as u64, &mut got) }.unwrap();
+                assert!(got == expected[range.clone()], "{range:?}, {pieces} pieces");
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_that_hangs_is_late_and_not_waited_for() {
+        let device = Late { memory: Arc::new(Mutex::new(vec![0; 9])), pieces: Mutex::new(1), reads: true, hangs: true };
+        let mut ferry = Ferry::new(Pieces { bytes: 4, count: 1 });
+        // SAFETY: a vector, which checks.
+        let sent = unsafe { ferry.upload(&device, Instant::now(), &[1; 9], 0) };
+        assert_eq!(sent, Err(KernelError::Late { what: FINISH }));
+        assert!(ferry.pieces[0].bytes().is_err(), "nobody may touch what is still read");
     }
 
     #[test]

@@ -9,10 +9,12 @@
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::device::{Device, Graph, Launch, Pinned};
 use super::pinned::Ferries;
 use super::sequence::{Node, Sequence};
+use super::wait::{PATIENCE, until};
 use crate::KernelError;
 
 /// Nodes of a submission, at most: the device begins with the first layers while the host records the next ones.
@@ -21,9 +23,17 @@ const NODES_MAX: usize = 256;
 const NODES_MIN: usize = 4;
 /// Graphs that are kept, and their nodes in all.
 const GRAPHS_MAX: usize = 256;
-const GRAPH_NODES_MAX: usize = 32 << 10;
+const GRAPH_NODES_MAX: usize = 16 << 10;
+/// Bytes of the device that a driver takes for a node: about as much as is told of graphs of PyTorch. Not measured here.
+const GRAPH_NODE_BYTES: u64 = 64 << 10;
+/// Bytes of the device that drivers take for graphs, beside what is allocated.
+pub const GRAPH_BYTES: u64 = GRAPH_NODES_MAX as u64 * GRAPH_NODE_BYTES;
 /// Structures that are remembered after their first sight.
 const SEEN_MAX: usize = 64;
+
+/// Launches and copies that a device has been given and is not known to be done with, at most: a stream takes about a
+/// thousand, and one more would wait for it without a deadline. A graph counts as one.
+const AHEAD_MAX: u64 = 768;
 
 /// What a backend's queue has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +50,9 @@ pub struct Counts {
     pub nodes: u64,
     /// Graphs made.
     pub instantiated: u64,
+    /// Bytes of the device that were free before graphs were made and not afterwards, where it says. Others on the device
+    /// count too.
+    pub graph_bytes: u64,
     /// Nodes of graphs that were changed before a launch.
     pub updated: u64,
     /// Graphs given up for others.
@@ -54,8 +67,15 @@ pub(super) struct Queue {
     device: Arc<dyn Device>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// Until when a step may wait for the device.
+    deadline: Option<Instant>,
+    /// How long anything else may.
+    patience: Duration,
+    /// Launches and copies that the device was given, and how many of the first it is known to be done with.
+    given: u64,
+    done: u64,
     recorded: Sequence,
     /// The last launched comes last.
     graphs: Vec<Kept>,
@@ -68,6 +88,25 @@ struct State {
     warning: Option<KernelError>,
     counts: Counts,
     ferries: Ferries,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            deadline: None,
+            patience: PATIENCE,
+            given: 0,
+            done: 0,
+            recorded: Sequence::default(),
+            graphs: Vec::new(),
+            seen: VecDeque::new(),
+            plain: false,
+            failed: None,
+            warning: None,
+            counts: Counts::default(),
+            ferries: Ferries::default(),
+        }
+    }
 }
 
 /// A graph and what its nodes are.
@@ -94,6 +133,43 @@ impl Queue {
             state.graphs.clear();
             state
         })
+    }
+
+    /// Until when the host waits for the device from here on: the deadline of a step, or the usual patience.
+    pub(super) fn set_deadline(&self, deadline: Option<Instant>) {
+        self.state().deadline = deadline;
+    }
+
+    /// How long the host waits for the device outside of steps.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        self.state().patience = patience;
+    }
+
+    /// Until when a wait that begins now may last.
+    pub(super) fn deadline(&self) -> Instant {
+        self.state().deadline()
+    }
+
+    /// Whether the device is done with all; does not wait.
+    pub(super) fn is_idle(&self) -> Result<bool, KernelError> {
+        let mut state = self.state();
+        state.submit(&*self.device)?;
+        let idle = self.device.is_idle()?;
+        if idle {
+            state.done = state.given;
+        }
+        Ok(idle)
+    }
+
+    /// How much the device was given so far.
+    pub(super) fn given(&self) -> u64 {
+        self.state().given
+    }
+
+    /// The device is done with what it had been given when [`Queue::given`] said this.
+    pub(super) fn note_done(&self, given: u64) {
+        let mut state = self.state();
+        state.done = state.done.max(given);
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -163,8 +239,9 @@ impl Queue {
     pub(super) unsafe fn upload_ahead(&self, from: &[u8], to: u64) -> Result<(), KernelError> {
         let mut state = self.state();
         state.counts.uploads += 1;
+        let deadline = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { state.ferries.of(from.len()).upload(&*self.device, from, to) }
+        unsafe { state.ferries.of(from.len()).upload(&*self.device, deadline, from, to) }
     }
 
     /// Makes the pinned memory that what steps bring goes through.
@@ -185,19 +262,24 @@ impl Queue {
         self.submit()?;
         let mut state = self.state();
         state.counts.uploads += 1;
+        let deadline = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { state.ferries.of(bytes).upload_made(&*self.device, bytes, to, make) }
+        unsafe { state.ferries.of(bytes).upload_made(&*self.device, deadline, bytes, to, make) }
     }
 
     /// Copies from the device, behind what is recorded, and waits.
     ///
     /// # Safety
-    /// As [`Device::download`].
+    /// The bytes at `from` are allocated.
     pub(super) unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
         self.submit()?;
-        self.state().counts.downloads += 1;
+        let mut state = self.state();
+        state.counts.downloads += 1;
+        let deadline = state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
-        unsafe { self.device.download(from, to) }
+        unsafe { state.ferries.of(to.len()).download(&*self.device, deadline, from, to)? };
+        state.done = state.given;
+        Ok(())
     }
 
     /// Copies from the device to pinned memory, behind what is recorded; does not wait.
@@ -212,7 +294,9 @@ impl Queue {
         bytes: usize,
     ) -> Result<(), KernelError> {
         self.submit()?;
-        self.state().counts.downloads += 1;
+        let mut state = self.state();
+        state.counts.downloads += 1;
+        state.give(&*self.device, 1)?;
         // SAFETY: as the caller promises.
         unsafe { to.fetch(from, at, bytes) }
     }
@@ -230,6 +314,21 @@ impl Queue {
 }
 
 impl State {
+    fn deadline(&self) -> Instant {
+        self.deadline.unwrap_or_else(|| Instant::now() + self.patience)
+    }
+
+    /// Sees to it that the device takes so many launches or copies without waiting; until when anything may wait for them.
+    fn give(&mut self, device: &dyn Device, launches: u64) -> Result<Instant, KernelError> {
+        let deadline = self.deadline();
+        if self.given - self.done + launches > AHEAD_MAX {
+            until("finish", deadline, || device.is_idle())?;
+            self.done = self.given;
+        }
+        self.given += launches;
+        Ok(deadline)
+    }
+
     fn submit(&mut self, device: &dyn Device) -> Result<(), KernelError> {
         if let Some(error) = &self.failed {
             self.recorded.clear();
@@ -241,29 +340,34 @@ impl State {
         let mut nodes = std::mem::take(&mut self.recorded);
         self.counts.submissions += 1;
         self.counts.nodes += nodes.len() as u64;
-        let submitted = match self.graph_of(device, &mut nodes) {
-            Some(mut kept) => {
-                // SAFETY: whoever recorded the nodes promised that they may run, and the graph's are these.
-                match unsafe { kept.graph.launch() } {
-                    Ok(()) => {
-                        self.counts.graphs += 1;
-                        self.graphs.push(kept);
-                        Ok(())
-                    }
-                    // A graph that is refused, for want of memory as a rule, has done nothing.
-                    Err(error) => {
-                        self.give_up_graphs(error);
-                        // SAFETY: as above.
-                        kept.nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) })
-                    }
-                }
-            }
-            // SAFETY: whoever recorded a node promised that it may run.
-            None => nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) }),
-        };
+        let submitted = self.enqueue(device, &mut nodes);
         nodes.clear();
         self.recorded = nodes;
         submitted.inspect_err(|error| self.failed = Some(error.clone()))
+    }
+
+    fn enqueue(&mut self, device: &dyn Device, nodes: &mut Sequence) -> Result<(), KernelError> {
+        let Some(mut kept) = self.graph_of(device, nodes) else { return self.one_by_one(device, nodes) };
+        self.give(device, 1)?;
+        // SAFETY: whoever recorded the nodes promised that they may run, and the graph's are these.
+        match unsafe { kept.graph.launch() } {
+            Ok(()) => {
+                self.counts.graphs += 1;
+                self.graphs.push(kept);
+                Ok(())
+            }
+            // A graph that is refused, for want of memory as a rule, has done nothing.
+            Err(error) => {
+                self.give_up_graphs(error);
+                self.one_by_one(device, &kept.nodes)
+            }
+        }
+    }
+
+    fn one_by_one(&mut self, device: &dyn Device, nodes: &Sequence) -> Result<(), KernelError> {
+        self.give(device, nodes.len() as u64)?;
+        // SAFETY: whoever recorded a node promised that it may run.
+        nodes.nodes().try_for_each(|node| unsafe { node.enqueue(device) })
     }
 
     /// From here on nodes are launched one by one.
@@ -330,8 +434,11 @@ impl State {
             self.graphs.remove(0);
             self.counts.evicted += 1;
         }
+        let free = device.free_memory();
         match device.graph(nodes) {
             Ok(graph) => {
+                let taken = free.zip(device.free_memory()).map_or(0, |(before, after)| before.saturating_sub(after));
+                self.counts.graph_bytes += taken;
                 self.counts.instantiated += 1;
                 Some(Kept { graph, nodes: std::mem::take(nodes), structure })
             }

@@ -53,7 +53,11 @@ impl Outgoing {
 
 /// A look of the host at a point of the stream, which the device may not have reached yet.
 #[derive(Debug)]
-pub struct Look(Box<dyn Pinned>);
+pub struct Look {
+    status: Box<dyn Pinned>,
+    /// What the device had been given there.
+    given: u64,
+}
 
 impl Look {
     /// Whether the device has come there; does not wait.
@@ -61,7 +65,7 @@ impl Look {
     /// # Errors
     /// [`KernelError::Device`].
     pub fn is_done(&self) -> Result<bool, KernelError> {
-        self.0.is_done()
+        self.status.is_done()
     }
 }
 
@@ -119,13 +123,18 @@ impl Port {
         self.memory.queue.device().uuid()
     }
 
+    /// Memory that is left on the device, if it says.
+    #[must_use]
+    pub fn free_memory(&self) -> Option<u64> {
+        self.memory.queue.device().free_memory()
+    }
+
     /// Whether everything on the stream is done.
     ///
     /// # Errors
     /// [`KernelError::Device`].
     pub fn is_idle(&self) -> Result<bool, KernelError> {
-        self.memory.queue.submit()?;
-        self.memory.queue.device().is_idle()
+        self.memory.queue.is_idle()
     }
 
     /// Bytes to each rank, `[ranks]`; waits for what writes them.
@@ -260,7 +269,7 @@ impl Port {
             None => self.memory.queue.device().pin(status::BYTES)?,
         };
         self.status.fetch(status::BYTES, &mut *pinned, 0)?;
-        Ok(Look(pinned))
+        Ok(Look { status: pinned, given: self.memory.queue.given() })
     }
 
     /// The same behind the last slots of a step: what is found from there on is the next one's.
@@ -273,14 +282,14 @@ impl Port {
         Ok(look)
     }
 
-    /// What was wrong with the slots when the device came there; waits for it.
+    /// What was wrong with the slots when the device came there, as it has.
     ///
     /// # Errors
-    /// [`KernelError::Received`] with the rank, [`KernelError::Device`].
-    pub fn seen(&mut self, Look(mut pinned): Look) -> Result<(), KernelError> {
-        pinned.wait()?;
-        let words = status::words(pinned.bytes());
-        self.looks.push(pinned);
+    /// [`KernelError::Received`] with the rank, [`KernelError::Device`]; [`KernelError::Late`] if it has not.
+    pub fn seen(&mut self, Look { mut status, given }: Look) -> Result<(), KernelError> {
+        let words = status::words(status.bytes()?);
+        self.looks.push(status);
+        self.memory.queue.note_done(given);
         status::read(words)
     }
 

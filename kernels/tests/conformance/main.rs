@@ -13,6 +13,7 @@ mod data;
 mod experts;
 mod faults;
 mod graphs;
+mod hangs;
 mod hostile;
 mod layer;
 mod memory;

@@ -1,7 +1,7 @@
 //! The model's shape, who holds what, and how much there may be.
 
 use phalanx_proto::{
-    BackendReport, Bytes, ExpertSlot, LayerKind, Layout, Limits, ModelConfig, Placement, Rank, Rope, Scratch,
+    BackendReport, Bytes, ExpertSlot, LayerKind, Layout, Limits, ModelConfig, Peers, Placement, Rank, Rope, Scratch,
 };
 
 use crate::error::{WireError, at_most, counted, known, present};
@@ -131,6 +131,7 @@ impl From<BackendReport> for v1::BackendReport {
             operand_block_bytes,
             item_tile,
             scratch: Scratch { fixed, row, stretch },
+            peers: Peers { library, slots },
         } = report;
         Self {
             tile_rows,
@@ -145,6 +146,7 @@ impl From<BackendReport> for v1::BackendReport {
             operand_block_bytes,
             item_tile,
             scratch: Some(v1::Scratch { fixed: fixed.0, row, stretch }),
+            peers: Some(v1::Peers { library: library.0, slots: slots.0 }),
         }
     }
 }
@@ -154,6 +156,7 @@ impl TryFrom<v1::BackendReport> for BackendReport {
 
     fn try_from(report: v1::BackendReport) -> Result<Self, WireError> {
         let v1::Scratch { fixed, row, stretch } = present("scratch", report.scratch)?;
+        let v1::Peers { library, slots } = present("peers", report.peers)?;
         Ok(Self {
             tile_rows: counted("tile_rows", report.tile_rows, 4096)?,
             dense_block_bytes: counted("dense_block_bytes", report.dense_block_bytes, 256)?,
@@ -170,6 +173,10 @@ impl TryFrom<v1::BackendReport> for BackendReport {
                 fixed: Bytes(at_most("scratch.fixed", fixed, MEMORY_MAX)?),
                 row: at_most("scratch.row", row, SCRATCH_MAX)?,
                 stretch: at_most("scratch.stretch", stretch, SCRATCH_MAX)?,
+            },
+            peers: Peers {
+                library: Bytes(at_most("peers.library", library, MEMORY_MAX)?),
+                slots: Bytes(at_most("peers.slots", slots, MEMORY_MAX)?),
             },
         })
     }

@@ -5,8 +5,8 @@
 use phalanx_proto::{
     Admission, BackendReport, BlockAddress, BlockGrant, BlockId, Bytes, CellId, ConstraintStart, ConstraintTable,
     Epoch, ExchangeCounters, Fence, History, KvOp, LayerIdx, LayerKind, Layout, Limits, ModelConfig, NumericsId,
-    Outputs, PhaseTimes, Placement, Pool, Position, Rank, Rope, Rows, RowsResult, Sampling, Scratch, SeqId, Start,
-    StepHeader, StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
+    Outputs, Peers, PhaseTimes, Placement, Pool, Position, Rank, Rope, Rows, RowsResult, Sampling, Scratch, SeqId,
+    Start, StepHeader, StepId, StepPlan, StepResult, TableId, Term, Tier, TokenId, TokenLogprobs, Tokens,
 };
 use phalanx_wire::{
     Description, Health, Join, Prepare, PrepareEvent, Progress, StepFailure, StepProgress, StepReply, WireError,
@@ -192,6 +192,7 @@ fn description() -> Description {
             operand_block_bytes: 128,
             item_tile: 8,
             scratch: Scratch { fixed: Bytes(1 << 20), row: 700, stretch: 20 },
+            peers: Peers { library: Bytes(1 << 30), slots: Bytes(1 << 25) },
             embedding_mapped: true,
             memory: Bytes(1 << 34),
         },

@@ -132,6 +132,11 @@ impl<B: Backend> GptOss<B> {
         self.backend.allocated()
     }
 
+    /// Says until when the step that begins next may wait for the device.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.backend.set_deadline(deadline);
+    }
+
     /// Copies a KV block; before the step's rows.
     pub fn copy_block(&mut self, pool: phalanx_proto::Pool, from: u32, to: u32) {
         self.backend.copy_block(&mut self.kv, pool_index(pool), from, to);

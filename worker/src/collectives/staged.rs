@@ -1,17 +1,12 @@
 //! Ranks whose rows are on GPUs, over any collectives between hosts: parts are brought to the host, exchanged there and
 //! put back. The bytes are the same as between CPUs.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use phalanx_kernels::cuda::Parts;
 use phalanx_kernels::{HostParts, KernelError};
 use phalanx_model::{CollectiveError, Collectives, Exchange};
 use phalanx_proto::{ExchangeCounters, Fence, Rank};
-
-/// Looks at a device without a pause in between.
-const LOOKS: u32 = 1000;
-/// Between later looks.
-const LOOK_PAUSE: Duration = Duration::from_micros(50);
 
 /// Collectives of hosts that carry the parts of GPUs. Where there is one rank, parts change hands on the device and
 /// nothing waits.
@@ -20,8 +15,6 @@ pub struct Staged<C> {
     size: u32,
     /// Dropped when this rank's device fails, which the other ranks notice at once.
     hosts: Option<C>,
-    /// Of the step.
-    deadline: Instant,
     received: HostParts,
 }
 
@@ -30,7 +23,7 @@ impl<C: Collectives<HostParts>> Staged<C> {
     #[must_use]
     pub fn new(hosts: C) -> Self {
         let (rank, size) = (hosts.rank(), hosts.size());
-        Self { rank, size, hosts: Some(hosts), deadline: Instant::now(), received: HostParts::new(size as usize) }
+        Self { rank, size, hosts: Some(hosts), received: HostParts::new(size as usize) }
     }
 
     fn hosts(&mut self) -> Result<&mut C, CollectiveError> {
@@ -43,21 +36,6 @@ impl<C: Collectives<HostParts>> Staged<C> {
     }
 }
 
-/// Waits for the device, which may hang, no longer than until `deadline`.
-fn wait_for(send: &Parts, deadline: Instant) -> Result<(), KernelError> {
-    let mut looks = 0_u32;
-    while !send.is_ready()? {
-        if Instant::now() > deadline {
-            let why = "the step's time is over and it still computes".to_owned();
-            return Err(KernelError::Device { what: "finish", why });
-        }
-        looks = looks.saturating_add(1);
-        // Soon as a rule: a look costs about as much as a short kernel.
-        if looks < LOOKS { std::hint::spin_loop() } else { std::thread::sleep(LOOK_PAUSE) }
-    }
-    Ok(())
-}
-
 impl<C: Collectives<HostParts>> Collectives<Parts> for Staged<C> {
     fn rank(&self) -> Rank {
         self.rank
@@ -68,7 +46,6 @@ impl<C: Collectives<HostParts>> Collectives<Parts> for Staged<C> {
     }
 
     fn begin(&mut self, fence: Fence, deadline: Instant) {
-        self.deadline = deadline;
         if let Some(hosts) = &mut self.hosts {
             hosts.begin(fence, deadline);
         }
@@ -76,8 +53,7 @@ impl<C: Collectives<HostParts>> Collectives<Parts> for Staged<C> {
 
     fn start(&mut self, exchange: Exchange, send: &mut Parts) -> Result<(), CollectiveError> {
         self.hosts()?;
-        let bytes = wait_for(send, self.deadline).and_then(|()| send.download());
-        let mut bytes = bytes.map_err(|error| self.failed(error))?;
+        let mut bytes = send.download().map_err(|error| self.failed(error))?;
         self.hosts()?.start(exchange, &mut bytes)
     }
 

@@ -60,7 +60,7 @@ impl<H: Host> ModelThread<H> {
     /// What is asked next; a step that is done meanwhile is answered.
     fn next(&mut self, commands: &mut Receiver<Command>) -> Result<Option<Command>, Panic> {
         while self.under_way.is_some() {
-            if self.host.is_done() {
+            if self.ask(H::is_done)? {
                 self.answer()?;
                 continue;
             }
@@ -150,14 +150,18 @@ impl<H: Host> ModelThread<H> {
             reply.send(Ok(Err(failure(fence, why))));
             return Ok(());
         }
-        // What came of a step is not held back by one that waits for it.
-        if !self.host.overlaps(&plan.header) {
+        let overlaps = match self.ask(|host| host.overlaps(&plan.header)) {
+            Ok(overlaps) => overlaps,
+            Err(panic) => return self.panicked(fence, panic, reply),
+        };
+        // What came of a step is not held back by one that waits for it, or for its own logits.
+        if !overlaps || all_logits(&plan) > 0 {
             self.answer()?;
         }
-        let before = std::mem::replace(&mut self.shared.status().state, WorkerState::Stepping);
         if self.under_way.is_none() {
-            self.resting = before;
+            self.resting = self.shared.status().state;
         }
+        self.show_stepping();
         let host = &mut self.host;
         match catch(|| host.begin(&plan)) {
             Ok(begun) => {
@@ -165,7 +169,7 @@ impl<H: Host> ModelThread<H> {
                 match begun {
                     Ok(()) => {
                         self.under_way = Some((fence, reply));
-                        self.shared.status().state = WorkerState::Stepping;
+                        self.show_stepping();
                     }
                     Err(no_result) => self.tell(fence, Err(no_result), reply),
                 }
@@ -188,10 +192,32 @@ impl<H: Host> ModelThread<H> {
         }
     }
 
+    /// Asks the host something; a panic is the answer to the step under way.
+    fn ask<T>(&mut self, ask: impl FnOnce(&mut H) -> T) -> Result<T, Panic> {
+        let host = &mut self.host;
+        catch(|| ask(host)).map_err(|panic| {
+            if let Some((fence, reply)) = self.under_way.take() {
+                self.tell_panic(fence, &panic, reply);
+            }
+            panic
+        })
+    }
+
+    /// A step is under way; after one that failed, it is worth nothing.
+    fn show_stepping(&self) {
+        if self.resting != WorkerState::Failed {
+            self.shared.status().state = WorkerState::Stepping;
+        }
+    }
+
     fn panicked(&mut self, fence: Fence, panic: Panic, reply: Reply) -> Result<(), Panic> {
+        self.tell_panic(fence, &panic, reply);
+        Err(panic)
+    }
+
+    fn tell_panic(&mut self, fence: Fence, panic: &Panic, reply: Reply) {
         let failed = NoResult::Failed(failure(fence, format!("the worker panicked: {panic}")));
         self.tell(fence, Err(failed), reply);
-        Err(panic)
     }
 
     fn tell(&mut self, fence: Fence, outcome: Result<StepResult, NoResult>, reply: Reply) {
@@ -239,8 +265,7 @@ impl<H: Host> ModelThread<H> {
 
     /// Whether what a plan asks for fits a reply.
     fn fits(&self, plan: &StepPlan) -> Result<(), String> {
-        let all_logits = plan.rows.iter().filter(|rows| rows.outputs == Outputs::AllLogits);
-        let asked: usize = all_logits.map(|rows| rows.tokens.rows()).sum();
+        let asked = all_logits(plan);
         let max = logit_rows_max(self.shared.description.config.vocab);
         if asked > max {
             return Err(format!("the logits of {asked} rows do not fit a reply: ask for {max} at most in a step"));
@@ -276,6 +301,11 @@ impl<H: Host> ModelThread<H> {
             status.last_error = error;
         }
     }
+}
+
+/// Rows whose logits a plan asks for: a step waits for them as soon as it begins.
+fn all_logits(plan: &StepPlan) -> usize {
+    plan.rows.iter().filter(|rows| rows.outputs == Outputs::AllLogits).map(|rows| rows.tokens.rows()).sum()
 }
 
 const fn failure(fence: Fence, message: String) -> StepFailure {

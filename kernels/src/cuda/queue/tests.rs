@@ -79,9 +79,6 @@ impl Device for Fake {
         *word = word.wrapping_mul(10).wrapping_add(kernel + add);
         Ok(())
     }
-    fn synchronize(&self) -> Result<(), KernelError> {
-        Ok(())
-    }
     fn pin(&self, _bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
         Err(refused())
     }

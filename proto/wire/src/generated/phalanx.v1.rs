@@ -79,6 +79,8 @@ pub struct BackendReport {
     /// Rows of a tile of choices; 0 where the experts read each row once.
     #[prost(uint32, tag = "12")]
     pub item_tile: u32,
+    #[prost(message, optional, tag = "13")]
+    pub peers: ::core::option::Option<Peers>,
 }
 /// What a backend makes for itself, at most.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -92,6 +94,16 @@ pub struct Scratch {
     /// Bytes for each sequence and KV block that it may have.
     #[prost(uint32, tag = "3")]
     pub stretch: u32,
+}
+/// What exchanges with other ranks take beside the rows on their way.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Peers {
+    /// Bytes that a library takes for itself.
+    #[prost(uint64, tag = "1")]
+    pub library: u64,
+    /// Bytes of slots of one size.
+    #[prost(uint64, tag = "2")]
+    pub slots: u64,
 }
 /// How a cell divides a model.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -129,6 +129,11 @@ impl Nccl {
         })
     }
 
+    /// Memory that is left on the device, if it says.
+    pub(super) fn free_memory(&self) -> Option<u64> {
+        self.port.free_memory()
+    }
+
     /// NCCL's communicator.
     #[must_use]
     pub const fn communicator(&self) -> &Communicator {

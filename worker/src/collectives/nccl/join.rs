@@ -8,6 +8,7 @@ use phalanx_kernels::{HostParts, KernelError};
 use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
 use phalanx_proto::{Fence, LayerIdx, Rank};
 
+use super::LIBRARY_BYTES;
 use super::communicator::{Communicator, NcclError};
 use super::exchange::Nccl;
 use super::offer::{NoCarrier, Offer, carrier, share};
@@ -75,7 +76,13 @@ pub fn join_if_all_can(
     // Ranks that share a GPU need its multiprocessors for each other's exchanges, too.
     let channels_max = if chosen.shared { Some(1) } else { options.channels_max };
     let api = api().map_err(|missing| JoinError::Library(missing.to_string()))?;
-    Nccl::join(api, control, port, JoinOptions { channels_max, ..options }).map(Ok)
+    let free = port.free_memory();
+    let joined = Nccl::join(api, control, port, JoinOptions { channels_max, ..options })?;
+    if let Some((before, after)) = free.zip(joined.free_memory()) {
+        let taken = before.saturating_sub(after);
+        tracing::info!(taken, planned = LIBRARY_BYTES, "bytes of the GPU that NCCL took to join");
+    }
+    Ok(Ok(joined))
 }
 
 /// Rank 0 makes an id and sends it to all over their connections, on which each has proven that it may join.

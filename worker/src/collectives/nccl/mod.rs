@@ -33,4 +33,9 @@ pub use offer::{Carrier, ExchangeRequest, NoCarrier, Offer, carrier};
 pub use schedule::{Direction, Transfer, all_to_all, fixed, starts};
 pub use state::{Event, State};
 pub use table::{Api, Code, UniqueId};
-pub use way::{Shape, Way};
+pub use way::{SLOTS_BYTES_MAX, Shape, Way};
+
+/// Bytes of a GPU that NCCL takes for a communicator, at most, as is planned: half of it is one buffer for peers on other
+/// machines that versions of 2.28 were seen to allocate, the rest is for rings and pairs, 32 channels of some 10 MiB. What it
+/// takes is logged once the ranks have joined; connections made later may take more.
+pub const LIBRARY_BYTES: u64 = 1 << 30;

@@ -8,6 +8,8 @@ const BUCKET_MIN: u32 = 8;
 /// Slots of a layer that a rank sends, at most: more bytes take longer than the host's round trips for the true sizes.
 /// Not measured yet.
 const LAYER_BYTES_MAX: usize = 16 << 20;
+/// Slots that a rank sends in one exchange, at most, its own one included: with one other rank it is every second.
+pub const SLOTS_BYTES_MAX: usize = 2 * LAYER_BYTES_MAX;
 
 /// How the rows of a step travel. What arrives is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -195,6 +197,7 @@ mod tests {
                 prop_assert!(slot.bytes >= most * each * row_bytes && slot.bytes.is_multiple_of(16));
                 prop_assert!(slot.stride() * shape.ranks <= shape.room);
                 prop_assert!(slot.stride() * shape.ranks <= shape.slots_bytes());
+                prop_assert!(shape.ranks == 1 || shape.slots_bytes() <= SLOTS_BYTES_MAX);
                 prop_assert_eq!(slot.exchange, 6 + u32::from(kind == ExchangeKind::Combine));
             }
         }

@@ -3,14 +3,13 @@
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use cudarc::nccl::sys::cudaStream_t;
 use phalanx_kernels::KernelError;
 use phalanx_kernels::cuda::{Device, Emulated, Family, Graph, Launch, Pinned, Sequence};
 
+use super::lock;
 use super::stream::{Work, enqueue, new_stream, try_advance};
-use super::{HANG_MAX, lock};
 
 /// A device in the order of a stream of the stand-in's.
 #[derive(Debug)]
@@ -18,7 +17,7 @@ pub(in super::super) struct Ordered {
     stream: usize,
     /// What every look at the stream finds.
     pub(in super::super) fault: Mutex<Option<String>>,
-    /// Waits of the host for the stream.
+    /// How often the host found that the stream was not where it waits for it.
     pub(in super::super) waits: Arc<AtomicUsize>,
 }
 
@@ -40,18 +39,6 @@ impl Ordered {
 /// What the ops run on.
 fn emulated() -> Emulated {
     Emulated::default()
-}
-
-/// Waits as long as nothing can hang any more.
-fn wait_until(mut done: impl FnMut() -> Result<bool, KernelError>) -> Result<(), KernelError> {
-    let begun = Instant::now();
-    while !done()? {
-        if begun.elapsed() > HANG_MAX {
-            return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
-        }
-        std::thread::yield_now();
-    }
-    Ok(())
 }
 
 impl Device for Ordered {
@@ -79,7 +66,9 @@ impl Device for Ordered {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
-        self.synchronize()?;
+        if !self.is_idle()? {
+            return Err(KernelError::Device { what: "give bytes", why: "it is not done".to_owned() });
+        }
         // SAFETY: the caller's promise.
         unsafe { emulated().download(from, to) }
     }
@@ -108,11 +97,6 @@ impl Device for Ordered {
         Ok(())
     }
 
-    fn synchronize(&self) -> Result<(), KernelError> {
-        self.waits.fetch_add(1, Ordering::SeqCst);
-        wait_until(|| try_advance(self.raw()))
-    }
-
     fn family(&self) -> Family {
         emulated().family()
     }
@@ -129,7 +113,11 @@ impl Device for Ordered {
     fn is_idle(&self) -> Result<bool, KernelError> {
         match lock(&self.fault).clone() {
             Some(why) => Err(KernelError::Device { what: "finish", why }),
-            None => try_advance(self.raw()),
+            None => {
+                let idle = try_advance(self.raw())?;
+                self.waits.fetch_add(usize::from(!idle), Ordering::SeqCst);
+                Ok(idle)
+            }
         }
     }
 
@@ -172,8 +160,16 @@ impl OrderedPinned {
 }
 
 impl Pinned for OrderedPinned {
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.bytes
+    fn bytes(&mut self) -> Result<&mut [u8], KernelError> {
+        let mut under_way = lock(&self.under_way);
+        if under_way.copies > 0 {
+            return Err(KernelError::Late { what: "finish a copy" });
+        }
+        for (at, fetched) in under_way.fetched.drain(..) {
+            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        }
+        drop(under_way);
+        Ok(&mut self.bytes)
     }
 
     unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
@@ -200,24 +196,15 @@ impl Pinned for OrderedPinned {
 
     fn is_done(&self) -> Result<bool, KernelError> {
         try_advance(std::ptr::with_exposed_provenance_mut(self.stream))?;
-        Ok(lock(&self.under_way).copies == 0)
-    }
-
-    fn wait(&mut self) -> Result<(), KernelError> {
-        if !self.is_done()? {
-            self.waits.fetch_add(1, Ordering::SeqCst);
-            wait_until(|| self.is_done())?;
-        }
-        for (at, fetched) in lock(&self.under_way).fetched.drain(..) {
-            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
-        }
-        Ok(())
+        let done = lock(&self.under_way).copies == 0;
+        self.waits.fetch_add(usize::from(!done), Ordering::SeqCst);
+        Ok(done)
     }
 }
 
 impl Drop for OrderedPinned {
     fn drop(&mut self) {
-        if self.wait().is_err() && lock(&self.under_way).copies > 0 {
+        if lock(&self.under_way).copies > 0 {
             // The stream will read it, should it come there.
             std::mem::forget(std::mem::take(&mut self.bytes));
         }

@@ -180,7 +180,8 @@ impl Member {
             }
             self.experts_and_combine(layer)?;
         }
-        if layers > 1 && !matches!(way, Some(Way::Exact)) {
+        // In longer steps it waits for some, so that it is not too far ahead.
+        if (2..24).contains(&layers) && !matches!(way, Some(Way::Exact)) {
             let waits = self.device.as_ref().map(|device| device.waits.load(Ordering::SeqCst));
             assert_eq!(waits, before, "the host only enqueues");
         }
