@@ -9,7 +9,7 @@ use phalanx_kernels::KernelError;
 use phalanx_kernels::cuda::{Device, Emulated, Family, Graph, Launch, Pinned, Sequence};
 
 use super::lock;
-use super::stream::{Work, enqueue, new_stream, try_advance};
+use super::stream::{Work, enqueue, groups_max, new_stream, try_advance};
 
 /// A device in the order of a stream of the stand-in's.
 #[derive(Debug)]
@@ -29,6 +29,11 @@ impl Ordered {
 
     fn raw(&self) -> cudaStream_t {
         std::ptr::with_exposed_provenance_mut(self.stream)
+    }
+
+    /// The most exchanges that ever waited on the stream.
+    pub(in super::super) fn exchanges_max(&self) -> usize {
+        groups_max(self.raw())
     }
 
     fn enqueue(&self, op: impl FnOnce() -> Result<(), KernelError> + Send + 'static) {

@@ -361,7 +361,8 @@ fn that_a_rank_is_gone_is_heard_while_nobody_waits() {
         let [third, fourth] = third_and_fourth(&mut member, &plans, |member| {
             let begun = Instant::now();
             while !member.rank.is_done() {
-                assert!(begun.elapsed() < PATIENCE);
+                // Long before the deadline of either step.
+                assert!(begun.elapsed() < PATIENCE / 8);
                 std::thread::yield_now();
             }
         });
