@@ -120,6 +120,8 @@ pub enum IsaArg {
     Avx512,
     /// AVX-512 with VNNI
     Avx512Vnni,
+    /// AVX-512 with VNNI and VBMI
+    Avx512Vbmi,
 }
 
 impl From<IsaArg> for Isa {
@@ -129,6 +131,7 @@ impl From<IsaArg> for Isa {
             IsaArg::Avx2 => Self::Avx2,
             IsaArg::Avx512 => Self::Avx512,
             IsaArg::Avx512Vnni => Self::Avx512Vnni,
+            IsaArg::Avx512Vbmi => Self::Avx512Vbmi,
         }
     }
 }

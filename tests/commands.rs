@@ -64,7 +64,7 @@ fn every_instruction_set_gives_the_same_bits() {
     let model = fixture("tiny-a");
     for precision in ["exact", "fast"] {
         let mut hashes = Vec::new();
-        for isa in ["portable", "avx2", "avx512", "avx512-vnni"] {
+        for isa in ["portable", "avx2", "avx512", "avx512-vnni", "avx512-vbmi"] {
             let args = ["model", "logits", "--model", model.to_str().unwrap(), "--prompt-ids", "1,2,3,4,5", "--json"];
             let out = phalanx(&[&args[..], &["--precision", precision, "--isa", isa]].concat());
             if out.status.success() {

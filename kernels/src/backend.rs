@@ -76,7 +76,9 @@ pub enum KernelError {
         what: &'static str,
     },
     /// A block scale of an MXFP4 tensor is not a number.
-    #[error("scale {index} of {what} is 255, which is no number; the checkpoint is damaged, fetch it again")]
+    #[error(
+        "scale {index} of {what} is 255 or so large that a weight is no number; the checkpoint is damaged, fetch it again"
+    )]
     Scale {
         /// Which tensor.
         what: &'static str,

@@ -36,4 +36,4 @@ pub use backend::{
 };
 
 /// Changes whenever the bits of any op change: part of every worker's numerics id.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_kernels::KernelError;
 use phalanx_model::{Checkpoint, ForwardError};
-use phalanx_proto::{BackendReport, Fence, StepHeader, StepPlan, StepResult};
+use phalanx_proto::{BackendReport, Fence, Rank, StepHeader, StepPlan, StepResult};
 use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
 
 use crate::collectives::GroupId;
@@ -28,6 +28,8 @@ pub struct ModelHost {
     listener: Listener,
     data_address: SocketAddr,
     progress: ProgressCell,
+    /// Which rank it is in its epoch.
+    me: Rank,
     rank: Option<Box<dyn LoadedRank>>,
 }
 
@@ -51,7 +53,7 @@ impl ModelHost {
         let data_address = listener.local_addr()?;
         let report = device.look(&checkpoint)?;
         let progress = ProgressCell::default();
-        Ok(Self { checkpoint, device, report, listener, data_address, progress, rank: None })
+        Ok(Self { checkpoint, device, report, listener, data_address, progress, me: Rank(0), rank: None })
     }
 }
 
@@ -90,14 +92,14 @@ impl Host for ModelHost {
         let collectives = collectives.watched_by(self.progress.clone());
         let rank = model.join_over(collectives, self.device.exchange, *limits, *fence, payload_max)?;
         let allocated = rank.allocated();
-        self.rank = Some(rank);
+        (self.me, self.rank) = (request.rank, Some(rank));
         Ok(allocated)
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
         let fence = plan.header.fence;
         let rank = self.rank.as_mut().ok_or_else(|| no_epoch(fence))?;
-        rank.begin(plan, &self.progress).map_err(|error| no_result(fence, &error))
+        rank.begin(plan, &self.progress).map_err(|error| no_result(fence, self.me, &error))
     }
 
     fn is_done(&mut self) -> bool {
@@ -110,7 +112,7 @@ impl Host for ModelHost {
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {
         let rank = self.rank.as_mut().ok_or_else(|| no_epoch(fence))?;
-        rank.finish(fence).map_err(|error| no_result(fence, &error))
+        rank.finish(fence).map_err(|error| no_result(fence, self.me, &error))
     }
 
     fn release(&mut self) {
@@ -123,9 +125,14 @@ fn no_epoch(fence: Fence) -> NoResult {
     NoResult::Refused(StepFailure { fence, message, blamed: Vec::new() })
 }
 
-fn no_result(fence: Fence, error: &StepError) -> NoResult {
+fn no_result(fence: Fence, me: Rank, error: &StepError) -> NoResult {
     let blamed = match error {
         StepError::Forward(ForwardError::Collective(error)) => error.blamed().to_vec(),
+        StepError::Forward(ForwardError::Kernel(error)) => match error {
+            KernelError::Device { .. } | KernelError::Late { .. } => vec![me],
+            KernelError::Received { rank, .. } => u32::try_from(*rank).map(Rank).into_iter().collect(),
+            _ => Vec::new(),
+        },
         _ => Vec::new(),
     };
     let failure = StepFailure { fence, message: error.to_string(), blamed };

@@ -296,13 +296,15 @@ impl Multiply<f32> for Bf16 {
         x: [&[f32]; TOKENS],
     ) -> [[L::F; TOKENS]; TILES] {
         let cols = matrix.cols();
-        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        let tiles = matrix.some::<TILES>(tile);
         tiles.iter().for_each(|tile| tile.check(blocks(cols)));
         assert!(x.iter().all(|x| x.len() == cols), "whole rows");
         let mut sums = [[l.splat(0.0); TOKENS]; TILES];
         for b in 0..blocks(cols) {
             // SAFETY: every tile has as many blocks, checked above.
-            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].block(l, b, TOKENS) }.0);
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].cluster(l, b, TOKENS) });
+            // SAFETY: a cluster without scales is one block.
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { weights[i].block(0) }.0);
             for (c, k) in (b * BLOCK..cols).take(BLOCK).enumerate() {
                 let mut w = [l.splat(0.0); TILES];
                 for (w, weights) in w.iter_mut().zip(&weights) {

@@ -5,6 +5,8 @@
 //! Gate-up: 64 rows of the matrix are 32 activations, one block of the down matrix's operand, rounded to it at
 //! once. Down: each result goes to the wire at the place where its (row, choice) is expected.
 
+use std::ops::Range;
+
 use super::dense::need;
 use super::exp::exp;
 use super::int8::{ByRows, Int8Block, Multiply, Operand};
@@ -19,6 +21,11 @@ use crate::{ExpertShape, ExpertSource, HostParts, KernelError, NO_SLOT, Precisio
 
 /// Tiles of a task: 64 matrix rows.
 const GROUP: usize = 4;
+
+/// Items of an expert up to which they all go by in one pass over its weights.
+const FEW: usize = 8;
+/// Groups of a gate-up task then: memory is read on while a group's results become activations.
+const SPAN: usize = 4;
 
 /// Two matrices, packed one behind the other.
 #[derive(Debug)]
@@ -261,7 +268,7 @@ impl Work {
     }
 
     /// The active slots with their experts and items.
-    fn active<'a>(&'a self, experts: &'a Experts, index: usize) -> Option<(&'a Expert, std::ops::Range<usize>)> {
+    fn active<'a>(&'a self, experts: &'a Experts, index: usize) -> Option<(&'a Expert, Range<usize>)> {
         let slot = self.active[index] as usize;
         let expert = experts.slots.get(slot)?.as_ref()?;
         Some((expert, self.starts[slot] as usize..self.starts[slot + 1] as usize))
@@ -291,12 +298,16 @@ impl Work {
     {
         let ExpertShape { hidden, intermediate, limit } = self.shape;
         let groups = intermediate / BLOCK;
+        let few = self.items.len() <= FEW * self.active.len();
+        let span = if few { SPAN } else { 1 };
+        let spans = groups.div_ceil(span);
         let activations = Disjoint::new(activations);
-        threads.each(self.active.len() * groups, self.items.len() * 2 * intermediate * hidden, |task| {
-            let Some((expert, items)) = self.active(experts, task / groups) else { return };
+        threads.each(self.active.len() * spans, self.items.len() * 2 * intermediate * hidden, |task| {
+            let Some((expert, items)) = self.active(experts, task / spans) else { return };
             let first = items.start;
-            let (items, group) = (&self.items[items], task % groups);
-            simd.run(GateUp { matrix: &expert.gate_up, group, limit, items, first, rows, activations: &activations });
+            let (items, start) = (&self.items[items], task % spans * span);
+            let groups = start..groups.min(start + span);
+            simd.run(GateUp { matrix: &expert.gate_up, groups, limit, items, first, rows, activations: &activations });
         });
     }
 
@@ -387,40 +398,38 @@ fn slots(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
 /// Results of a group of tiles for a few items.
 type Results<const TOKENS: usize> = [[f32; GROUP * LANES]; TOKENS];
 
-/// The group's matrix rows times `x`, plus bias. Tiles beyond the matrix give zeros.
+/// The group's matrix rows times `x`, plus bias. What belongs to tiles beyond the matrix is left as it is.
 #[inline(always)]
 fn multiply<L: Lanes, O: Operand, const TOKENS: usize>(
     l: L,
     matrix: &Tiles<Mxfp4>,
     group: usize,
     x: [&[O]; TOKENS],
-) -> Results<TOKENS>
-where
+    results: &mut Results<TOKENS>,
+) where
     Mxfp4: Multiply<O>,
 {
-    let mut results = [[0.0; GROUP * LANES]; TOKENS];
     let first = group * GROUP;
     for tile in first..matrix.tiles().min(first + GROUP) {
         let [sums] = Mxfp4::sums::<L, 1, TOKENS>(l, matrix, tile, x);
         let bias = l.load(matrix.bias(tile));
-        for (sum, result) in sums.into_iter().zip(&mut results) {
+        for (sum, result) in sums.into_iter().zip(&mut *results) {
             l.store(l.add(sum, bias), &mut result.as_chunks_mut().0[tile - first]);
         }
     }
-    results
 }
 
-/// 64 rows of an expert's gate-up matrix for all its items.
+/// 64 rows of an expert's gate-up matrix for all its items, some times over.
 struct GateUp<'a, O> {
     matrix: &'a Tiles<Mxfp4>,
-    group: usize,
+    groups: Range<usize>,
     limit: f32,
     items: &'a [Item],
     /// Index of the first of `items` among all.
     first: usize,
     /// `[rows, H]`
     rows: &'a [O],
-    /// `[items, I]`, of which this task alone writes its items' 32 columns.
+    /// `[items, I]`, of which this task alone writes its items' 32 columns of each group.
     activations: &'a Disjoint<'a, O>,
 }
 
@@ -442,16 +451,35 @@ where
 {
     #[inline(always)]
     fn rows<L: Lanes, const TOKENS: usize>(&self, l: L, at: usize) {
-        let (cols, width) = (self.matrix.cols() / O::COLUMNS, BLOCK / O::COLUMNS);
-        let row_width = self.matrix.rows() / 2 / O::COLUMNS;
+        let cols = self.matrix.cols() / O::COLUMNS;
         let x: [&[O]; TOKENS] = std::array::from_fn(|t| {
             let row = self.items[at + t].row as usize;
             &self.rows[row * cols..(row + 1) * cols]
         });
-        let results = multiply::<L, O, TOKENS>(l, self.matrix, self.group, x);
+        // A group's results are dealt with after the next group's product: what they wait for has arrived by then, and
+        // meanwhile weights keep coming in.
+        let mut results = [[[0.0; GROUP * LANES]; TOKENS]; 2];
+        let groups = self.groups.clone();
+        for group in groups.clone() {
+            multiply(l, self.matrix, group, x, &mut results[group % 2]);
+            if group > groups.start {
+                self.activate(group - 1, at, &results[(group - 1) % 2]);
+            }
+        }
+        if let Some(last) = groups.last() {
+            self.activate(last, at, &results[last % 2]);
+        }
+    }
+}
+
+impl<O: Operand> GateUp<'_, O> {
+    /// Activations of a group of the items from `at` on.
+    #[inline(always)]
+    fn activate<const TOKENS: usize>(&self, group: usize, at: usize, results: &Results<TOKENS>) {
+        let (row_width, width) = (self.matrix.rows() / 2 / O::COLUMNS, BLOCK / O::COLUMNS);
         for (t, result) in results.iter().enumerate() {
             let activated = swiglu(result, self.limit);
-            let start = (self.first + at + t) * row_width + self.group * width;
+            let start = (self.first + at + t) * row_width + group * width;
             // SAFETY: tasks differ in their items or in their columns; within a task each part is dropped before
             // the next is made.
             O::from_block(&activated, unsafe { self.activations.slice(start..start + width) });
@@ -511,7 +539,8 @@ where
             let item = self.first + at + t;
             &self.activations[item * cols..(item + 1) * cols]
         });
-        let results = multiply::<L, O, TOKENS>(l, self.matrix, self.group, x);
+        let mut results = [[0.0; GROUP * LANES]; TOKENS];
+        multiply(l, self.matrix, self.group, x, &mut results);
         let size = wire::bytes(self.precision);
         let column = self.group * GROUP * LANES;
         let width = (GROUP * LANES).min(self.matrix.rows() - column);

@@ -1,15 +1,19 @@
 //! Products in int8: operands rounded to 127 steps per block of 32, and the order of the sums over them.
 //!
-//! A lane is an output row. A block's dot product is an exact integer `d`, whatever instructions compute it; then
-//! `sum = (scale * x_scale) * d + sum`, fused, blocks ascending.
+//! A lane is an output row. A block's dot product is an exact integer `d`, whatever instructions compute it; then, for q8,
+//! `sum = (scale * x_scale) * d + sum` and, for MXFP4, whose scales are powers of two, `sum = x_scale * (d * scale) + sum`,
+//! fused, blocks ascending.
 
 use std::ops::Range;
 
 use super::lanes::{CODE_OFFSET, Lanes};
-use super::tiles::{BLOCK, Format, Tiles, blocks};
+use super::tiles::{BLOCK, Cluster, Format, Tiles, blocks, cluster};
 
 /// Byte vectors of a block: four columns each.
 pub(super) const QUADS: usize = BLOCK / 4;
+
+/// `1.5 * 2^23`: a number of up to `2^22` added to it is rounded to an integer.
+const ROUNDING: f32 = 12_582_912.0;
 
 /// Unsigned weights of [`super::q8`] are the signed ones plus this.
 pub(super) const Q8_OFFSET: i32 = 128;
@@ -26,14 +30,22 @@ pub(super) struct Int8Block {
     code_correction: i32,
     /// `-128 * sum q`, which undoes the offset of q8 weights.
     q8_correction: i32,
-    /// To a multiple of 16 bytes.
-    _pad: u32,
+    /// `2^22 * half_scale`, since [`Lanes::steps`] are so much smaller than scales. Infinite for numbers above `2^112`.
+    step_scale: f32,
 }
 
 // As the memory plan has it.
 const _: () = assert!(size_of::<Int8Block>() == 48);
 
 impl Int8Block {
+    pub(super) const fn half_scale(&self) -> f32 {
+        self.half_scale
+    }
+
+    pub(super) const fn step_scale(&self) -> f32 {
+        self.step_scale
+    }
+
     pub(super) const fn code_correction(&self) -> i32 {
         self.code_correction
     }
@@ -71,22 +83,24 @@ impl Operand for Int8Block {
         // As bits, so that NaN is the largest and not lost.
         let largest = f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)));
         let scale = largest / 127.0;
-        let mut bytes = [0i8; BLOCK];
+        let mut bytes = [0u8; BLOCK];
         // Too small to divide by: the block is as good as zero.
         if scale >= f32::MIN_POSITIVE {
             for (byte, x) in bytes.iter_mut().zip(x) {
-                *byte = (x / scale).round_ties_even() as i8;
+                // The sum is rounded to an integer, ties to even, whose lowest byte is that of the quotient. A cast would
+                // be looked at for every byte whether it fits, one by one.
+                *byte = (x / scale + ROUNDING).to_bits() as u8;
             }
         }
         let half_scale = if scale < f32::MIN_POSITIVE { 0.0 } else { scale * 0.5 };
         let quads = bytes.as_chunks::<4>().0;
-        let sum = bytes.iter().map(|&q| i32::from(q)).sum::<i32>();
+        let sum = bytes.iter().map(|&q| i32::from(q.cast_signed())).sum::<i32>();
         out[0] = Self {
-            quads: std::array::from_fn(|i| i32::from_le_bytes(quads[i].map(i8::cast_unsigned))),
+            quads: std::array::from_fn(|i| i32::from_le_bytes(quads[i])),
             half_scale,
             code_correction: -CODE_OFFSET * sum,
             q8_correction: -Q8_OFFSET * sum,
-            _pad: 0,
+            step_scale: half_scale * (1 << 22) as f32,
         };
     }
 }
@@ -155,12 +169,14 @@ pub(super) trait ByRows {
 pub(super) trait Bytes: Format {
     /// Unsigned bytes of a block: vector `v` holds columns `4v..4v + 4` of each row.
     fn bytes<L: Lanes>(l: L, codes: &Self::Codes) -> [L::I; QUADS];
-    /// Scales of a block.
+    /// What of a block's scales is needed for each row of `x`.
     fn scales<L: Lanes>(l: L, scales: &Self::Scales) -> L::F;
+    /// What a block's dot product begins with: the offset that made the bytes unsigned is undone.
+    fn begin<L: Lanes>(l: L, scales: L::F, x: &Int8Block) -> L::I;
     /// `acc +` the products of four of these bytes and four signed bytes.
     fn dot<L: Lanes>(l: L, acc: L::I, bytes: L::I, x: L::I) -> L::I;
-    /// What a block's sum begins with, to undo the offset that made the bytes unsigned.
-    fn correction(x: &Int8Block) -> i32;
+    /// `sum +` what a block's dot product amounts to.
+    fn end<L: Lanes>(l: L, dot: L::I, scales: L::F, x: &Int8Block, sum: L::F) -> L::F;
 }
 
 impl<F: Bytes> Multiply<Int8Block> for F {
@@ -174,29 +190,57 @@ impl<F: Bytes> Multiply<Int8Block> for F {
         x: [&[Int8Block]; TOKENS],
     ) -> [[L::F; TOKENS]; TILES] {
         let width = blocks(matrix.cols());
-        let tiles: [_; TILES] = std::array::from_fn(|i| matrix.tile(tile + i));
+        let tiles = matrix.some::<TILES>(tile);
         tiles.iter().for_each(|tile| tile.check(width));
         assert!(x.iter().all(|x| x.len() == width), "whole rows");
         let mut sums = [[l.splat(0.0); TOKENS]; TILES];
-        for b in 0..width {
-            for i in 0..TILES {
-                // SAFETY: every tile has `width` blocks, checked above.
-                let (codes, scales) = unsafe { tiles[i].block(l, b, TOKENS) };
-                let bytes = F::bytes(l, codes);
-                let scale = F::scales(l, scales);
-                for t in 0..TOKENS {
-                    // SAFETY: every row has `width` blocks, checked above.
-                    let x = unsafe { x[t].get_unchecked(b) };
-                    let mut dot = l.splat_i32(F::correction(x));
-                    for (bytes, quad) in bytes.iter().zip(&x.quads) {
-                        dot = F::dot(l, dot, *bytes, l.splat_i32(*quad));
-                    }
-                    let scale = l.mul(scale, l.splat(x.half_scale));
-                    sums[i][t] = l.fma(scale, l.to_f32(dot), sums[i][t]);
+        for first in (0..width).step_by(cluster::<F>()) {
+            // SAFETY: every tile has `width` blocks, checked above.
+            let weights: [_; TILES] = std::array::from_fn(|i| unsafe { tiles[i].cluster(l, first, TOKENS) });
+            if first + cluster::<F>() <= width {
+                // A number of blocks that the compiler knows, so that nothing is left of the loop.
+                for i in 0..cluster::<F>() {
+                    // SAFETY: so many blocks are there, of weights and of every row.
+                    unsafe { add_block(l, &weights, i, x, first + i, &mut sums) };
+                }
+            } else {
+                for i in 0..width - first {
+                    // SAFETY: as above.
+                    unsafe { add_block(l, &weights, i, x, first + i, &mut sums) };
                 }
             }
         }
         sums
+    }
+}
+
+/// Adds the products of block `i` of a cluster, which is block `b` of the rows.
+///
+/// # Safety
+/// The clusters have this block, and the rows too.
+#[inline(always)]
+unsafe fn add_block<F: Bytes, L: Lanes, const TILES: usize, const TOKENS: usize>(
+    l: L,
+    weights: &[Cluster<'_, F>; TILES],
+    i: usize,
+    x: [&[Int8Block]; TOKENS],
+    b: usize,
+    sums: &mut [[L::F; TOKENS]; TILES],
+) {
+    for (weights, sums) in weights.iter().zip(sums) {
+        // SAFETY: by the caller's promise.
+        let (codes, scales) = unsafe { weights.block(i) };
+        let bytes = F::bytes(l, codes);
+        let scales = F::scales(l, scales);
+        for t in 0..TOKENS {
+            // SAFETY: by the caller's promise.
+            let x = unsafe { x[t].get_unchecked(b) };
+            let mut dot = F::begin(l, scales, x);
+            for (bytes, quad) in bytes.iter().zip(&x.quads) {
+                dot = F::dot(l, dot, *bytes, l.splat_i32(*quad));
+            }
+            sums[t] = F::end(l, dot, scales, x, sums[t]);
+        }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use super::lanes::{Kernel, Lanes as _, Portable};
 #[cfg(target_arch = "x86_64")]
-use super::lanes::{avx2::Avx2, avx512::Avx512};
+use super::lanes::{
+    avx2::Avx2,
+    avx512::{self, Avx512},
+};
 
 /// An instruction set. All give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,11 +18,13 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI.
     Avx512Vnni,
+    /// AVX-512 with VNNI and VBMI.
+    Avx512Vbmi,
 }
 
 impl Isa {
     /// Every instruction set, best last.
-    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Vbmi];
 
     /// The best instruction set of this processor.
     #[must_use]
@@ -41,6 +46,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx512Vbmi => "avx512-vbmi",
         }
     }
 }
@@ -52,9 +58,11 @@ pub(super) enum Simd {
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512<false>),
+    Avx512(Avx512<{ avx512::BASE }>),
     #[cfg(target_arch = "x86_64")]
-    Avx512Vnni(Avx512<true>),
+    Avx512Vnni(Avx512<{ avx512::VNNI }>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi(Avx512<{ avx512::VBMI }>),
 }
 
 impl Simd {
@@ -73,6 +81,8 @@ impl Simd {
             Isa::Avx512 => Avx512::detect().map(Self::Avx512),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => Avx512::detect().map(Self::Avx512Vnni),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vbmi => Avx512::detect().map(Self::Avx512Vbmi),
             #[cfg(not(target_arch = "x86_64"))]
             _ => None,
         }
@@ -89,6 +99,8 @@ impl Simd {
             Self::Avx512(lanes) => lanes.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni(lanes) => lanes.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi(lanes) => lanes.run(kernel),
         }
     }
 }

@@ -24,6 +24,10 @@ pub(super) const CODE_VALUES: [f32; 16] =
 /// Twice the value of each code, plus [`CODE_OFFSET`]: an unsigned byte.
 pub(super) const CODE_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
+/// Added to the bits of `2^(n - 127)`, `n` at least 1: half of what lies between it and twice it, where integers of either
+/// sign may be added to the bits.
+pub(super) const HALF_WAY: i32 = 0x0040_0000;
+
 /// See [`CODE_BYTES`].
 pub(super) const CODE_OFFSET: i32 = 12;
 
@@ -68,6 +72,13 @@ pub(super) trait Lanes: Copy {
 
     /// `2^(byte - 127)` for bytes up to 254; `2^-127` is a denormal number and exact.
     fn scales(self, bytes: &[u8; LANES]) -> Self::F;
+    /// Numbers for counting in steps of `2^(byte - 149)`: an integer below `2^22` added to the bits of one adds as many
+    /// steps to it, exactly. For bytes up to 253.
+    fn steps(self, bytes: &[u8; LANES]) -> Self::F;
+    /// The bits of `steps` plus `v` in every lane.
+    fn count_from(self, steps: Self::F, v: i32) -> Self::I;
+    /// What has been counted: the number with these bits, less `steps`.
+    fn counted(self, count: Self::I, steps: Self::F) -> Self::F;
     /// Eight MXFP4 codes, or four bytes, for each lane.
     fn load_codes(self, v: &[u32; LANES]) -> Self::I;
     /// The value of code `nibble` (0 is the lowest) of each lane.

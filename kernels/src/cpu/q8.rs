@@ -69,8 +69,13 @@ impl Bytes for Q8 {
     }
 
     #[inline(always)]
-    fn correction(x: &Int8Block) -> i32 {
-        x.q8_correction()
+    fn begin<L: Lanes>(l: L, _: L::F, x: &Int8Block) -> L::I {
+        l.splat_i32(x.q8_correction())
+    }
+
+    #[inline(always)]
+    fn end<L: Lanes>(l: L, dot: L::I, scales: L::F, x: &Int8Block, sum: L::F) -> L::F {
+        l.fma(l.mul(scales, l.splat(x.half_scale())), l.to_f32(dot), sum)
     }
 }
 

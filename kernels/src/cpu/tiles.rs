@@ -48,13 +48,22 @@ pub(super) struct Tile<'a, F> {
     format: PhantomData<fn() -> F>,
 }
 
+impl<F> Clone for Tile<'_, F> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for Tile<'_, F> {}
+
 /// Blocks of a row.
 pub(super) const fn blocks(cols: usize) -> usize {
     cols.div_ceil(BLOCK)
 }
 
 /// Blocks whose scales share a cache line.
-const fn cluster<F: Format>() -> usize {
+pub(super) const fn cluster<F: Format>() -> usize {
     match size_of::<F::Scales>() {
         0 => 1,
         scales => LINE / scales,
@@ -116,6 +125,17 @@ impl<F: Format> Tiles<F> {
         Tile { weights: self.tile_of(tile).0, format: PhantomData }
     }
 
+    /// Codes and scales of neighbouring tiles from `first` on.
+    #[inline(always)]
+    pub(super) fn some<const TILES: usize>(&self, first: usize) -> [Tile<'_, F>; TILES] {
+        // No closure: see `Bytes::bytes` of q8.
+        let mut tiles = [self.tile(first); TILES];
+        for (i, tile) in tiles.iter_mut().enumerate() {
+            *tile = self.tile(first + i);
+        }
+        tiles
+    }
+
     /// The biases of a tile.
     #[inline(always)]
     pub(super) fn bias(&self, tile: usize) -> &[f32; LANES] {
@@ -124,34 +144,48 @@ impl<F: Format> Tiles<F> {
 }
 
 impl<F: Format> Tile<'_, F> {
-    /// Panics unless the tile has `blocks` blocks; then [`Tile::block`] may be called for each.
+    /// Panics unless the tile has `blocks` blocks; then [`Tile::cluster`] may be called for each [`cluster`] of them.
     #[inline(always)]
     pub(super) fn check(&self, blocks: usize) {
         assert!(self.weights.len() == weight_bytes::<F>(blocks), "whole tiles");
         assert!(self.weights.as_ptr().addr().is_multiple_of(LINE), "tiles begin on a cache line");
     }
 
-    /// Codes and scales of a block, for the product with so many rows.
+    /// The blocks from `first` on, which begin a cluster, for the product with so many rows.
     ///
     /// # Safety
-    /// `b` is below the number of blocks, see [`Tile::check`].
+    /// `first` is a multiple of [`cluster`] below the number of blocks, see [`Tile::check`].
     #[inline(always)]
-    pub(super) unsafe fn block<L: Lanes>(&self, l: L, b: usize, rows: usize) -> (&F::Codes, &F::Scales) {
-        let (codes, line) = (size_of::<F::Codes>(), scale_line::<F>());
-        let (before, within) = (b / cluster::<F>(), b % cluster::<F>());
-        let bytes = line + cluster::<F>() * codes;
-        let (first, start) = (self.weights.as_ptr(), before * bytes);
-        if within == 0 {
-            let lines = if rows > F::QUICK { bytes / LINE } else { 1 };
-            for line in 0..lines {
-                l.prefetch(first.wrapping_add(start + AHEAD + line * LINE));
-            }
+    pub(super) unsafe fn cluster<L: Lanes>(&self, l: L, first: usize, rows: usize) -> Cluster<'_, F> {
+        let bytes = scale_line::<F>() + cluster::<F>() * size_of::<F::Codes>();
+        // SAFETY: by the caller's promise the cluster begins within the tile.
+        let start = unsafe { self.weights.as_ptr().add(first / cluster::<F>() * bytes) };
+        let lines = if rows > F::QUICK { bytes / LINE } else { 1 };
+        for line in 0..lines {
+            l.prefetch(start.wrapping_add(AHEAD + line * LINE));
         }
+        Cluster { start, tile: PhantomData }
+    }
+}
+
+/// Blocks that share a line of scales.
+pub(super) struct Cluster<'a, F> {
+    start: *const u8,
+    tile: PhantomData<&'a Tile<'a, F>>,
+}
+
+impl<F: Format> Cluster<'_, F> {
+    /// Codes and scales of block `i`.
+    ///
+    /// # Safety
+    /// The tile has this block of the cluster, and `i` is below [`cluster`].
+    #[inline(always)]
+    pub(super) unsafe fn block(&self, i: usize) -> (&F::Codes, &F::Scales) {
         // SAFETY: by the caller's promise these bytes lie within the tile; they begin at a multiple of their type's size from
         // a cache line, so they are aligned; every pattern is a value of a plain type.
         unsafe {
-            let scales = first.add(start + within * size_of::<F::Scales>());
-            let codes = first.add(start + line + within * codes);
+            let scales = self.start.add(i * size_of::<F::Scales>());
+            let codes = self.start.add(scale_line::<F>() + i * size_of::<F::Codes>());
             (&*codes.cast(), &*scales.cast())
         }
     }

@@ -16,6 +16,7 @@ use super::ops::KERNELS;
 use super::page_locked::PageLocked;
 use super::sequence::Sequence;
 use super::stream::Stream;
+use super::wait::{PATIENCE, within};
 use crate::KernelError;
 
 const DYNAMIC_SHARED: sys::CUfunction_attribute =
@@ -94,7 +95,9 @@ impl Driver {
             return Err(refused(format!("GPU {ordinal} was asked for and there are {count}")));
         }
         let open = failed("be opened");
-        let context = CudaContext::new(ordinal).map_err(&open)?;
+        // Of a device that hangs the system's part of the driver may not give a context.
+        let context = within("open", PATIENCE, move || CudaContext::new(ordinal))?.map_err(&open)?;
+        context.bind_to_thread().map_err(&open)?;
         let capability = context.compute_capability().map_err(&open)?;
         let multiprocessors =
             context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(&open)?;
@@ -135,7 +138,7 @@ impl Driver {
             self.stream.context().attribute(SHARED_OPTIN).map_err(failed("load its kernels"))?.min(SHARED_MAX as i32);
         for (file, cubin) in cubins {
             let load = failed("load its kernels");
-            // SAFETY: the context is current on this thread since it was made; the image is an ELF file, which says its
+            // SAFETY: the context is current on this thread; the image is an ELF file, which says its
             // own size, and is copied by the driver.
             let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(&load)?;
             self.modules.push(Module(module));

@@ -12,7 +12,7 @@ use super::wait::until;
 use crate::KernelError;
 
 /// Longest wait for a stream before what it may still use is left to it.
-const END_WAIT: Duration = Duration::from_secs(5);
+const END_WAIT: Duration = Duration::from_secs(2);
 
 /// A stream. What belongs to it is given back only once the stream is through with everything: the driver would wait for
 /// that without a bound, and a device may still write where memory was given back.

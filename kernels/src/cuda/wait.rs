@@ -1,5 +1,6 @@
 //! Waiting for a device, never without a deadline: a device that hangs is an error like any other.
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::KernelError;
@@ -40,9 +41,33 @@ pub(super) fn until(
     Ok(())
 }
 
+/// What a call gives that may hang itself, if it ends in time; it is left behind otherwise.
+///
+/// # Errors
+/// [`KernelError::Late`], also without a thread to call it from.
+pub(super) fn within<T: Send + 'static>(
+    what: &'static str,
+    patience: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, KernelError> {
+    let (done, ended) = mpsc::channel();
+    // Nobody listens any more once it is late.
+    let body = move || drop(done.send(call()));
+    let called = std::thread::Builder::new().name(what.to_owned()).spawn(body);
+    called.ok().and_then(|_| ended.recv_timeout(patience).ok()).ok_or(KernelError::Late { what })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_that_hangs_is_left_behind() {
+        assert_eq!(within("open", PATIENCE, || 7), Ok(7));
+        let (_forever, never) = mpsc::channel::<()>();
+        let hangs = within("open", Duration::from_millis(5), move || never.recv().is_ok());
+        assert_eq!(hangs, Err(KernelError::Late { what: "open" }));
+    }
 
     #[test]
     fn what_is_done_is_never_late_and_what_hangs_always_is() {

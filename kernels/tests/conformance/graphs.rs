@@ -46,7 +46,6 @@ fn counted(layers: &mut Layers<Cuda>, act: impl FnOnce(&mut Layers<Cuda>)) -> Co
         graphs: after.graphs - before.graphs,
         nodes: after.nodes - before.nodes,
         instantiated: after.instantiated - before.instantiated,
-        graph_bytes: after.graph_bytes - before.graph_bytes,
         updated: after.updated - before.updated,
         evicted: after.evicted - before.evicted,
         // How it is found is not what it does.

@@ -195,11 +195,10 @@ impl<H: Host> ModelThread<H> {
     /// Asks the host something; a panic is the answer to the step under way.
     fn ask<T>(&mut self, ask: impl FnOnce(&mut H) -> T) -> Result<T, Panic> {
         let host = &mut self.host;
-        catch(|| ask(host)).map_err(|panic| {
+        catch(|| ask(host)).inspect_err(|panic| {
             if let Some((fence, reply)) = self.under_way.take() {
-                self.tell_panic(fence, &panic, reply);
+                self.tell_panic(fence, panic, reply);
             }
-            panic
         })
     }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{CODE_BYTES, CODE_VALUES, Kernel, LANES, Lanes};
+use super::{CODE_BYTES, CODE_VALUES, HALF_WAY, Kernel, LANES, Lanes};
 
 /// AVX2 and FMA. A value exists only where [`Avx2::detect`] found them: on this rests every
 /// `SAFETY: the processor has the instructions` below.
@@ -101,6 +101,38 @@ impl Lanes for Avx2 {
             let least = _mm256_set1_epi32(0x0040_0000);
             let [a, b] = [_mm256_slli_epi32::<23>(exponents[0]), _mm256_slli_epi32::<23>(exponents[1])];
             [_mm256_castsi256_ps(_mm256_max_epi32(a, least)), _mm256_castsi256_ps(_mm256_max_epi32(b, least))]
+        }
+    }
+
+    #[inline(always)]
+    fn steps(self, bytes: &[u8; LANES]) -> Self::F {
+        // SAFETY: the processor has the instructions; 16 bytes are readable.
+        unsafe {
+            let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
+            let exponents = [_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))];
+            let first = _mm256_set1_epi32((1 << 23) + HALF_WAY);
+            let [a, b] = [_mm256_slli_epi32::<23>(exponents[0]), _mm256_slli_epi32::<23>(exponents[1])];
+            [_mm256_castsi256_ps(_mm256_add_epi32(a, first)), _mm256_castsi256_ps(_mm256_add_epi32(b, first))]
+        }
+    }
+
+    #[inline(always)]
+    fn count_from(self, steps: Self::F, v: i32) -> Self::I {
+        // SAFETY: the processor has the instructions.
+        unsafe {
+            let v = _mm256_set1_epi32(v);
+            [_mm256_add_epi32(_mm256_castps_si256(steps[0]), v), _mm256_add_epi32(_mm256_castps_si256(steps[1]), v)]
+        }
+    }
+
+    #[inline(always)]
+    fn counted(self, count: Self::I, steps: Self::F) -> Self::F {
+        // SAFETY: the processor has the instructions.
+        unsafe {
+            [
+                _mm256_sub_ps(_mm256_castsi256_ps(count[0]), steps[0]),
+                _mm256_sub_ps(_mm256_castsi256_ps(count[1]), steps[1]),
+            ]
         }
     }
 

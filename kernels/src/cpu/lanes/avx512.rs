@@ -2,14 +2,24 @@
 
 use std::arch::x86_64::*;
 
-use super::{CODE_BYTES, CODE_VALUES, Kernel, LANES, Lanes};
+use super::{CODE_BYTES, CODE_VALUES, HALF_WAY, Kernel, LANES, Lanes};
 
-/// AVX-512 F, BW, DQ and VL, and VNNI if so named. A value exists only where [`Avx512::detect`] found them: on
-/// this rests every `SAFETY: the processor has the instructions` below.
+/// [`CODE_BYTES`] four times over.
+const CODE_BYTES_4: [[u8; 16]; 4] = [CODE_BYTES; 4];
+
+/// AVX-512 F, BW, DQ and VL; from [`VNNI`] on also VNNI, at [`VBMI`] also VBMI. A value exists only where
+/// [`Avx512::detect`] found them: on this rests every `SAFETY: the processor has the instructions` below.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512<const VNNI: bool>(());
+pub(crate) struct Avx512<const LEVEL: u8>(());
 
-impl<const VNNI: bool> Avx512<VNNI> {
+/// The instructions that every AVX-512 has that is spoken of here.
+pub(crate) const BASE: u8 = 0;
+/// And the int8 dot product.
+pub(crate) const VNNI: u8 = 1;
+/// And tables of 64 bytes.
+pub(crate) const VBMI: u8 = 2;
+
+impl<const LEVEL: u8> Avx512<LEVEL> {
     /// `None` if the processor lacks an instruction.
     pub(crate) fn detect() -> Option<Self> {
         let base = is_x86_feature_detected!("avx512f")
@@ -18,33 +28,41 @@ impl<const VNNI: bool> Avx512<VNNI> {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma");
-        (base && (!VNNI || is_x86_feature_detected!("avx512vnni"))).then_some(Self(()))
+        let vnni = LEVEL < VNNI || is_x86_feature_detected!("avx512vnni");
+        let vbmi = LEVEL < VBMI || is_x86_feature_detected!("avx512vbmi");
+        (base && vnni && vbmi).then_some(Self(()))
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn run_base<K: Kernel>(lanes: Avx512<false>, kernel: K) -> K::Output {
+fn run_base<K: Kernel>(lanes: Avx512<BASE>, kernel: K) -> K::Output {
     kernel.run(lanes)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
-fn run_vnni<K: Kernel>(lanes: Avx512<true>, kernel: K) -> K::Output {
+fn run_vnni<K: Kernel>(lanes: Avx512<VNNI>, kernel: K) -> K::Output {
     kernel.run(lanes)
 }
 
-impl<const VNNI: bool> Lanes for Avx512<VNNI> {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma")]
+fn run_vbmi<K: Kernel>(lanes: Avx512<VBMI>, kernel: K) -> K::Output {
+    kernel.run(lanes)
+}
+
+impl<const LEVEL: u8> Lanes for Avx512<LEVEL> {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
 
     #[inline]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        if VNNI {
-            // SAFETY: the processor has the instructions.
-            unsafe { run_vnni(Avx512(()), kernel) }
-        } else {
-            // SAFETY: the processor has the instructions.
-            unsafe { run_base(Avx512(()), kernel) }
+        // SAFETY: the processor has the instructions.
+        unsafe {
+            match LEVEL {
+                BASE => run_base(Avx512(()), kernel),
+                VNNI => run_vnni(Avx512(()), kernel),
+                _ => run_vbmi(Avx512(()), kernel),
+            }
         }
     }
 
@@ -110,6 +128,28 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn steps(self, bytes: &[u8; LANES]) -> Self::F {
+        // SAFETY: the processor has the instructions; 16 bytes are readable.
+        unsafe {
+            let exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let first = _mm512_set1_epi32((1 << 23) + HALF_WAY);
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<23>(exponents), first))
+        }
+    }
+
+    #[inline(always)]
+    fn count_from(self, steps: Self::F, v: i32) -> Self::I {
+        // SAFETY: the processor has the instructions.
+        unsafe { _mm512_add_epi32(_mm512_castps_si512(steps), _mm512_set1_epi32(v)) }
+    }
+
+    #[inline(always)]
+    fn counted(self, count: Self::I, steps: Self::F) -> Self::F {
+        // SAFETY: the processor has the instructions.
+        unsafe { _mm512_sub_ps(_mm512_castsi512_ps(count), steps) }
+    }
+
+    #[inline(always)]
     fn load_codes(self, v: &[u32; LANES]) -> Self::I {
         // SAFETY: the processor has the instructions; 64 bytes are readable.
         unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
@@ -127,9 +167,13 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
 
     #[inline(always)]
     fn code_bytes(self, codes: Self::I, high: bool) -> Self::I {
-        // SAFETY: the processor has the instructions; the table is 16 bytes.
+        // SAFETY: the processor has the instructions; the tables are 16 and 64 bytes.
         unsafe {
             let nibbles = if high { _mm512_srli_epi32::<4>(codes) } else { codes };
+            if LEVEL >= VBMI {
+                // Looks at the lowest six bits of an index: of a table four times over, four of them count.
+                return _mm512_permutexvar_epi8(nibbles, _mm512_loadu_si512(CODE_BYTES_4.as_ptr().cast()));
+            }
             let index = _mm512_and_si512(nibbles, _mm512_set1_epi8(0x0f));
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(CODE_BYTES.as_ptr().cast()));
             _mm512_shuffle_epi8(table, index)
@@ -146,7 +190,7 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     fn dot(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
         // SAFETY: the processor has the instructions, VNNI where it is named.
         unsafe {
-            if VNNI {
+            if LEVEL >= VNNI {
                 _mm512_dpbusd_epi32(acc, unsigned, signed)
             } else {
                 // Two products are at most 2 * 24 * 128, which does not saturate 16 bits.
@@ -160,7 +204,7 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     fn dot_bytes(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
         // SAFETY: the processor has the instructions, VNNI where it is named.
         unsafe {
-            if VNNI {
+            if LEVEL >= VNNI {
                 _mm512_dpbusd_epi32(acc, unsigned, signed)
             } else {
                 // Two products of at most 128 * 127 do not saturate 16 bits; of 255 * 127 they would.

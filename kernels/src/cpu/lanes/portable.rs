@@ -1,6 +1,6 @@
 //! Lanes as arrays, for any processor.
 
-use super::{CODE_BYTES, CODE_VALUES, Kernel, LANES, Lanes};
+use super::{CODE_BYTES, CODE_VALUES, HALF_WAY, Kernel, LANES, Lanes};
 use crate::{bf16, f16};
 
 /// Plain loops. Where the target always has a fused multiply-add (aarch64) they become vector instructions.
@@ -62,6 +62,21 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn steps(self, bytes: &[u8; LANES]) -> Self::F {
+        bytes.map(|byte| f32::from_bits(((u32::from(byte) + 1) << 23) + HALF_WAY.cast_unsigned()))
+    }
+
+    #[inline(always)]
+    fn count_from(self, steps: Self::F, v: i32) -> Self::I {
+        steps.map(|steps| steps.to_bits().cast_signed().wrapping_add(v))
+    }
+
+    #[inline(always)]
+    fn counted(self, count: Self::I, steps: Self::F) -> Self::F {
+        std::array::from_fn(|i| f32::from_bits(count[i].cast_unsigned()) - steps[i])
+    }
+
+    #[inline(always)]
     fn load_codes(self, v: &[u32; LANES]) -> Self::I {
         v.map(u32::cast_signed)
     }
@@ -86,7 +101,7 @@ impl Lanes for Portable {
     fn dot(self, acc: Self::I, unsigned: Self::I, signed: Self::I) -> Self::I {
         std::array::from_fn(|i| {
             let (u, s) = (unsigned[i].to_le_bytes(), signed[i].to_le_bytes());
-            u.iter().zip(s).fold(acc[i], |sum, (&u, s)| sum + i32::from(u) * i32::from(s.cast_signed()))
+            u.iter().zip(s).fold(acc[i], |sum, (&u, s)| sum.wrapping_add(i32::from(u) * i32::from(s.cast_signed())))
         })
     }
 

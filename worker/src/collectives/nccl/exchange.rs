@@ -356,7 +356,8 @@ impl Nccl {
     /// says what has failed there.
     fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>, goal: Goal) -> Result<(), CollectiveError> {
         if let Some(error) = failed {
-            self.trouble.get_or_insert((Instant::now() + self.grace, error));
+            let until = Instant::now() + self.grace;
+            self.trouble.get_or_insert((until, error));
         }
         for look in 0_u32.. {
             // Work comes onto the stream in less time than the other ranks are heard.

@@ -1,0 +1,154 @@
+// A driver and a compiler that compute nothing: copies are done at once, or never while the device hangs. Where the true
+// driver would then wait for ever, or take away what the device still uses, this one ends the process and says which call it was.
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { NO_MEMORY = 2, NOT_READY = 600, LAUNCH_FAILED = 719, TAKEN_MAX = 1024, STAGED_MAX = 64 << 10, PINNED_MAX = 256 };
+
+typedef void *handle;
+typedef unsigned long long device_address;
+
+static int hangs, no_events, given;
+static long contexts, modules, pinned_count;
+static struct { char *memory; size_t bytes; } pinned[PINNED_MAX];
+static _Thread_local handle current;
+
+// What tests call.
+void fake_set(int device_hangs, int events_fail) {
+    hangs = device_hangs;
+    no_events = events_fail;
+    if (!hangs) given = 0;
+}
+long fake_contexts(void) { return contexts; }
+long fake_modules(void) { return modules; }
+long fake_pinned(void) { return pinned_count; }
+
+static int query(void) { return hangs && given ? NOT_READY : 0; }
+static void waits(const char *call) {
+    if (query()) {
+        fprintf(stderr, "%s waits for a device that hangs\n", call);
+        abort();
+    }
+}
+static int take(const char *call) {
+    if (hangs && ++given > TAKEN_MAX) waits(call);
+    return 0;
+}
+static int is_pinned(const void *memory) {
+    for (int i = 0; i < PINNED_MAX; i++) {
+        const char *at = memory, *begin = pinned[i].memory;
+        if (begin && at >= begin && at < begin + pinned[i].bytes) return 1;
+    }
+    return 0;
+}
+static int copy(const char *call, void *to, const void *from, size_t bytes) {
+    if (!hangs) memcpy(to, from, bytes);
+    return take(call);
+}
+
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    // Capability 8.0, shared memory of a block, memory pools, and some of everything else.
+    *value = attribute == 75 ? 8 : attribute == 76 ? 0 : attribute == 97 ? 166912 : attribute == 115 ? 1 : 4;
+    return 0;
+}
+int cuDevicePrimaryCtxRetain(handle *context, int device) { contexts++; *context = &contexts; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { waits("cuDevicePrimaryCtxRelease"); contexts--; return 0; }
+int cuCtxGetCurrent(handle *context) { *context = current; return 0; }
+int cuCtxSetCurrent(handle context) { current = context; return 0; }
+int cuCtxSynchronize(void) { waits("cuCtxSynchronize"); return 0; }
+int cuDeviceGetDefaultMemPool(handle *pool, int device) { *pool = &pinned; return 0; }
+int cuMemPoolSetAttribute(handle pool, int attribute, void *value) { return 0; }
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { *free_bytes = *all = (size_t)1 << 30; return 0; }
+
+int cuStreamCreate(handle *stream, unsigned flags) { *stream = &hangs; return 0; }
+int cuStreamDestroy_v2(handle stream) { waits("cuStreamDestroy"); return 0; }
+int cuStreamQuery(handle stream) { return query(); }
+int cuStreamSynchronize(handle stream) { waits("cuStreamSynchronize"); return 0; }
+int cuEventCreate(handle *event, unsigned flags) { *event = &given; return 0; }
+int cuEventRecord(handle event, handle stream) { return no_events ? LAUNCH_FAILED : 0; }
+// An event that was never recorded is done.
+int cuEventQuery(handle event) { return no_events ? 0 : query(); }
+int cuEventSynchronize(handle event) { waits("cuEventSynchronize"); return 0; }
+int cuEventDestroy_v2(handle event) { return 0; }
+
+int cuModuleLoadData(handle *module, const void *image) { modules++; *module = &modules; return 0; }
+int cuModuleUnload(handle module) { waits("cuModuleUnload"); modules--; return 0; }
+int cuModuleGetFunction(handle *function, handle module, const char *name) { *function = &modules; return 0; }
+int cuFuncSetAttribute(handle function, int attribute, int value) { return 0; }
+int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, handle stream, void **params, void **extra) {
+    return take("cuLaunchKernel");
+}
+int cuGraphCreate(handle *graph, unsigned flags) { return NO_MEMORY; }
+
+int cuMemAllocAsync(device_address *at, size_t bytes, handle stream) {
+    *at = (device_address)(uintptr_t)calloc(1, bytes);
+    return *at ? 0 : NO_MEMORY;
+}
+int cuMemFreeAsync(device_address at, handle stream) {
+    if (!query()) free((void *)(uintptr_t)at);
+    return 0;
+}
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
+    for (int i = 0; i < PINNED_MAX; i++) {
+        if (pinned[i].memory) continue;
+        pinned[i].memory = *memory = malloc(bytes);
+        pinned[i].bytes = bytes;
+        pinned_count++;
+        return 0;
+    }
+    return NO_MEMORY;
+}
+int cuMemFreeHost(void *memory) {
+    waits("cuMemFreeHost");
+    for (int i = 0; i < PINNED_MAX; i++) {
+        if (pinned[i].memory != memory) continue;
+        free(memory);
+        pinned[i].memory = 0;
+        pinned_count--;
+    }
+    return 0;
+}
+int cuMemcpyHtoDAsync_v2(device_address to, const void *from, size_t bytes, handle stream) {
+    if (!is_pinned(from) && bytes > STAGED_MAX) waits("cuMemcpyHtoDAsync");
+    return copy("cuMemcpyHtoDAsync", (void *)(uintptr_t)to, from, bytes);
+}
+int cuMemcpyDtoHAsync_v2(void *to, device_address from, size_t bytes, handle stream) {
+    if (!is_pinned(to)) waits("cuMemcpyDtoHAsync");
+    return copy("cuMemcpyDtoHAsync", to, (void *)(uintptr_t)from, bytes);
+}
+int cuMemcpyDtoH_v2(void *to, device_address from, size_t bytes) {
+    waits("cuMemcpyDtoH");
+    memcpy(to, (void *)(uintptr_t)from, bytes);
+    return 0;
+}
+int cuMemcpyDtoDAsync_v2(device_address to, device_address from, size_t bytes, handle stream) {
+    return copy("cuMemcpyDtoDAsync", (void *)(uintptr_t)to, (void *)(uintptr_t)from, bytes);
+}
+int cuMemsetD8Async(device_address to, unsigned char value, size_t bytes, handle stream) {
+    if (!hangs) memset((void *)(uintptr_t)to, value, bytes);
+    return take("cuMemsetD8Async");
+}
+int cuGetErrorName(int error, const char **text) { *text = "an error"; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "planted"; return 0; }
+
+// An ELF file for CUDA, of nothing.
+static const char CUBIN[64] = {0x7f, 'E', 'L', 'F', [18] = (char)190};
+int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
+int nvrtcCreateProgram(handle *program, const char *source, const char *name, int headers, const char *const *texts,
+                       const char *const *names) {
+    *program = &contexts;
+    return 0;
+}
+int nvrtcCompileProgram(handle program, int options, const char *const *texts) { return 0; }
+int nvrtcGetCUBINSize(handle program, size_t *bytes) { *bytes = sizeof CUBIN; return 0; }
+int nvrtcGetCUBIN(handle program, char *cubin) { memcpy(cubin, CUBIN, sizeof CUBIN); return 0; }
+int nvrtcDestroyProgram(handle *program) { return 0; }
