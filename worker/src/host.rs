@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_kernels::KernelError;
 use phalanx_model::{Checkpoint, ForwardError};
-use phalanx_proto::{BackendReport, Fence, Rank, StepPlan, StepResult};
+use phalanx_proto::{BackendReport, Fence, Rank, StepHeader, StepPlan, StepResult};
 use phalanx_wire::{Description, Prepare, Progress, StepFailure, VERSION};
 
 use crate::collectives::GroupId;
@@ -102,12 +102,12 @@ impl Host for ModelHost {
         rank.begin(plan, &self.progress).map_err(|error| no_result(fence, self.me, &error))
     }
 
-    fn is_done(&self) -> bool {
-        self.rank.as_ref().is_none_or(|rank| rank.is_done())
+    fn is_done(&mut self) -> bool {
+        self.rank.as_mut().is_none_or(|rank| rank.is_done())
     }
 
-    fn overlaps(&self, fence: Fence) -> bool {
-        self.rank.as_ref().is_none_or(|rank| rank.overlaps(fence))
+    fn overlaps(&self, header: &StepHeader) -> bool {
+        self.rank.as_ref().is_none_or(|rank| rank.overlaps(header))
     }
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, NoResult> {

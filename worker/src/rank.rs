@@ -10,7 +10,7 @@ use phalanx_model::gpt_oss::incoming_bytes;
 use phalanx_model::packed::Stored;
 use phalanx_model::{Checkpoint, Collectives, GptOss, LoadError, Watch};
 use phalanx_proto::memory::Use;
-use phalanx_proto::{Fence, Layout, Limits, MemoryPlan, Placement, Rank, StepPlan, StepResult};
+use phalanx_proto::{Fence, Layout, Limits, MemoryPlan, Placement, Rank, StepHeader, StepPlan, StepResult};
 
 use crate::collectives::nccl::{
     Api, ExchangeRequest, JoinError, JoinOptions, NoCarrier, Offer, Shape, join_if_all_can,
@@ -89,20 +89,11 @@ impl LoadedModel {
             }
             alone => return Ok(alone.join(control, limits, fence)),
         };
-        let (config, backend, ranks) = (model.config(), model.backend(), control.size());
-        let (top_k, hidden) = (config.top_k as usize, config.hidden as usize);
-        let shape = Shape {
-            ranks: ranks as usize,
-            experts: config.experts as usize,
-            top_k,
-            row_bytes: [backend.dispatch_record(top_k, hidden), backend.combine_record(hidden)],
-            rows_max: limits.step_rows_max,
-            room: incoming_bytes(backend, config, ranks, &limits),
-        };
+        let shape = shape(&model, control.size(), &limits);
         let deadline = Instant::now() + JOIN_WAIT;
         let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
         let slots = if exchange == ExchangeRequest::Tcp { 0 } else { shape.slots_bytes() };
-        let port = Port::new(backend, slots)?;
+        let port = Port::new(model.backend(), slots)?;
         let offer = Offer::of(exchange, &port);
         Ok(match join_if_all_can(Api::load, control, offer, port, options)? {
             Ok(nccl) => Box::new(Runner::new(model, nccl, limits, fence)),
@@ -117,6 +108,20 @@ impl LoadedModel {
             Self::Cpu(model) => Box::new(Runner::new(*model, collectives, limits, fence)),
             Self::Cuda(model) => Box::new(Runner::new(*model, Staged::new(collectives), limits, fence)),
         }
+    }
+}
+
+/// What decides how the rows of a model's steps travel.
+pub(crate) fn shape<B: Backend>(model: &GptOss<B>, ranks: u32, limits: &Limits) -> Shape {
+    let (config, backend) = (model.config(), model.backend());
+    let (top_k, hidden) = (config.top_k as usize, config.hidden as usize);
+    Shape {
+        ranks: ranks as usize,
+        experts: config.experts as usize,
+        top_k,
+        row_bytes: [backend.dispatch_record(top_k, hidden), backend.combine_record(hidden)],
+        rows_max: limits.step_rows_max,
+        room: incoming_bytes(backend, config, ranks, limits),
     }
 }
 
@@ -155,10 +160,10 @@ pub trait LoadedRank: Send {
     fn begin(&mut self, plan: &StepPlan, watch: &dyn Watch) -> Result<(), StepError>;
 
     /// See [`Runner::is_done`].
-    fn is_done(&self) -> bool;
+    fn is_done(&mut self) -> bool;
 
     /// See [`Runner::overlaps`].
-    fn overlaps(&self, fence: Fence) -> bool;
+    fn overlaps(&self, header: &StepHeader) -> bool;
 
     /// See [`Runner::finish`].
     ///
@@ -184,12 +189,12 @@ impl<B: Backend, C: Collectives<B::Parts>> LoadedRank for Runner<B, C> {
         Self::begin(self, plan, watch)
     }
 
-    fn is_done(&self) -> bool {
+    fn is_done(&mut self) -> bool {
         Self::is_done(self)
     }
 
-    fn overlaps(&self, fence: Fence) -> bool {
-        Self::overlaps(self, fence)
+    fn overlaps(&self, header: &StepHeader) -> bool {
+        Self::overlaps(self, header)
     }
 
     fn finish(&mut self, fence: Fence) -> Result<StepResult, StepError> {

@@ -4,7 +4,9 @@
 //! may be repeated, and a plan that starts a sequence anew at any computed position is legal.
 //!
 //! A step whose results nothing of the next one depends on may still be under way when that one begins: a device then has
-//! its work before it is done with the last.
+//! its work before it is done with the last. Each rank decides that for itself, and none sees whether another does: all
+//! issue the exchanges of the same steps in the same order. A step that fails takes those begun after it with it, and those
+//! before it whose exchanges are not known to be done.
 //!
 //! - `check`: a plan is refused before it touches anything.
 //! - `sequence`: what is known of each sequence.
@@ -26,7 +28,7 @@ use phalanx_kernels::{Backend, Draw, Sampled, StepInputs, TokenSource};
 use phalanx_model::{Collectives, ForwardError, GptOss, Step, Watch};
 use phalanx_proto::{
     Admission, Fence, KvOp, Limits, Outputs, PlanError, Position, Rank, Rows, RowsResult, Sampling, SeqId, Start,
-    StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
+    StepHeader, StepPlan, StepResult, TableId, TokenId, TokenLogprobs, Tokens,
 };
 
 use crate::constraints::{Beside, ConstraintFailure, Job, Mask, Table};
@@ -141,7 +143,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
     /// A plan that is refused leaves everything as it was.
     pub fn begin(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<(), StepError> {
         let fence = plan.header.fence;
-        while self.under_way.len() >= if self.overlaps(fence) { DEPTH } else { 1 } {
+        while self.under_way.len() >= if self.overlaps(&plan.header) { DEPTH } else { 1 } {
             self.collect();
         }
         if self.under_way.is_empty() && self.outcomes.of(fence)?.is_some() {
@@ -149,22 +151,22 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         }
         self.check(plan)?;
         // A device is done with one step after the other.
-        let now = Instant::now();
-        let begins = self.under_way.back().map_or(now, |before| before.deadline.max(now));
-        let deadline = begins + Duration::from_millis(u64::from(plan.header.deadline_ms));
-        let step = self.step(plan, deadline, watch);
+        let before: Duration = self.under_way.iter().map(|before| allowed(&before.header)).sum();
+        self.model.set_deadline(Instant::now() + before + allowed(&plan.header));
+        let step = self.step(plan, watch);
         let asked = self.asked(plan);
-        self.under_way.push_back(UnderWay { header: plan.header.clone(), deadline, asked, step });
+        self.under_way.push_back(UnderWay { header: plan.header.clone(), asked, step });
         Ok(())
     }
 
-    /// Whether this step can begin before those under way have ended: they are this rank's alone, and nothing of it depends
-    /// on what comes of them.
+    /// Whether this step can begin before those under way have ended: nothing of it depends on what comes of them, and no
+    /// exchange of it waits on the host for another rank.
     #[must_use]
-    pub fn overlaps(&self, fence: Fence) -> bool {
-        // Ranks that exchange rows wait for each other within a step, and learn there of each other's failures.
-        let alone = self.collectives.size() == 1;
-        self.under_way.back().is_none_or(|newest| alone && newest.fence().next() == fence && !newest.is_needed())
+    pub fn overlaps(&self, header: &StepHeader) -> bool {
+        self.under_way.back().is_none_or(|newest| {
+            let is_next = newest.fence().next() == header.fence;
+            is_next && !newest.is_needed() && self.collectives.overlaps(&header.rows_of_rank)
+        })
     }
 
     /// Waits for a step that has begun, and tells what came of it.
@@ -178,24 +180,35 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         self.outcomes.told(fence)?
     }
 
-    /// Whether the oldest step under way is done, so that finishing it does not wait.
+    /// Whether the oldest step under way is done or has failed, so that finishing it does not wait.
     #[must_use]
-    pub fn is_done(&self) -> bool {
-        self.under_way.front().is_none_or(|oldest| oldest.is_done(&self.model))
+    pub fn is_done(&mut self) -> bool {
+        let Some(UnderWay { header, step: Ok(Begun { ended, .. }), .. }) = self.under_way.front() else { return true };
+        // What failed on other ranks is heard here: the device would wait for them for ever.
+        self.collectives.is_settled(header.fence).map_or(true, |settled| settled && self.model.is_done(ended))
     }
 
     /// Waits for the oldest step under way. Those after a failed one are given up.
     fn collect(&mut self) {
-        let Some(UnderWay { header, asked, step, .. }) = self.under_way.pop_front() else { return };
-        let outcome = step.and_then(|Begun { mut result, ended }| {
-            let sampled = self.model.result(ended, &mut result.phases)?;
-            self.keep_sampled(&asked, sampled, &mut result);
-            Ok(result)
-        });
+        let Some(UnderWay { header, asked, step }) = self.under_way.pop_front() else { return };
+        let outcome = step.and_then(|begun| self.result(header.fence, &asked, begun));
         if outcome.is_err() {
             self.under_way.clear();
         }
         self.outcomes.keep(&header, &outcome);
+    }
+
+    /// Waits for a step that was enqueued: first until its exchanges are done.
+    fn result(&mut self, fence: Fence, asked: &[Asked], begun: Begun<B::Ended>) -> Result<StepResult, StepError> {
+        let Begun { mut result, ended } = begun;
+        self.settle(fence)?;
+        let sampled = self.model.result(ended, &mut result.phases)?;
+        self.keep_sampled(asked, sampled, &mut result);
+        Ok(result)
+    }
+
+    fn settle(&mut self, fence: Fence) -> Result<(), StepError> {
+        self.collectives.settle(fence).map_err(|error| ForwardError::from(error).into())
     }
 
     /// What a plan's runs asked for.
@@ -215,13 +228,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         asked.collect()
     }
 
-    fn step(
-        &mut self,
-        plan: &StepPlan,
-        deadline: Instant,
-        watch: &(impl Watch + ?Sized),
-    ) -> Result<Begun<B::Ended>, StepError> {
-        self.model.set_deadline(deadline);
+    fn step(&mut self, plan: &StepPlan, watch: &(impl Watch + ?Sized)) -> Result<Begun<B::Ended>, StepError> {
         for seq in &plan.release {
             if let Some(sequence) = self.sequences.remove(seq) {
                 self.free_slots.push(sequence.slot);
@@ -240,6 +247,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let inputs = self.inputs(plan);
 
         let fence = plan.header.fence;
+        let deadline = Instant::now() + allowed(&plan.header);
         let mut result = StepResult { fence, rank: self.rank(), ..StepResult::default() };
         let jobs = self.constrained(plan);
         let forward = || -> Result<(), StepError> {
@@ -250,6 +258,10 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         let ((), jobs) = self.beside.evaluate(jobs, forward)?;
         let draws = self.draws(plan, &inputs, jobs);
         self.model.sample(draws, &mut result.phases);
+        if plan.rows.iter().any(|rows| rows.outputs == Outputs::AllLogits) {
+            // They are read at once.
+            self.settle(fence)?;
+        }
         result.rows = self.results(plan, &inputs);
         let ended = self.model.end();
         if let Some(warning) = self.model.take_warning() {
@@ -381,6 +393,11 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             }
         }
     }
+}
+
+/// How long a step may take.
+fn allowed(header: &StepHeader) -> Duration {
+    Duration::from_millis(u64::from(header.deadline_ms))
 }
 
 /// Where a run begins in a sequence whose positions before `reached` are computed.

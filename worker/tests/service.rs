@@ -105,7 +105,7 @@ impl Host for FakeHost {
     }
 
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult> {
-        assert!(self.overlaps(plan.header.fence), "the step under way is told first");
+        assert!(self.overlaps(&plan.header), "the step under way is told first");
         let waits = plan.rows.iter().any(|rows| rows.outputs == Outputs::AllLogits);
         assert!(!waits || self.begun.is_empty(), "nobody is told of the step under way while this one waits");
         self.begun.push_back(plan.clone());
@@ -113,7 +113,7 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    fn is_done(&self) -> bool {
+    fn is_done(&mut self) -> bool {
         self.begun.front().is_none_or(|plan| match plan.header.deadline_ms {
             HOLD | FALTER => self.begun.len() > 1,
             ALONE => false,
@@ -122,7 +122,7 @@ impl Host for FakeHost {
         })
     }
 
-    fn overlaps(&self, _fence: Fence) -> bool {
+    fn overlaps(&self, _header: &StepHeader) -> bool {
         self.begun.back().is_none_or(|plan| plan.header.deadline_ms != ALONE)
     }
 
@@ -530,6 +530,35 @@ async fn a_failed_step_ends_the_epoch_and_another_may_be_prepared() {
     prepare(&mut client, request(1, 2)).await.unwrap();
     steps.run(plan(fence(1, 2, 1), OBEY)).await.unwrap();
     assert_eq!(health(&mut client).await.last_error, None);
+}
+
+/// Both are answered once, with the failure of the first; and so is what comes after.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_fails_fails_the_one_that_began_meanwhile() {
+    let (worker, mut client, mut steps) = ready().await;
+    for (step, what) in [(1, FALTER), (2, OBEY), (3, OBEY)] {
+        steps.send(plan(fence(1, 1, step), what)).await;
+    }
+    for _ in 1..=3 {
+        assert_eq!(steps.reply().await.unwrap_err().blamed, [Rank(2)]);
+    }
+    assert_eq!(seen(&worker), [1]);
+    assert_eq!(health(&mut client).await.state, WorkerState::Failed);
+}
+
+/// A step under way is waited for and answered before its epoch is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_ends_after_the_step_that_is_under_way() {
+    let (_worker, mut client, mut steps) = ready().await;
+    for epoch in [1, 2] {
+        steps.send(plan(fence(1, epoch, 1), HOLD)).await;
+        while health(&mut client).await.state != WorkerState::Stepping {
+            tokio::task::yield_now().await;
+        }
+        prepare(&mut client, request(1, epoch + 1)).await.unwrap();
+        assert_eq!(steps.reply().await.unwrap().fence, fence(1, epoch, 1));
+    }
+    steps.run(plan(fence(1, 3, 1), OBEY)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use crate::{KernelError, Sampled};
 
 /// Pinned memory that waits for the next steps.
 const LANDINGS_MAX: usize = 4;
-/// Its least size.
+/// Its least size: 680 draws, or 89 with 20 likely tokens each.
 const LANDING_BYTES_MIN: usize = 16 << 10;
 
 /// A step that was ended.
@@ -51,6 +51,14 @@ impl Pin {
 }
 
 impl Cuda {
+    /// Makes what steps land in, as long as they bring no more than that: no memory is pinned while they run. Without pinned
+    /// memory they land elsewhere.
+    pub(super) fn make_landings(&mut self) {
+        let pin = || Pin::new(self.memory.queue.device(), LANDING_BYTES_MIN).ok();
+        let missing = LANDINGS_MAX.saturating_sub(self.landings.len());
+        self.landings.extend(std::iter::from_fn(pin).take(missing));
+    }
+
     pub(super) fn end_step(&mut self) -> Ended {
         let drawn = std::mem::take(&mut self.drawn);
         let landing = if self.broken { Ok(Landing::Memory(Vec::new())) } else { self.bring_back(&drawn) };

@@ -48,7 +48,7 @@ pub use queue::{Counts, GRAPH_BYTES};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
-pub use slots::{Outgoing, Port, SLOT_HEADER, Slot};
+pub use slots::{Look, Outgoing, Port, SLOT_HEADER, Slot};
 
 use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX, TILE_ROWS};
 use self::device::{Buffer, Memory, bytes_of};

@@ -10,8 +10,9 @@ use crate::memory::{Aligned, will_need};
 
 /// Pieces for weights: an expert of the published models fits one.
 const WEIGHTS: Pieces = Pieces { bytes: 16 << 20, count: 4 };
-/// Pieces for what steps bring. Those of a step are read while it runs, when the next one is filled in already.
-const STEPS: Pieces = Pieces { bytes: 1 << 20, count: 16 };
+/// Pieces for what steps bring: inputs, and rows and draws of each part of the logits. Those of a step are read while it
+/// runs, when the next one is filled in already.
+const STEPS: Pieces = Pieces { bytes: 1 << 20, count: 32 };
 /// Threads that fill a whole piece: one alone does not read a mapped file as fast as a disk gives it.
 const READERS: usize = 4;
 /// What a thread is worth starting for.
@@ -45,6 +46,14 @@ impl Ferries {
     /// The one for so many bytes.
     pub(super) const fn of(&mut self, bytes: usize) -> &mut Ferry {
         if bytes <= STEPS.bytes { &mut self.steps } else { &mut self.weights }
+    }
+
+    /// Makes all pieces for what steps bring.
+    pub(super) fn pin_steps(&mut self, device: &dyn Device) -> Result<(), KernelError> {
+        while self.steps.pieces.len() < self.steps.size.count {
+            self.steps.pieces.push(device.pin(self.steps.size.bytes)?);
+        }
+        Ok(())
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Counts {
     pub updated: u64,
     /// Graphs given up for others.
     pub evicted: u64,
+    /// Graphs that submissions were compared with.
+    pub compared: u64,
 }
 
 /// The order of a device's stream, recorded.
@@ -241,6 +243,11 @@ impl Queue {
         unsafe { state.ferries.of(from.len()).upload(&*self.device, limit, from, to) }
     }
 
+    /// Makes the pinned memory that what steps bring goes through.
+    pub(super) fn pin_steps(&self) -> Result<(), KernelError> {
+        self.state().ferries.pin_steps(&*self.device)
+    }
+
     /// Copies to the device, behind what is recorded, bytes that `make` writes.
     ///
     /// # Safety
@@ -403,15 +410,17 @@ impl State {
         }
     }
 
-    /// The graph of this structure with the fewest nodes to change, and which these are.
-    fn nearest(&self, structure: u64, nodes: &Sequence) -> Option<(usize, Vec<usize>)> {
+    /// The graph of this structure with the fewest nodes to change, and which these are. The one not used for longest is looked
+    /// at first: where layer after layer is submitted, it is the turn of its layer.
+    fn nearest(&mut self, structure: u64, nodes: &Sequence) -> Option<(usize, Vec<usize>)> {
         let mut nearest: Option<(usize, Vec<usize>)> = None;
         let like = |kept: &Kept| kept.structure == structure && kept.nodes.is_like(nodes);
-        for (index, kept) in self.graphs.iter().enumerate().rev().filter(|(_, kept)| like(kept)) {
+        for (index, kept) in self.graphs.iter().enumerate().filter(|(_, kept)| like(kept)) {
+            self.counts.compared += 1;
             let most = nearest.as_ref().map_or(nodes.len(), |(_, differences)| differences.len());
             let differences: Vec<usize> = kept.nodes.differences(nodes).take(most + 1).collect();
-            // Among equals the one not used for longest.
-            if differences.len() <= most {
+            // Among equals the first.
+            if nearest.as_ref().is_none_or(|_| differences.len() < most) {
                 nearest = Some((index, differences));
             }
             if nearest.as_ref().is_some_and(|(_, differences)| differences.len() <= nodes.len() / 4) {

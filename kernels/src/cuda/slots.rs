@@ -6,7 +6,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::device::{Buffer, Memory, bytes_of};
+use super::device::{Buffer, Memory, Pinned, bytes_of};
 use super::exchange::{PART, PART_ALIGNMENT, Parts};
 use super::ops::{PACK, PackArgs, UNPACK, UnpackArgs};
 use super::{Cuda, ops, status};
@@ -51,6 +51,24 @@ impl Outgoing {
     }
 }
 
+/// A look of the host at a point of the stream, which the device may not have reached yet.
+#[derive(Debug)]
+pub struct Look {
+    status: Box<dyn Pinned>,
+    /// What the device had been given there.
+    given: u64,
+}
+
+impl Look {
+    /// Whether the device has come there; does not wait.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn is_done(&self) -> Result<bool, KernelError> {
+        self.status.is_done()
+    }
+}
+
 /// A device's end of exchanges.
 #[derive(Debug)]
 pub struct Port {
@@ -60,6 +78,8 @@ pub struct Port {
     /// Slots on their way out.
     slots: Buffer,
     status: Buffer,
+    /// Pinned memory for the status, while no look uses it.
+    looks: Vec<Box<dyn Pinned>>,
 }
 
 impl Port {
@@ -70,7 +90,20 @@ impl Port {
     pub fn new(cuda: &Cuda, slots_bytes: usize) -> Result<Self, KernelError> {
         let memory = Arc::clone(&cuda.memory);
         let (moment, slots) = (memory.zeroed(24)?, memory.zeroed(slots_bytes)?);
-        Ok(Self { moment, slots, status: memory.zeroed(status::BYTES)?, memory })
+        Ok(Self { moment, slots, status: memory.zeroed(status::BYTES)?, looks: Vec::new(), memory })
+    }
+
+    /// Makes the pinned memory for so many looks at once, and what steps send goes through: no memory is pinned later, while
+    /// ranks wait for each other.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]: the device has no such memory.
+    pub fn ready(&mut self, looks: usize) -> Result<(), KernelError> {
+        self.memory.queue.pin_steps()?;
+        while self.looks.len() < looks {
+            self.looks.push(self.memory.queue.device().pin(status::BYTES)?);
+        }
+        Ok(())
     }
 
     /// Makes the device the calling thread's, and gives its stream, with all on it that was enqueued so far.
@@ -153,7 +186,7 @@ impl Port {
         unsafe { self.memory.queue.copy(from, to, bytes) }
     }
 
-    /// Says what the slots from here on belong to. Nothing on the stream may wait for another rank.
+    /// Says what the slots from here on belong to.
     ///
     /// # Errors
     /// [`KernelError::Device`].
@@ -206,7 +239,7 @@ impl Port {
     }
 
     /// Enqueues that the slots that have come become parts. Records are this rank's if they were `gathered`: `me`.
-    /// What is wrong with a slot is found by [`Port::check`], and its part is empty.
+    /// What is wrong with a slot is found by [`Port::seen`], and its part is empty.
     ///
     /// # Errors
     /// [`KernelError::Device`].
@@ -226,12 +259,38 @@ impl Port {
         self.launch(&UNPACK, [1, 1, 1], parts.ranks as u32 * 4, &args)
     }
 
-    /// What was wrong with the slots since the last look; waits.
+    /// Enqueues a look at what is wrong with the slots of a step so far.
     ///
     /// # Errors
-    /// [`KernelError::Received`] with the rank, [`KernelError::Device`].
-    pub fn check(&mut self) -> Result<(), KernelError> {
-        status::take(&mut self.status)
+    /// [`KernelError::Device`].
+    pub fn look(&mut self) -> Result<Look, KernelError> {
+        let mut pinned = match self.looks.pop() {
+            Some(pinned) => pinned,
+            None => self.memory.queue.device().pin(status::BYTES)?,
+        };
+        self.status.fetch(status::BYTES, &mut *pinned, 0)?;
+        Ok(Look { status: pinned, given: self.memory.queue.given() })
+    }
+
+    /// The same behind the last slots of a step: what is found from there on is the next one's.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn end(&mut self) -> Result<Look, KernelError> {
+        let look = self.look()?;
+        self.status.zero_now()?;
+        Ok(look)
+    }
+
+    /// What was wrong with the slots when the device came there, as it has.
+    ///
+    /// # Errors
+    /// [`KernelError::Received`] with the rank, [`KernelError::Device`]; [`KernelError::Late`] if it has not.
+    pub fn seen(&mut self, Look { mut status, given }: Look) -> Result<(), KernelError> {
+        let words = status::words(status.bytes()?);
+        self.looks.push(status);
+        self.memory.queue.note_done(given);
+        status::read(words)
     }
 
     fn launch<A: Copy>(&self, op: &ops::Op<A>, grid: [u32; 3], shared: u32, args: &A) -> Result<(), KernelError> {

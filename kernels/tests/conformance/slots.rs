@@ -92,7 +92,11 @@ fn exchange(cell: &mut [Rank], way: Way, dispatch: bool) -> Result<(), KernelErr
         rank.port.unpack(&mut rank.incoming, slot, me)?;
     }
     assert_eq!(slots.len(), n);
-    cell.iter_mut().try_for_each(|rank| rank.port.check())
+    cell.iter_mut().try_for_each(|rank| {
+        let look = rank.port.end()?;
+        assert!(look.is_done()?);
+        rank.port.seen(look)
+    })
 }
 
 /// The records of this rank in what was received, as an exact dispatch would have brought them.
@@ -256,8 +260,11 @@ fn a_slot_of_another_moment_exchange_or_rank_is_named_and_empty() {
         unsafe { port.copy(packed, landing, 2 * slot.stride()).unwrap() };
         port.begin(MOMENT).unwrap();
         port.unpack(&mut incoming, Slot { row_bytes: 8, exchange: 5, ..slot }, None).unwrap();
-        let found = port.check();
-        assert_eq!(port.check(), Ok(()), "it is said once");
+        // What was found is there until the step ends, and is that step's alone.
+        let looks = [port.look().unwrap(), port.end().unwrap(), port.end().unwrap()];
+        assert!(looks.iter().all(|look| look.is_done().unwrap()));
+        let [early, found, next] = looks.map(|look| port.seen(look));
+        assert_eq!((&early, next), (&found, Ok(())));
         let empty = incoming.download().unwrap().by_rank.iter().map(Vec::len).collect::<Vec<_>>();
         (found.map_err(|error| error.to_string()), empty)
     };

@@ -111,7 +111,8 @@ pub trait Collectives<P>: Send + 'static {
     /// Ranks of the epoch.
     fn size(&self) -> u32;
 
-    /// Begins a step: every frame carries `fence`, and no wait lasts beyond `deadline`.
+    /// Begins a step: every frame carries `fence`, and no wait lasts beyond `deadline`; where the step before is not settled
+    /// yet, beyond as much time from then on.
     fn begin(&mut self, fence: Fence, deadline: Instant);
 
     /// Tells how many rows each rank has in the step that has begun, `[ranks]`: every rank knows it of all from its
@@ -144,12 +145,34 @@ pub trait Collectives<P>: Send + 'static {
         self.finish(exchange, received)
     }
 
-    /// Waits until all exchanges of the step are done. Nothing of the step is used, and nothing waits for the device,
-    /// before.
+    /// Whether a step with so many rows on each rank, `[ranks]`, may begin before the one before it is settled: none of its
+    /// exchanges waits on the host for another rank. Ranks may do so or not, each as it likes.
+    fn overlaps(&self, _rows_of_rank: &[u32]) -> bool {
+        self.size() == 1
+    }
+
+    /// Ends the step that has begun: all of its exchanges were finished. Waits for nobody.
+    ///
+    /// # Errors
+    /// This rank's device failed.
+    fn end(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    /// Looks without waiting whether the exchanges of all steps up to this one are done.
+    ///
+    /// # Errors
+    /// Those of [`Collectives::settle`], which then does not wait.
+    fn is_settled(&mut self, _fence: Fence) -> Result<bool, CollectiveError> {
+        Ok(true)
+    }
+
+    /// Waits until the exchanges of all steps up to this one are done; each has ended. Nothing of a step is used, and nothing
+    /// waits for the device, before. A step that is not settled when another one fails has failed with it.
     ///
     /// # Errors
     /// A rank is lost, late, out of step, or sent what is not its due.
-    fn settle(&mut self) -> Result<(), CollectiveError> {
+    fn settle(&mut self, _fence: Fence) -> Result<(), CollectiveError> {
         Ok(())
     }
 

@@ -142,7 +142,8 @@ impl<B: Backend> GptOss<B> {
         self.backend.copy_block(&mut self.kv, pool_index(pool), from, to);
     }
 
-    /// Runs the layers over the rows of `inputs`. Every rank of the cell runs every step, also with no row.
+    /// Runs the layers over the rows of `inputs`. Every rank of the cell runs every step, also with no row. What comes of
+    /// it counts once `collectives` are settled.
     ///
     /// # Errors
     /// An exchange failed: the step is worthless and the communicator broken.
@@ -196,7 +197,7 @@ impl<B: Backend> GptOss<B> {
             b.combine(&m.incoming, &m.routes, &layer.places, &mut m.x);
             laps.lap(Phase::Combine);
         }
-        collectives.settle()?;
+        collectives.end()?;
         laps.lap(Phase::Combine);
         b.norm(&m.x, &weights.final_norm, eps, &mut m.normed);
         laps.lap(Phase::Unembed);

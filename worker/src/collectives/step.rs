@@ -60,6 +60,11 @@ impl Step {
         self.broken = true;
     }
 
+    /// Whether nothing is exchanged any more.
+    pub(super) const fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Counts a part sent to another rank, with `overhead` bytes of framing.
     pub(super) fn count_sent(&mut self, exchange: Exchange, bytes: usize, overhead: usize) {
         let rows = (bytes / exchange.row_bytes.max(1)) as u64;

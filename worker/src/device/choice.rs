@@ -216,6 +216,7 @@ fn in_short(missing: &Missing) -> String {
         Missing::Function { library, .. } | Missing::Call { library, .. } => {
             format!("{} does not work", library.name())
         }
+        Missing::Late => "the CUDA driver does not answer".to_owned(),
         Missing::Devices => "the CUDA driver finds no GPU".to_owned(),
     }
 }
@@ -279,6 +280,7 @@ mod tests {
         let cases: [(Probe, &str); 5] = [
             (nothing(), "there is no CUDA driver"),
             (Probe { gpus: Err(Missing::Devices), ..good() }, "finds no GPU"),
+            (Probe { gpus: Err(Missing::Late), ..good() }, "does not answer"),
             (Probe { gpus: Ok(vec![gpu(0, (7, 5))]), ..good() }, "GPU 0 (NVIDIA H100) is too old"),
             (Probe { compiler: Err(Missing::Library(Library::Nvrtc)), ..good() }, "there is no NVRTC"),
             (

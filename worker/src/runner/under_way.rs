@@ -1,9 +1,5 @@
 //! Steps that have begun and whose results are still to come.
 
-use std::time::Instant;
-
-use phalanx_kernels::Backend;
-use phalanx_model::GptOss;
 use phalanx_proto::{Fence, Outputs, SeqId, StepHeader, StepResult, TokenId};
 
 use super::StepError;
@@ -14,8 +10,6 @@ pub(super) const DEPTH: usize = 2;
 /// A step under way.
 pub(super) struct UnderWay<E> {
     pub(super) header: StepHeader,
-    /// Until when it may be waited for.
-    pub(super) deadline: Instant,
     /// Of each run that asked for something, in the order of the result.
     pub(super) asked: Vec<Asked>,
     /// What it was begun with, or why it could not be enqueued.
@@ -57,9 +51,5 @@ impl<E> UnderWay<E> {
     /// Whether the next step cannot begin before this one's results are known.
     pub(super) fn is_needed(&self) -> bool {
         self.step.is_err() || self.asked.iter().any(Asked::is_told)
-    }
-
-    pub(super) fn is_done<B: Backend<Ended = E>>(&self, model: &GptOss<B>) -> bool {
-        self.step.as_ref().map_or(true, |begun| model.is_done(&begun.ended))
     }
 }

@@ -18,7 +18,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use phalanx_proto::{CellId, Fence, StepPlan, StepResult, Term};
+use phalanx_proto::{CellId, Fence, StepHeader, StepPlan, StepResult, Term};
 use phalanx_wire::token::{CheckToken, check_listener};
 use phalanx_wire::v1::worker_server::WorkerServer;
 use phalanx_wire::{
@@ -73,11 +73,11 @@ pub trait Host: Send + 'static {
     /// It is refused, or fails.
     fn begin(&mut self, plan: &StepPlan) -> Result<(), NoResult>;
 
-    /// Whether the oldest step under way is done, so that finishing it does not wait.
-    fn is_done(&self) -> bool;
+    /// Whether the oldest step under way is done or has failed, so that finishing it does not wait.
+    fn is_done(&mut self) -> bool;
 
     /// Whether this step can begin before the one under way has ended. Where it cannot, what came of that one is told first.
-    fn overlaps(&self, fence: Fence) -> bool;
+    fn overlaps(&self, header: &StepHeader) -> bool;
 
     /// Waits for a step that was begun, and tells what came of it; steps are finished in their order.
     ///

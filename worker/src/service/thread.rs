@@ -150,7 +150,7 @@ impl<H: Host> ModelThread<H> {
             reply.send(Ok(Err(failure(fence, why))));
             return Ok(());
         }
-        let overlaps = match self.ask(|host| host.overlaps(fence)) {
+        let overlaps = match self.ask(|host| host.overlaps(&plan.header)) {
             Ok(overlaps) => overlaps,
             Err(panic) => return self.panicked(fence, panic, reply),
         };
@@ -193,8 +193,8 @@ impl<H: Host> ModelThread<H> {
     }
 
     /// Asks the host something; a panic is the answer to the step under way.
-    fn ask<T>(&mut self, ask: impl FnOnce(&H) -> T) -> Result<T, Panic> {
-        let host = &self.host;
+    fn ask<T>(&mut self, ask: impl FnOnce(&mut H) -> T) -> Result<T, Panic> {
+        let host = &mut self.host;
         catch(|| ask(host)).inspect_err(|panic| {
             if let Some((fence, reply)) = self.under_way.take() {
                 self.tell_panic(fence, panic, reply);

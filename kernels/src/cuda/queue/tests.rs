@@ -231,6 +231,24 @@ fn sizes_that_come_again_have_graphs_of_their_own() {
     assert_eq!((counts.instantiated, counts.updated, counts.graphs), (3, 0, 8));
 }
 
+/// Layers of one structure and other weights, submitted one by one: each finds its own graph at once.
+#[test]
+fn layers_in_turn_are_compared_with_their_own_graphs() {
+    let queue = queue(Fake::default());
+    const LAYERS: u64 = 36;
+    let step = || {
+        for layer in 0..LAYERS {
+            record(&queue, 0, 8, 0, 100 * layer);
+            queue.submit().unwrap();
+        }
+        queue.counts()
+    };
+    step();
+    let [before, after] = [step(), step()];
+    assert_eq!((after.instantiated, after.updated), (LAYERS, 0));
+    assert_eq!((after.graphs - before.graphs, after.compared - before.compared), (LAYERS, LAYERS));
+}
+
 #[test]
 fn graphs_and_what_was_seen_are_bounded() {
     let queue = queue(Fake::default());

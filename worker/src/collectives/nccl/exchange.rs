@@ -9,6 +9,11 @@
 //! are those of [`super::super::tcp`]. Where there are few, they travel in slots of one size: the host only enqueues, the
 //! device checks to which step and exchange a slot belongs, and [`Collectives::settle`] waits once for all.
 //!
+//! So a step in slots may begin before the one before it is settled. What is on the stream is alike on all ranks, whichever of
+//! them are ahead: a rank issues the exchanges of its plans in their order, and each step has as many as there are layers. A
+//! rank that is not ahead only lets the others' streams wait; no host waits for another rank's but to settle, or when it is
+//! too far ahead, each with the deadline of the step waited for.
+//!
 //! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each
 //! other. So rows move when all ranks finish the exchange, and none finishes it before all are there. All follows the
 //! order of the backend's stream.
@@ -23,6 +28,7 @@ use phalanx_proto::{ExchangeCounters, Fence, Rank};
 
 use super::communicator::{Communicator, NcclError};
 use super::join::{JoinError, JoinOptions, agree, gather, tell};
+use super::marks::{MARKS_MAX, Marks};
 use super::schedule::{all_to_all, fixed, starts};
 use super::table::{Api, Code};
 use super::way::{Shape, Way};
@@ -38,10 +44,6 @@ const GRACE: Duration = Duration::from_millis(100);
 const SPINS: u32 = 200;
 /// Sleep between two looks.
 const POLL: Duration = Duration::from_micros(20);
-/// Exchanges on the stream before the host waits for them: a stream takes about a thousand launches, and one more would
-/// wait without a deadline while a rank is gone. A layer has two exchanges and some 25 launches.
-const IN_FLIGHT_MAX: u32 = 48;
-
 /// What a wait waits for.
 #[derive(Clone, Copy, PartialEq)]
 enum Goal {
@@ -49,6 +51,8 @@ enum Goal {
     Enqueued,
     /// The stream is through with it.
     Done,
+    /// The stream has come to the oldest mark.
+    Passed,
 }
 
 /// What is on its way out in the exchange under way.
@@ -70,11 +74,18 @@ pub struct Nccl {
     /// Why slots cannot be sent in this step.
     fault: Option<KernelError>,
     sent: Option<Sent>,
-    /// The last exchange that is on the stream and was not waited for, and how many there are.
-    last: Option<Exchange>,
-    in_flight: u32,
+    /// Exchanges that are on the stream and were not waited for.
+    marks: Marks,
+    /// The last step that was settled.
+    settled: Fence,
+    /// How long the step that has begun may take, once the one before it is settled.
+    allowed: Duration,
     /// A rank that is gone, and until when its bytes may still arrive. Farewells are said once, so it is kept.
     gone: Option<(Instant, CollectiveError)>,
+    /// What failed here, and until when another rank may still say who is to blame for it.
+    trouble: Option<(Instant, NcclError)>,
+    /// What ended all exchanges.
+    failure: Option<CollectiveError>,
     /// Sizes on their way.
     sizes_out: HostParts,
     sizes_in: HostParts,
@@ -89,11 +100,11 @@ impl Nccl {
     ///
     /// # Errors
     /// NCCL or a rank failed, or the deadline passed.
-    pub fn join(api: Api, mut control: Tcp, port: Port, options: JoinOptions) -> Result<Self, JoinError> {
+    pub fn join(api: Api, mut control: Tcp, mut port: Port, options: JoinOptions) -> Result<Self, JoinError> {
         let id = agree(api, &mut control, options.fence, options.deadline)?;
         let ranks = control.size() as usize;
         // Told before it ends, so that all name the rank that was lost first.
-        let joined = port.stream().map_err(JoinError::from);
+        let joined = port.ready(MARKS_MAX).and_then(|()| port.stream()).map_err(JoinError::from);
         let joined = joined.and_then(|_| gather(api, id, &mut control, &options));
         let communicator = joined.map_err(|error| tell(&mut control, error))?;
         Ok(Self {
@@ -103,10 +114,13 @@ impl Nccl {
             shape: options.shape,
             way: Way::Exact,
             fault: None,
-            gone: None,
             sent: None,
-            last: None,
-            in_flight: 0,
+            marks: Marks::default(),
+            settled: options.fence,
+            allowed: Duration::ZERO,
+            gone: None,
+            trouble: None,
+            failure: None,
             sizes_out: HostParts::new(ranks),
             sizes_in: HostParts::new(ranks),
             payload_max: options.payload_max as usize,
@@ -279,12 +293,49 @@ impl Nccl {
         let me = gathered.then_some(me as u32);
         self.port.unpack(received, slot, me).map_err(|error| self.device(error))?;
         self.step.count_slots((ranks - 1) * stride);
-        (self.last, self.in_flight) = (Some(exchange), self.in_flight + 1);
-        if self.in_flight >= IN_FLIGHT_MAX {
-            self.wait(exchange, None, Goal::Done)?;
-            self.in_flight = 0;
+        self.marks.count(exchange);
+        if self.marks.is_due() {
+            self.mark(false)?;
+        }
+        while self.marks.are_too_many()
+            && let Some(mark) = self.marks.oldest(self.step.fence)
+        {
+            self.wait(mark.exchange, None, Goal::Passed)?;
+            self.passed()?;
         }
         Ok(())
+    }
+
+    /// Enqueues a mark behind the exchanges of the step so far, or behind its last one.
+    fn mark(&mut self, ends: bool) -> Result<(), CollectiveError> {
+        let (port, step) = (&mut self.port, (self.step.fence, self.step.deadline));
+        let marked = self.marks.mark(step, ends, || if ends { port.end() } else { port.look() });
+        marked.map_err(|error| self.device(error))
+    }
+
+    /// The stream has come to the oldest mark: of a step that ends there, it is seen whether all was its due.
+    fn passed(&mut self) -> Result<(), CollectiveError> {
+        let Some(mark) = self.marks.pass() else { return Ok(()) };
+        let seen = self.port.seen(mark.look);
+        if !mark.ends {
+            return Ok(());
+        }
+        seen.map_err(|error| match error {
+            KernelError::Received { rank, what } => CollectiveError::Corrupt { rank: Rank(rank as u32), what },
+            other => self.device(other),
+        })?;
+        self.settled = mark.fence;
+        if mark.fence != self.step.fence {
+            // The time of the step that began meanwhile begins now.
+            self.step.deadline = Instant::now() + self.allowed;
+            self.marks.extend(self.step.deadline);
+        }
+        Ok(())
+    }
+
+    /// Why a step is not to be settled any more.
+    fn failure(&self) -> CollectiveError {
+        self.failure.clone().unwrap_or(CollectiveError::Broken)
     }
 
     /// Whether the exchange brings every rank all records of all.
@@ -304,42 +355,62 @@ impl Nccl {
     /// Waits for the goal, and looks at the communicator and at the other ranks meanwhile; or waits until one of them
     /// says what has failed there.
     fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>, goal: Goal) -> Result<(), CollectiveError> {
-        let Exchange { layer, kind, .. } = exchange;
-        let me = self.control.rank();
-        // Until when another rank may still say who is to blame for what failed here.
-        let mut fault = failed.map(|error| (Instant::now() + self.grace, error));
+        if let Some(error) = failed {
+            let until = Instant::now() + self.grace;
+            self.trouble.get_or_insert((until, error));
+        }
         for look in 0_u32.. {
-            if fault.is_none() {
-                match self.communicator.poll() {
-                    Ok(settled) => {
-                        let idle = goal == Goal::Enqueued || self.port.is_idle().map_err(|e| self.device(e))?;
-                        if settled && idle {
-                            return Ok(());
-                        }
-                    }
-                    Err(error) if is_remote(&error) => fault = Some((Instant::now() + self.grace, error)),
-                    Err(error) => return Err(self.lost(exchange, &error)),
-                }
-            }
-            let now = Instant::now();
             // Work comes onto the stream in less time than the other ranks are heard.
-            if self.gone.is_none() && (goal == Goal::Done || fault.is_some() || look >= SPINS) {
-                self.gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
-            }
-            if let Some((_, named)) = self.gone.take_if(|(until, _)| fault.is_some() || *until <= now) {
-                return Err(named);
-            }
-            match &fault {
-                Some((until, error)) if *until <= now => return Err(self.lost(exchange, error)),
-                None if self.step.deadline <= now => {
-                    let others = (0..self.control.size()).map(Rank).filter(|rank| *rank != me);
-                    return Err(CollectiveError::Deadline { layer, kind, waiting_for: others.collect() });
-                }
-                _ => {}
+            if self.look(exchange, goal, goal != Goal::Enqueued || look >= SPINS)? {
+                return Ok(());
             }
             pause(look);
         }
         Err(CollectiveError::Broken)
+    }
+
+    /// Looks once whether the goal is reached, and why it may never be.
+    fn look(&mut self, exchange: Exchange, goal: Goal, listens: bool) -> Result<bool, CollectiveError> {
+        let Exchange { layer, kind, .. } = exchange;
+        let me = self.control.rank();
+        if self.trouble.is_none() {
+            match self.communicator.poll() {
+                Ok(settled) => {
+                    if settled && self.is_reached(goal).map_err(|error| self.device(error))? {
+                        return Ok(true);
+                    }
+                }
+                Err(error) if is_remote(&error) => self.trouble = Some((Instant::now() + self.grace, error)),
+                Err(error) => return Err(self.lost(exchange, &error)),
+            }
+        }
+        let now = Instant::now();
+        if self.gone.is_none() && (listens || self.trouble.is_some()) {
+            self.gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
+        }
+        if let Some((_, named)) = self.gone.take_if(|(until, _)| self.trouble.is_some() || *until <= now) {
+            return Err(named);
+        }
+        let deadline = match goal {
+            Goal::Passed => self.marks.oldest(self.step.fence).map_or(self.step.deadline, |mark| mark.deadline),
+            Goal::Enqueued | Goal::Done => self.step.deadline,
+        };
+        match &self.trouble {
+            Some((until, error)) if *until <= now => Err(self.lost(exchange, error)),
+            None if deadline <= now => {
+                let others = (0..self.control.size()).map(Rank).filter(|rank| *rank != me);
+                Err(CollectiveError::Deadline { layer, kind, waiting_for: others.collect() })
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn is_reached(&self, goal: Goal) -> Result<bool, KernelError> {
+        match goal {
+            Goal::Enqueued => Ok(true),
+            Goal::Done => self.port.is_idle(),
+            Goal::Passed => self.marks.oldest(self.step.fence).map_or(Ok(true), |mark| mark.look.is_done()),
+        }
     }
 
     /// Tells the others whom this rank gave up on, and ends the exchange.
@@ -352,6 +423,7 @@ impl Nccl {
     fn broken(&mut self, error: CollectiveError) -> CollectiveError {
         self.communicator.abort();
         self.step.fail();
+        self.failure.get_or_insert_with(|| error.clone());
         error
     }
 }
@@ -391,13 +463,20 @@ impl Collectives<Parts> for Nccl {
 
     fn begin(&mut self, fence: Fence, deadline: Instant) {
         self.step.begin(fence, deadline);
-        if self.last.take().is_some() {
-            // A step that nobody waited for.
+        self.allowed = deadline.saturating_duration_since(Instant::now());
+        if !self.marks.leave_room() {
+            // A step that nobody ended, or waited for.
             self.step.fail();
         }
-        self.in_flight = 0;
+        if let Some(before) = self.marks.newest() {
+            self.step.deadline = before.deadline + self.allowed;
+        }
         self.way = Way::Exact;
         self.control.begin(fence, deadline);
+    }
+
+    fn overlaps(&self, rows_of_rank: &[u32]) -> bool {
+        self.shape.way(rows_of_rank) != Way::Exact
     }
 
     fn expect(&mut self, rows_of_rank: &[u32]) {
@@ -440,16 +519,37 @@ impl Collectives<Parts> for Nccl {
         }
     }
 
-    fn settle(&mut self) -> Result<(), CollectiveError> {
-        let Some(last) = self.last.take() else { return Ok(()) };
-        self.wait(last, None, Goal::Done).map_err(|error| self.failed(error))?;
-        self.port.check().map_err(|error| {
-            let error = match error {
-                KernelError::Received { rank, what } => CollectiveError::Corrupt { rank: Rank(rank as u32), what },
-                other => self.device(other),
-            };
-            self.failed(error)
-        })
+    fn end(&mut self) -> Result<(), CollectiveError> {
+        self.mark(true).map_err(|error| self.failed(error))?;
+        if self.marks.newest().is_none() {
+            self.settled = self.step.fence;
+        }
+        Ok(())
+    }
+
+    fn is_settled(&mut self, fence: Fence) -> Result<bool, CollectiveError> {
+        while self.settled < fence {
+            if self.step.is_broken() {
+                return Err(self.failure());
+            }
+            let Some(mark) = self.marks.oldest(fence) else { return Ok(true) };
+            let looked = self.look(mark.exchange, Goal::Passed, true);
+            let passed = looked.and_then(|there| if there { self.passed().map(|()| true) } else { Ok(false) });
+            if !passed.map_err(|error| self.failed(error))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn settle(&mut self, fence: Fence) -> Result<(), CollectiveError> {
+        for look in 0_u32.. {
+            if self.is_settled(fence)? {
+                break;
+            }
+            pause(look);
+        }
+        Ok(())
     }
 
     fn counters(&self) -> ExchangeCounters {

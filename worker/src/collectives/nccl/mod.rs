@@ -17,6 +17,7 @@ mod exchange;
 #[cfg(test)]
 mod fake;
 mod join;
+mod marks;
 mod offer;
 mod schedule;
 mod state;

@@ -3,14 +3,13 @@
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use cudarc::nccl::sys::cudaStream_t;
 use phalanx_kernels::KernelError;
 use phalanx_kernels::cuda::{Device, Emulated, Family, Graph, Launch, Pinned, Sequence};
 
-use super::stream::{Work, enqueue, new_stream, try_advance};
-use super::{HANG_MAX, lock};
+use super::lock;
+use super::stream::{Work, enqueue, groups_max, new_stream, try_advance};
 
 /// A device in the order of a stream of the stand-in's.
 #[derive(Debug)]
@@ -18,30 +17,23 @@ pub(in super::super) struct Ordered {
     stream: usize,
     /// What every look at the stream finds.
     pub(in super::super) fault: Mutex<Option<String>>,
-    /// Waits of the host for the stream.
-    pub(in super::super) waits: AtomicUsize,
+    /// How often the host found that the stream was not where it waits for it.
+    pub(in super::super) waits: Arc<AtomicUsize>,
 }
 
 impl Ordered {
     pub(in super::super) fn new() -> Arc<Self> {
-        let (stream, waits) = (new_stream().expose_provenance(), AtomicUsize::new(0));
-        Arc::new(Self { stream, fault: Mutex::default(), waits })
+        let stream = new_stream().expose_provenance();
+        Arc::new(Self { stream, fault: Mutex::default(), waits: Arc::default() })
     }
 
     fn raw(&self) -> cudaStream_t {
         std::ptr::with_exposed_provenance_mut(self.stream)
     }
 
-    fn finish(&self) -> Result<(), KernelError> {
-        self.waits.fetch_add(1, Ordering::SeqCst);
-        let begun = Instant::now();
-        while !try_advance(self.raw())? {
-            if begun.elapsed() > HANG_MAX {
-                return Err(KernelError::Device { what: "finish", why: "the host waits for another rank".to_owned() });
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
+    /// The most exchanges that ever waited on the stream.
+    pub(in super::super) fn exchanges_max(&self) -> usize {
+        groups_max(self.raw())
     }
 
     fn enqueue(&self, op: impl FnOnce() -> Result<(), KernelError> + Send + 'static) {
@@ -79,7 +71,9 @@ impl Device for Ordered {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), KernelError> {
-        self.finish()?;
+        if !self.is_idle()? {
+            return Err(KernelError::Device { what: "give bytes", why: "it is not done".to_owned() });
+        }
         // SAFETY: the caller's promise.
         unsafe { emulated().download(from, to) }
     }
@@ -116,14 +110,19 @@ impl Device for Ordered {
         Err(KernelError::Device { what: "make graphs", why: "its stream takes one op after the other".to_owned() })
     }
 
-    fn pin(&self, _bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
-        Err(KernelError::Device { what: "pin memory", why: "it copies what it takes".to_owned() })
+    fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
+        let (stream, waits) = (self.stream, Arc::clone(&self.waits));
+        Ok(Box::new(OrderedPinned { stream, waits, bytes: vec![0; bytes], under_way: Arc::default() }))
     }
 
     fn is_idle(&self) -> Result<bool, KernelError> {
         match lock(&self.fault).clone() {
             Some(why) => Err(KernelError::Device { what: "finish", why }),
-            None => try_advance(self.raw()),
+            None => {
+                let idle = try_advance(self.raw())?;
+                self.waits.fetch_add(usize::from(!idle), Ordering::SeqCst);
+                Ok(idle)
+            }
         }
     }
 
@@ -133,5 +132,86 @@ impl Device for Ordered {
 
     fn uuid(&self) -> Result<[u8; 16], KernelError> {
         Ok([0; 16])
+    }
+}
+
+/// Memory that the stream reads, and what it brings back, when it comes there.
+#[derive(Debug)]
+struct OrderedPinned {
+    stream: usize,
+    waits: Arc<AtomicUsize>,
+    bytes: Vec<u8>,
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+/// Copies that the stream has not come to, and what those have brought that it has.
+#[derive(Debug, Default)]
+struct UnderWay {
+    copies: usize,
+    fetched: Vec<(usize, Vec<u8>)>,
+}
+
+impl OrderedPinned {
+    fn enqueue(&self, op: impl FnOnce(&mut UnderWay) -> Result<(), KernelError> + Send + 'static) {
+        let under_way = Arc::clone(&self.under_way);
+        lock(&under_way).copies += 1;
+        let work = move || {
+            let mut under_way = lock(&under_way);
+            under_way.copies -= 1;
+            op(&mut under_way)
+        };
+        enqueue(std::ptr::with_exposed_provenance_mut(self.stream), Work::Op(Box::new(work)));
+    }
+}
+
+impl Pinned for OrderedPinned {
+    fn bytes(&mut self) -> Result<&mut [u8], KernelError> {
+        let mut under_way = lock(&self.under_way);
+        if under_way.copies > 0 {
+            return Err(KernelError::Late { what: "finish a copy" });
+        }
+        for (at, fetched) in under_way.fetched.drain(..) {
+            self.bytes[at..at + fetched.len()].copy_from_slice(&fetched);
+        }
+        drop(under_way);
+        Ok(&mut self.bytes)
+    }
+
+    unsafe fn send(&mut self, bytes: usize, to: u64) -> Result<(), KernelError> {
+        let from = self.bytes[..bytes].as_mut_ptr().expose_provenance();
+        self.enqueue(move |_| {
+            // SAFETY: the memory lives until its copies are done, and only its owner's thread works on the stream.
+            let from = unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(from), bytes) };
+            // SAFETY: the caller's promise.
+            unsafe { emulated().upload(from, to) }
+        });
+        Ok(())
+    }
+
+    unsafe fn fetch(&mut self, from: u64, at: usize, bytes: usize) -> Result<(), KernelError> {
+        self.enqueue(move |under_way| {
+            let mut fetched = vec![0; bytes];
+            // SAFETY: the caller's promise; what is freed later is freed behind this.
+            unsafe { emulated().download(from, &mut fetched)? };
+            under_way.fetched.push((at, fetched));
+            Ok(())
+        });
+        Ok(())
+    }
+
+    fn is_done(&self) -> Result<bool, KernelError> {
+        try_advance(std::ptr::with_exposed_provenance_mut(self.stream))?;
+        let done = lock(&self.under_way).copies == 0;
+        self.waits.fetch_add(usize::from(!done), Ordering::SeqCst);
+        Ok(done)
+    }
+}
+
+impl Drop for OrderedPinned {
+    fn drop(&mut self) {
+        if lock(&self.under_way).copies > 0 {
+            // The stream will read it, should it come there.
+            std::mem::forget(std::mem::take(&mut self.bytes));
+        }
     }
 }

@@ -97,6 +97,8 @@ pub(super) struct Stream {
     work: VecDeque<Work>,
     /// What failed; it stays so.
     error: Option<KernelError>,
+    /// Most groups at once.
+    groups_max: usize,
 }
 
 fn stream_of(stream: cudaStream_t) -> &'static Mutex<Stream> {
@@ -110,7 +112,15 @@ pub(in super::super) fn new_stream() -> cudaStream_t {
 }
 
 pub(super) fn enqueue(stream: cudaStream_t, work: Work) {
-    lock(stream_of(stream)).work.push_back(work);
+    let mut stream = lock(stream_of(stream));
+    stream.work.push_back(work);
+    let groups = stream.work.iter().filter(|work| matches!(work, Work::Group(_))).count();
+    stream.groups_max = stream.groups_max.max(groups);
+}
+
+/// The most groups that ever waited on the stream.
+pub(super) fn groups_max(stream: cudaStream_t) -> usize {
+    lock(stream_of(stream)).groups_max
 }
 
 /// Goes as far as it can. Whether everything on the stream is done.

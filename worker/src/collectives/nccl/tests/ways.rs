@@ -22,6 +22,8 @@ type Routing = Vec<Vec<[usize; TOP_K]>>;
 /// One rank with one layer of experts, which it uses again and again.
 struct Member {
     nccl: Nccl,
+    /// The step that has begun.
+    begun: Fence,
     /// Where the host's waits can be counted.
     device: Option<Arc<Ordered>>,
     backend: Cuda,
@@ -116,7 +118,7 @@ impl Member {
         let places = b.places(&places);
         let (outgoing, incoming) = (b.parts(n, room), b.parts(n, room));
         b.finish().unwrap();
-        Self { nccl, device: None, backend: b, held, places, routes, x, outgoing, incoming }
+        Self { nccl, begun: epoch(), device: None, backend: b, held, places, routes, x, outgoing, incoming }
     }
 
     fn dispatch(&mut self, layer: u32) -> Result<(), CollectiveError> {
@@ -144,12 +146,19 @@ impl Member {
     }
 
     fn begin(&mut self, step: u64, deadline: Instant, routing: &Routing, way: Option<Way>) {
-        self.nccl.begin(fence(step), deadline);
+        self.begun = fence(step);
+        self.nccl.begin(self.begun, deadline);
         let rows: Vec<u32> = routing.iter().map(|rows| rows.len() as u32).collect();
         self.nccl.expect(&rows);
         if let Some(way) = way {
             self.nccl.go(way);
         }
+    }
+
+    /// Ends the step that has begun and waits for it.
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        self.nccl.end()?;
+        self.nccl.settle(self.begun)
     }
 
     /// A step of so many layers.
@@ -171,11 +180,12 @@ impl Member {
             }
             self.experts_and_combine(layer)?;
         }
-        if layers > 1 && !matches!(way, Some(Way::Exact)) {
+        // In longer steps it waits for some, so that it is not too far ahead.
+        if (2..24).contains(&layers) && !matches!(way, Some(Way::Exact)) {
             let waits = self.device.as_ref().map(|device| device.waits.load(Ordering::SeqCst));
             assert_eq!(waits, before, "the host only enqueues");
         }
-        self.nccl.settle()?;
+        self.settle()?;
         let residual = self.backend.read(&self.x).into_iter().map(f32::to_bits).collect();
         self.backend.finish().unwrap();
         Ok(Outcome { residual, received })
@@ -283,6 +293,111 @@ fn long_steps_follow_each_other() {
     assert!(run(Way::Gather { rows: 8 }) == exact);
 }
 
+/// A step of 30 layers, without waiting for it.
+fn enqueue(member: &mut Member, step: u64, routing: &Routing, way: Way, allowed: Duration) {
+    member.begin(step, Instant::now() + allowed, routing, Some(way));
+    for layer in 0..30 {
+        member.dispatch(layer).unwrap();
+        member.experts_and_combine(layer).unwrap();
+    }
+    member.nccl.end().unwrap();
+}
+
+/// Each is longer than the host may be ahead.
+#[test]
+fn a_step_that_begins_before_the_last_one_is_settled_changes_no_bit() {
+    let routing = any(7, &[5, 3]);
+    for way in WAYS {
+        let one_by_one =
+            cell(&routing, |mut member| (1..5).map(|step| member.step(step, &routing, Some(way), 30)).last().unwrap());
+        let early = cell(&routing, |mut member| {
+            for step in 1..5 {
+                enqueue(&mut member, step, &routing, way, PATIENCE);
+                // Rank 1 does not wait for the first before it begins the second.
+                if member.nccl.rank() == Rank(0) || step > 1 {
+                    member.nccl.settle(fence(step - u64::from(member.nccl.rank().0))).unwrap();
+                }
+            }
+            member.nccl.settle(fence(4)).unwrap();
+            let most = member.device.as_ref().map(|device| device.exchanges_max());
+            assert!(most <= Some(48), "{most:?} are too far ahead");
+            member.backend.read(&member.x).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        });
+        let one_by_one: Vec<_> = one_by_one.into_iter().map(|outcome| outcome.unwrap().residual).collect();
+        assert!(early == one_by_one, "{way:?}");
+    }
+}
+
+#[test]
+fn no_third_step_begins_before_the_first_is_settled() {
+    let routing = any(7, &[1]);
+    cell(&routing, |mut member| {
+        for step in 1..=2 {
+            member.begin(step, Instant::now() + PATIENCE, &routing, Some(WAYS[0]));
+            member.dispatch(0).unwrap();
+            member.nccl.end().unwrap();
+        }
+        member.begin(3, Instant::now() + PATIENCE, &routing, Some(WAYS[0]));
+        assert_eq!(member.dispatch(0), Err(CollectiveError::Broken));
+        assert_eq!(member.nccl.settle(fence(2)), Err(CollectiveError::Broken));
+    });
+}
+
+/// Rank 1 is a step ahead: what it sent for the first step is found wrong, and the second, which begins meanwhile, is not used.
+#[test]
+fn a_wrong_slot_of_the_first_step_fails_the_second() {
+    let routing = any(10, &[2, 3]);
+    for way in WAYS {
+        let errors = cell(&routing, |mut member| {
+            let ahead = u64::from(member.nccl.rank().0);
+            for step in [1, 2] {
+                member.begin(step + ahead, Instant::now() + PATIENCE, &routing, Some(way));
+                member.dispatch(0).unwrap();
+                member.nccl.end().unwrap();
+            }
+            [1, 2].map(|step| member.nccl.settle(fence(step + ahead)).unwrap_err())
+        });
+        let [first, second] = &errors[0];
+        assert!(matches!(first, CollectiveError::Corrupt { rank: Rank(1), what } if what.contains("another step")));
+        assert_eq!(first, second);
+    }
+}
+
+/// The second step may take 300 ms, and does not begin before the first is done, which takes longer.
+#[test]
+fn the_time_of_a_step_begins_when_the_one_before_is_settled() {
+    let routing = any(12, &[2, 3]);
+    let settled = std::sync::Barrier::new(2);
+    let outcomes = cell(&routing, |mut member| {
+        let way = WAYS[0];
+        let late = member.nccl.rank() == Rank(1);
+        if late {
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        enqueue(&mut member, 1, &routing, way, PATIENCE);
+        if late {
+            member.nccl.settle(fence(1)).unwrap();
+            settled.wait();
+            settled.wait();
+            return None;
+        }
+        enqueue_first_layer(&mut member, 2, &routing, way, Duration::from_millis(300));
+        member.nccl.settle(fence(1)).unwrap();
+        settled.wait();
+        let error = member.nccl.settle(fence(2)).unwrap_err();
+        settled.wait();
+        Some(error)
+    });
+    let late = matches!(&outcomes[0], Some(CollectiveError::Deadline { waiting_for, .. }) if *waiting_for == [Rank(1)]);
+    assert!(late, "{outcomes:?}");
+}
+
+fn enqueue_first_layer(member: &mut Member, step: u64, routing: &Routing, way: Way, allowed: Duration) {
+    member.begin(step, Instant::now() + allowed, routing, Some(way));
+    member.dispatch(0).unwrap();
+    member.nccl.end().unwrap();
+}
+
 const WAYS: [Way; 2] = [Way::Slots { rows: 8 }, Way::Gather { rows: 8 }];
 
 #[test]
@@ -296,7 +411,7 @@ fn a_rank_that_dies_while_nobody_waits_is_named_when_somebody_does() {
             }
             member.dispatch(0).unwrap();
             member.experts_and_combine(0).unwrap();
-            let error = member.nccl.settle().unwrap_err();
+            let error = member.settle().unwrap_err();
             assert_eq!(member.nccl.communicator().state(), State::Aborted, "what is on the stream must end");
             member.nccl.begin(fence(2), Instant::now() + PATIENCE);
             assert_eq!(member.dispatch(0), Err(CollectiveError::Broken));
@@ -317,7 +432,7 @@ fn a_rank_that_takes_no_part_ends_the_step_with_its_deadline() {
             if member.nccl.rank() == Rank(0) {
                 member.begin(1, Instant::now() + Duration::from_millis(300), &routing, Some(way));
                 member.dispatch(0).unwrap();
-                let error = member.nccl.settle().unwrap_err();
+                let error = member.settle().unwrap_err();
                 let late = |waiting_for: &[Rank]| waiting_for == [Rank(1)];
                 assert!(
                     matches!(&error, CollectiveError::Deadline { waiting_for, .. } if late(waiting_for)),
@@ -339,7 +454,7 @@ fn slots_of_another_moment_are_refused_with_the_rank() {
                 let ahead = member.nccl.rank() == Rank(1);
                 member.begin(if ahead { step } else { 1 }, Instant::now() + PATIENCE, &routing, Some(way));
                 member.dispatch(if ahead { layer } else { 0 }).unwrap();
-                member.nccl.settle().unwrap_err()
+                member.settle().unwrap_err()
             });
             let CollectiveError::Corrupt { rank: Rank(1), what: found } = &errors[0] else {
                 panic!("{way:?}: {}", errors[0]);
@@ -431,7 +546,7 @@ mod gpu {
                 if member.nccl.rank() == Rank(1) {
                     return None;
                 }
-                let sent = member.dispatch(0).and_then(|()| member.nccl.settle());
+                let sent = member.dispatch(0).and_then(|()| member.settle());
                 assert_eq!(member.nccl.communicator().state(), State::Aborted);
                 Some(sent.unwrap_err())
             });
