@@ -1,6 +1,6 @@
 //! Ranks with GPUs, over NVIDIA's NCCL, opened at run time if it is there.
 //!
-//! **No GPU has run this yet.** What is proved is proved with a stand-in for NCCL's functions, through the same code.
+//! One GPU has run it with several ranks as threads; steps that overlap have run with a stand-in for NCCL's functions alone.
 //!
 //! - [`Nccl`]: the exchanges of a step between devices. The TCP connections of the epoch carry the news of lost ranks,
 //!   and fences and sizes where the host must know them; NCCL carries the rows.
