@@ -139,7 +139,7 @@ fn what_goes_wrong_is_counted_by_kind() {
 fn kernels_are_measured_beside_what_the_machine_can_do() {
     let mut command = Command::new(server::paths::binary());
     command.args(["bench", "kernels", "--device", "cpu", "--threads", "1", "--rounds", "1", "--rows", "1,3"]);
-    let out = command.args(["--only", "attend", "--context", "200", "--json"]).output().unwrap();
+    let out = command.args(["--only", "attend-full,attend-window", "--context", "200", "--json"]).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     let ops = report["ops"].as_array().unwrap();

@@ -33,10 +33,10 @@ pub struct KernelsArgs {
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32,64,512", value_name = "T",
           value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
-    /// Only ops whose name contains this: norm, qkv, rotate, attend-full, attend-window, prefill-full, prefill-window,
+    /// Only ops whose name contains one of these: norm, qkv, rotate, attend-full, attend-window, prefill-full, prefill-window,
     /// attention-out, route, experts, unembed, sample
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    only: String,
+    #[arg(long, value_delimiter = ',', value_name = "TEXT,..")]
+    only: Vec<String>,
     /// Tokens of context that each row of attend- sees, or the last one of prefill-
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     context: u32,
@@ -157,7 +157,7 @@ fn cases<B: Machine>(
     dense: Arithmetic,
     experts: Arithmetic,
 ) -> Result<Vec<Case<B>>> {
-    let wanted = |name: &str| name.contains(&args.only);
+    let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| name.contains(only.as_str()));
     let rows = || args.rows.iter().map(|&rows| rows as usize);
     // Logits of more rows than are ever held at once teach nothing.
     let few = || rows().filter(|&rows| rows <= LOGITS_ROWS_MAX as usize);
@@ -203,7 +203,7 @@ fn cases<B: Machine>(
     }
     // What there was no memory for is said here, not in a round.
     backend.finish().context("making what is measured")?;
-    if cases.is_empty() { Err(NoOp(args.only.clone()).into()) } else { Ok(cases) }
+    if cases.is_empty() { Err(NoOp(args.only.join(",")).into()) } else { Ok(cases) }
 }
 
 /// Seconds of one op: as many in a row as take a while, since a device may have only been told of them when they return.
