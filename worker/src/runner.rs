@@ -82,6 +82,10 @@ impl StepError {
     }
 }
 
+/// Draws beyond which a step's exchanges are waited for before it samples: so many launches and uploads are not to wait on the
+/// device behind what waits for other ranks.
+const DRAWS_AHEAD: usize = 256;
+
 /// Runs the plans of one rank in one epoch.
 pub struct Runner<B: Backend, C: Collectives<B::Parts>> {
     model: GptOss<B>,
@@ -96,6 +100,8 @@ pub struct Runner<B: Backend, C: Collectives<B::Parts>> {
     outcomes: Outcomes<StepError>,
     /// Steps that have begun and not ended, at most [`DEPTH`].
     under_way: VecDeque<UnderWay<B::Ended>>,
+    /// When a step was last done.
+    collected: Option<Instant>,
 }
 
 impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
@@ -112,6 +118,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             beside: Beside::default(),
             outcomes: Outcomes::new(fence),
             under_way: VecDeque::new(),
+            collected: None,
         }
     }
 
@@ -200,9 +207,12 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
 
     /// Waits for a step that was enqueued: first until its exchanges are done.
     fn result(&mut self, fence: Fence, asked: &[Asked], begun: Begun<B::Ended>) -> Result<StepResult, StepError> {
-        let Begun { mut result, ended } = begun;
+        let Begun { mut result, ended, enqueued } = begun;
         self.settle(fence)?;
-        let sampled = self.model.result(ended, &mut result.phases)?;
+        // Until the one before was done, this one waited for it.
+        let since = self.collected.map_or(enqueued, |collected| collected.max(enqueued));
+        let sampled = self.model.result(ended, since, &mut result.phases)?;
+        self.collected = Some(Instant::now());
         self.keep_sampled(asked, sampled, &mut result);
         Ok(result)
     }
@@ -257,6 +267,9 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
         };
         let ((), jobs) = self.beside.evaluate(jobs, forward)?;
         let draws = self.draws(plan, &inputs, jobs);
+        if draws.len() > DRAWS_AHEAD {
+            self.settle(fence)?;
+        }
         self.model.sample(draws, &mut result.phases);
         if plan.rows.iter().any(|rows| rows.outputs == Outputs::AllLogits) {
             // They are read at once.
@@ -268,7 +281,7 @@ impl<B: Backend, C: Collectives<B::Parts>> Runner<B, C> {
             tracing::warn!(%warning, "steps are slower than they could be");
         }
         result.exchange = self.collectives.counters();
-        Ok(Begun { result, ended })
+        Ok(Begun { result, ended, enqueued: Instant::now() })
     }
 
     fn admit(&mut self, admission: &Admission) {

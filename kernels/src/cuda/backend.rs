@@ -54,7 +54,7 @@ impl Backend for Cuda {
     fn token_slots(&mut self, slots: usize) {
         let made = self.memory.zeroed(slots * 4);
         self.tokens = self.made(made, Memory::nothing);
-        self.make_landings();
+        self.make_landings(slots);
     }
 
     fn vector(&mut self, source: Source<'_>) -> Result<Vector, KernelError> {

@@ -6,14 +6,18 @@ use std::time::Instant;
 use super::Cuda;
 use super::device::{Device, Pinned};
 use super::pinned::ready;
-use super::sample::{Drawn, Report};
+use super::sample::{DRAWN, Drawn, Report, TOP};
 use super::status;
 use crate::{KernelError, Sampled};
 
 /// Pinned memory that waits for the next steps.
 const LANDINGS_MAX: usize = 4;
-/// Its least size: 680 draws, or 89 with 20 likely tokens each.
+/// Its least size.
 const LANDING_BYTES_MIN: usize = 16 << 10;
+/// The most that it is made for; more is pinned when a step brings it.
+const LANDING_BYTES_MAX: usize = 1 << 20;
+/// What a row brings with as many likely tokens as are reported.
+const ROW_BYTES: usize = DRAWN + 20 * TOP;
 
 /// A step that was ended.
 #[derive(Debug)]
@@ -51,10 +55,12 @@ impl Pin {
 }
 
 impl Cuda {
-    /// Makes what steps land in, as long as they bring no more than that: no memory is pinned while they run. Without pinned
-    /// memory they land elsewhere.
-    pub(super) fn make_landings(&mut self) {
-        let pin = || Pin::new(self.memory.queue.device(), LANDING_BYTES_MIN).ok();
+    /// Makes what steps land in that draw for so many sequences: no memory is pinned while they run, which may wait for what
+    /// the device waits for. Without pinned memory they land elsewhere.
+    pub(super) fn make_landings(&mut self, sequences: usize) {
+        let bytes = (status::BYTES + sequences * ROW_BYTES).next_power_of_two();
+        let bytes = bytes.clamp(LANDING_BYTES_MIN, LANDING_BYTES_MAX);
+        let pin = || Pin::new(self.memory.queue.device(), bytes).ok();
         let missing = LANDINGS_MAX.saturating_sub(self.landings.len());
         self.landings.extend(std::iter::from_fn(pin).take(missing));
     }

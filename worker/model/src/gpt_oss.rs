@@ -249,13 +249,18 @@ impl<B: Backend> GptOss<B> {
         self.backend.is_done(step)
     }
 
-    /// Waits for a step and returns what was sampled, in the order it was asked for. A device that runs behind the host
-    /// is waited for here, so that most of its time is told as that of sampling.
+    /// Waits for a step and returns what was sampled, in the order it was asked for. A device runs behind the host, so its time
+    /// is told as that of sampling: from `since` on, when all was enqueued and the step before was done.
     ///
     /// # Errors
     /// An op of the step failed.
-    pub fn result(&mut self, step: B::Ended, phases: &mut PhaseTimes) -> Result<Vec<Sampled>, ForwardError> {
-        let mut laps = Laps { phases, last: Instant::now() };
+    pub fn result(
+        &mut self,
+        step: B::Ended,
+        since: Instant,
+        phases: &mut PhaseTimes,
+    ) -> Result<Vec<Sampled>, ForwardError> {
+        let mut laps = Laps { phases, last: since };
         let tokens = self.backend.result(step);
         laps.lap(Phase::Sample);
         Ok(tokens?)

@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn whatever_is_missing_auto_computes_on_cpus_and_says_why() {
-        let cases: [(Probe, &str); 5] = [
+        let cases: [(Probe, &str); 6] = [
             (nothing(), "there is no CUDA driver"),
             (Probe { gpus: Err(Missing::Devices), ..good() }, "finds no GPU"),
             (Probe { gpus: Err(Missing::Late), ..good() }, "does not answer"),

@@ -1,5 +1,7 @@
 //! Steps that have begun and whose results are still to come.
 
+use std::time::Instant;
+
 use phalanx_proto::{Fence, Outputs, SeqId, StepHeader, StepResult, TokenId};
 
 use super::StepError;
@@ -21,6 +23,8 @@ pub(super) struct Begun<E> {
     /// All but what was sampled.
     pub(super) result: StepResult,
     pub(super) ended: E,
+    /// When all of it was enqueued.
+    pub(super) enqueued: Instant,
 }
 
 /// What a run asked for.

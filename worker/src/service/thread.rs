@@ -2,6 +2,7 @@
 //! the last one is done.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use phalanx_proto::{Fence, Outputs, StepPlan, StepResult, Term};
 use phalanx_wire::{Prepare, PrepareEvent, StepFailure, StepReply, WireError, WorkerState, logit_rows_max};
@@ -13,6 +14,11 @@ use tracing::{info, warn};
 
 use super::{Host, HostError, NoResult, Shared};
 use crate::panics::{Panic, catch};
+
+/// Looks without a pause whether a step is done: more than a decode step takes.
+const LOOKS: u32 = 20_000;
+/// Between later looks.
+const PAUSE: Duration = Duration::from_micros(20);
 
 type Event = Result<PrepareEvent, Status>;
 
@@ -59,16 +65,19 @@ impl<H: Host> ModelThread<H> {
 
     /// What is asked next; a step that is done meanwhile is answered.
     fn next(&mut self, commands: &mut Receiver<Command>) -> Result<Option<Command>, Panic> {
+        let mut looks = 0_u32;
         while self.under_way.is_some() {
             if self.ask(H::is_done)? {
                 self.answer()?;
                 continue;
             }
+            looks = looks.saturating_add(1);
             match commands.try_recv() {
                 Ok(command) => return Ok(Some(command)),
                 Err(TryRecvError::Disconnected) => return Ok(None),
                 // Both are waited for, and a device says no more than whether it is done.
-                Err(TryRecvError::Empty) => std::thread::yield_now(),
+                Err(TryRecvError::Empty) if looks < LOOKS => std::thread::yield_now(),
+                Err(TryRecvError::Empty) => std::thread::sleep(PAUSE),
             }
         }
         Ok(commands.blocking_recv())
