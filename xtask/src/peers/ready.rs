@@ -15,8 +15,8 @@ use crate::run::{answers, cargo, run};
 
 /// Where scripts, requirements and sources are, below the repository's root.
 const SCRIPTS: &str = "xtask/peers";
-/// As much as the machine can: what a wheel for any machine leaves out.
-const BUILD: [(&str, &str); 1] = [("CMAKE_ARGS", "-DGGML_NATIVE=ON")];
+/// As much as the machine can: what a wheel for any machine leaves out. And no warnings: they are tens of thousands.
+const BUILD: [(&str, &str); 3] = [("CMAKE_ARGS", "-DGGML_NATIVE=ON"), ("CFLAGS", "-w"), ("CXXFLAGS", "-w")];
 const IK_PACKAGE: &str = "ik-llama-cpp-python";
 const IK_VERSION: &str = "0.1.5";
 /// Free space that building an environment takes.
@@ -113,8 +113,9 @@ fn environment(name: &str, dir: &Path, scripts: &Path, more: &[(&str, &str)]) ->
         enough_space(dir, BUILD_GB)?;
         println!("\nBuilding {name} from source, once: about 10 minutes on two cores. pip shows what it does.");
     }
-    // Verbose: a compiler that is silent for ten minutes looks like one that hangs.
-    let options = ["--verbose", "--progress-bar", "off"];
+    // Verbose: a compiler that is silent for ten minutes looks like one that hangs. No cache: what pip has built before may
+    // have been built with other flags.
+    let options = ["--verbose", "--progress-bar", "off", "--no-cache-dir"];
     let made = python::environment(&home, &requirements, &options, &[&BUILD, more].concat());
     made.map_err(|why| format!("{why} If not: what the compiler said stands above; it must know C++17."))
 }
