@@ -137,10 +137,11 @@ impl Driver {
             .cubins(&self.arch, on_progress)
             .map_err(|error| KernelError::Device { what: "get its kernels", why: error.to_string() })?;
         // A kernel has 48 KiB unless it is allowed more: what the device has, and no kernel wants more than the constant.
-        let shared =
-            self.stream.context().attribute(SHARED_OPTIN).map_err(failed("load its kernels"))?.min(SHARED_MAX as i32);
+        let load = failed("load its kernels");
+        let shared = self.stream.context().attribute(SHARED_OPTIN).map_err(&load)?.min(SHARED_MAX as i32);
+        // The context was made on another thread.
+        self.bind()?;
         for (file, cubin) in cubins {
-            let load = failed("load its kernels");
             // SAFETY: the context is current on this thread; the image is an ELF file, which says its
             // own size, and is copied by the driver.
             let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(&load)?;

@@ -1,5 +1,6 @@
-// A driver and a compiler that compute nothing: copies are done at once, or never while the device hangs. Where the true
-// driver would then wait for ever, or take away what the device still uses, this one ends the process and says which call it was.
+// A driver and a compiler that compute nothing: copies are done at once, or never while the device hangs. Calls need a
+// context that is current on their thread, as the true driver's do. Where that one would wait for ever, or take away what
+// the device still uses, this one ends the process and says which call it was.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -7,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NO_MEMORY = 2, NOT_READY = 600, LAUNCH_FAILED = 719, TAKEN_MAX = 1024, STAGED_MAX = 64 << 10, PINNED_MAX = 256 };
+enum { NO_MEMORY = 2, NO_CONTEXT = 201, NOT_READY = 600, LAUNCH_FAILED = 719, TAKEN_MAX = 1024, STAGED_MAX = 64 << 10, PINNED_MAX = 256 };
 
 typedef void *handle;
 typedef unsigned long long device_address;
@@ -26,6 +27,8 @@ void fake_set(int device_hangs, int events_fail) {
 long fake_contexts(void) { return contexts; }
 long fake_modules(void) { return modules; }
 long fake_pinned(void) { return pinned_count; }
+
+#define IN_CONTEXT if (!current) return NO_CONTEXT
 
 static int query(void) { return hangs && given ? NOT_READY : 0; }
 static void waits(const char *call) {
@@ -63,41 +66,41 @@ int cuDevicePrimaryCtxRetain(handle *context, int device) { contexts++; *context
 int cuDevicePrimaryCtxRelease_v2(int device) { waits("cuDevicePrimaryCtxRelease"); contexts--; return 0; }
 int cuCtxGetCurrent(handle *context) { *context = current; return 0; }
 int cuCtxSetCurrent(handle context) { current = context; return 0; }
-int cuCtxSynchronize(void) { waits("cuCtxSynchronize"); return 0; }
+int cuCtxSynchronize(void) { IN_CONTEXT; waits("cuCtxSynchronize"); return 0; }
 int cuDeviceGetDefaultMemPool(handle *pool, int device) { *pool = &pinned; return 0; }
 int cuMemPoolSetAttribute(handle pool, int attribute, void *value) { return 0; }
-int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { *free_bytes = *all = (size_t)1 << 30; return 0; }
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { IN_CONTEXT; *free_bytes = *all = (size_t)1 << 30; return 0; }
 
-int cuStreamCreate(handle *stream, unsigned flags) { *stream = &hangs; return 0; }
-int cuStreamDestroy_v2(handle stream) { waits("cuStreamDestroy"); return 0; }
-int cuStreamQuery(handle stream) { return query(); }
-int cuStreamSynchronize(handle stream) { waits("cuStreamSynchronize"); return 0; }
-int cuEventCreate(handle *event, unsigned flags) { *event = &given; return 0; }
-int cuEventRecord(handle event, handle stream) { return no_events ? LAUNCH_FAILED : 0; }
+int cuStreamCreate(handle *stream, unsigned flags) { IN_CONTEXT; *stream = &hangs; return 0; }
+int cuStreamDestroy_v2(handle stream) { IN_CONTEXT; waits("cuStreamDestroy"); return 0; }
+int cuStreamQuery(handle stream) { IN_CONTEXT; return query(); }
+int cuStreamSynchronize(handle stream) { IN_CONTEXT; waits("cuStreamSynchronize"); return 0; }
+int cuEventCreate(handle *event, unsigned flags) { IN_CONTEXT; *event = &given; return 0; }
+int cuEventRecord(handle event, handle stream) { IN_CONTEXT; return no_events ? LAUNCH_FAILED : 0; }
 // An event that was never recorded is done.
-int cuEventQuery(handle event) { return no_events ? 0 : query(); }
-int cuEventSynchronize(handle event) { waits("cuEventSynchronize"); return 0; }
-int cuEventDestroy_v2(handle event) { return 0; }
+int cuEventQuery(handle event) { IN_CONTEXT; return no_events ? 0 : query(); }
+int cuEventSynchronize(handle event) { IN_CONTEXT; waits("cuEventSynchronize"); return 0; }
+int cuEventDestroy_v2(handle event) { IN_CONTEXT; return 0; }
 
-int cuModuleLoadData(handle *module, const void *image) { modules++; *module = &modules; return 0; }
-int cuModuleUnload(handle module) { waits("cuModuleUnload"); modules--; return 0; }
-int cuModuleGetFunction(handle *function, handle module, const char *name) { *function = &modules; return 0; }
-int cuFuncSetAttribute(handle function, int attribute, int value) { return 0; }
+int cuModuleLoadData(handle *module, const void *image) { IN_CONTEXT; modules++; *module = &modules; return 0; }
+int cuModuleUnload(handle module) { IN_CONTEXT; waits("cuModuleUnload"); modules--; return 0; }
+int cuModuleGetFunction(handle *function, handle module, const char *name) { IN_CONTEXT; *function = &modules; return 0; }
+int cuFuncSetAttribute(handle function, int attribute, int value) { IN_CONTEXT; return 0; }
 int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, handle stream, void **params, void **extra) {
+                   unsigned shared, handle stream, void **params, void **extra) { IN_CONTEXT;
     return take("cuLaunchKernel");
 }
-int cuGraphCreate(handle *graph, unsigned flags) { return NO_MEMORY; }
+int cuGraphCreate(handle *graph, unsigned flags) { IN_CONTEXT; return NO_MEMORY; }
 
-int cuMemAllocAsync(device_address *at, size_t bytes, handle stream) {
+int cuMemAllocAsync(device_address *at, size_t bytes, handle stream) { IN_CONTEXT;
     *at = (device_address)(uintptr_t)calloc(1, bytes);
     return *at ? 0 : NO_MEMORY;
 }
-int cuMemFreeAsync(device_address at, handle stream) {
+int cuMemFreeAsync(device_address at, handle stream) { IN_CONTEXT;
     if (!query()) free((void *)(uintptr_t)at);
     return 0;
 }
-int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) { IN_CONTEXT;
     for (int i = 0; i < PINNED_MAX; i++) {
         if (pinned[i].memory) continue;
         pinned[i].memory = *memory = malloc(bytes);
@@ -107,7 +110,7 @@ int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
     }
     return NO_MEMORY;
 }
-int cuMemFreeHost(void *memory) {
+int cuMemFreeHost(void *memory) { IN_CONTEXT;
     waits("cuMemFreeHost");
     for (int i = 0; i < PINNED_MAX; i++) {
         if (pinned[i].memory != memory) continue;
@@ -117,23 +120,23 @@ int cuMemFreeHost(void *memory) {
     }
     return 0;
 }
-int cuMemcpyHtoDAsync_v2(device_address to, const void *from, size_t bytes, handle stream) {
+int cuMemcpyHtoDAsync_v2(device_address to, const void *from, size_t bytes, handle stream) { IN_CONTEXT;
     if (!is_pinned(from) && bytes > STAGED_MAX) waits("cuMemcpyHtoDAsync");
     return copy("cuMemcpyHtoDAsync", (void *)(uintptr_t)to, from, bytes);
 }
-int cuMemcpyDtoHAsync_v2(void *to, device_address from, size_t bytes, handle stream) {
+int cuMemcpyDtoHAsync_v2(void *to, device_address from, size_t bytes, handle stream) { IN_CONTEXT;
     if (!is_pinned(to)) waits("cuMemcpyDtoHAsync");
     return copy("cuMemcpyDtoHAsync", to, (void *)(uintptr_t)from, bytes);
 }
-int cuMemcpyDtoH_v2(void *to, device_address from, size_t bytes) {
+int cuMemcpyDtoH_v2(void *to, device_address from, size_t bytes) { IN_CONTEXT;
     waits("cuMemcpyDtoH");
     memcpy(to, (void *)(uintptr_t)from, bytes);
     return 0;
 }
-int cuMemcpyDtoDAsync_v2(device_address to, device_address from, size_t bytes, handle stream) {
+int cuMemcpyDtoDAsync_v2(device_address to, device_address from, size_t bytes, handle stream) { IN_CONTEXT;
     return copy("cuMemcpyDtoDAsync", (void *)(uintptr_t)to, (void *)(uintptr_t)from, bytes);
 }
-int cuMemsetD8Async(device_address to, unsigned char value, size_t bytes, handle stream) {
+int cuMemsetD8Async(device_address to, unsigned char value, size_t bytes, handle stream) { IN_CONTEXT;
     if (!hangs) memset((void *)(uintptr_t)to, value, bytes);
     return take("cuMemsetD8Async");
 }
