@@ -12,7 +12,8 @@
 //
 // A block has a row stretch of WARPGROUPS * 64 and ITEMS items of a slot, and goes on to the next such unit, in an order
 // that slots without items are no part of. Its last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
-// as there are stages; each warpgroup decodes a block of 32 columns while the products of the block before are under way.
+// as there are stages; each warpgroup decodes TOGETHER blocks of 32 columns while the products of those before are under
+// way. What bounds few items is how long a step of that takes, not how many there are: so there is more in a step.
 //
 // Order: columns ascending by 16, in one sum of the tensor core from zero; bias last. The same for every N and unit.
 #include "ptx_sm90.cuh"
@@ -23,9 +24,9 @@
 // Shared memory -----------------------------------------------------------------------------------------------------
 
 // As in src/cuda/choose.rs.
-template <u32 WARPGROUPS, u32 COPIERS_, u32 ITEMS_, u32 BLOCKS_, u32 STAGES_>
+template <u32 WARPGROUPS, u32 COPIERS_, u32 ITEMS_, u32 BLOCKS_, u32 TOGETHER_, u32 STAGES_>
 struct Ring {
-  static const u32 ITEMS = ITEMS_, BLOCKS = BLOCKS_, STAGES = STAGES_;
+  static const u32 ITEMS = ITEMS_, BLOCKS = BLOCKS_, TOGETHER = TOGETHER_, STAGES = STAGES_;
   // Warps of products, a row tile each; warps that copy.
   static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
   static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
@@ -34,11 +35,11 @@ struct Ring {
   static const u32 START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
 };
 
-typedef Ring<1, 1, 8, 6, 4> Ring8;
-typedef Ring<1, 1, 16, 6, 4> Ring16;
-typedef Ring<2, 1, 32, 6, 4> Ring32;
-typedef Ring<3, 1, 64, 6, 5> Ring64;
-typedef Ring<3, 4, 176, 2, 7> Ring176;
+typedef Ring<1, 1, 8, 6, 3, 4> Ring8;
+typedef Ring<1, 1, 16, 6, 3, 4> Ring16;
+typedef Ring<2, 1, 32, 6, 3, 4> Ring32;
+typedef Ring<3, 1, 64, 6, 3, 5> Ring64;
+typedef Ring<3, 4, 176, 2, 1, 7> Ring176;
 
 // Units -------------------------------------------------------------------------------------------------------------
 
@@ -215,22 +216,29 @@ struct Walk {
 
   DEVICE u32 scales_of(u32 block) const { return *(const u16*)(scales + block * 16); }
 
-  DEVICE void widen(u32 block, bool large, u32 (&a)[2][4]) {
-    uint2 words = *(const uint2*)(codes + block * 256);
-    if (large)
-      widen_large_block(words, scales_of(block), a[0], a[1]);
-    else
-      widen_block(words, scales_of(block), a[0], a[1]);
+  // COUNT blocks from `block` on; each is wgmma's A twice.
+  template <u32 COUNT>
+  DEVICE void widen(u32 block, bool large, u32 (&a)[2 * COUNT][4]) {
+    uint2 words[COUNT];
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) words[i] = *(const uint2*)(codes + (block + i) * 256);
+    if (large) {
+#pragma unroll
+      for (u32 i = 0; i < COUNT; i++) widen_large_block(words[i], scales_of(block + i), a[2 * i], a[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < COUNT; i++) widen_block(words[i], scales_of(block + i), a[2 * i], a[2 * i + 1]);
+    }
   }
 
-  // Begins the products of a block of the stage; its 16 columns are two pieces, 256 bytes.
-  template <u32 N>
-  DEVICE void multiply(u32 block, u32 (&a)[2][4], float (&sums)[N / 2]) {
+  // Begins their products; 16 columns are two pieces, 256 bytes.
+  template <u32 N, u32 COUNT>
+  DEVICE void multiply(u32 block, u32 (&a)[2 * COUNT][4], float (&sums)[N / 2]) {
 #ifndef PLANT_FENCE
     wgmma_fence(a);
 #endif
-    wgmma<N>(sums, a[0], pieces + block * 32, true);
-    wgmma<N>(sums, a[1], pieces + block * 32 + 16, true);
+#pragma unroll
+    for (u32 i = 0; i < 2 * COUNT; i++) wgmma<N>(sums, a[i], pieces + block * 32 + i * 16, true);
     wgmma_commit();
   }
 };
@@ -238,8 +246,8 @@ struct Walk {
 // The sums of a unit: a warp has row tile unit.tile + warp.
 template <class R, u32 N>
 DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn, float (&sums)[N / 2]) {
-  static_assert(R::BLOCKS % 2 == 0, "registers of odd and of even blocks");
-  u32 a[2][2][4];
+  static_assert(R::BLOCKS % (2 * R::TOGETHER) == 0, "two sets of registers, in turn");
+  u32 a[2][2 * R::TOGETHER][4];
   Walk<R> walk = {smem, turn, warp, shared_address(smem), nullptr, nullptr, nullptr, 0};
   for (u32 first = 0; first < blocks; first += R::BLOCKS) {
     u32 count = least(blocks - first, R::BLOCKS);
@@ -249,22 +257,23 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
     bool large = __ballot_sync(FULL, (scales & 0x8080) != 0) != 0;
     if (count == R::BLOCKS) {
 #pragma unroll
-      for (u32 i = 0; i < R::BLOCKS; i++) {
+      for (u32 i = 0; i < R::BLOCKS; i += R::TOGETHER) {
 #ifdef PLANT_REGISTERS
-        u32 (&registers)[2][4] = a[0];
+        u32 (&registers)[2 * R::TOGETHER][4] = a[0];
 #else
-        u32 (&registers)[2][4] = a[i % 2];
+        u32 (&registers)[2 * R::TOGETHER][4] = a[i / R::TOGETHER % 2];
 #endif
-        walk.widen(i, large, registers);
-        walk.template multiply<N>(i, registers, sums);
-        // The block before is done, and with it the stage before.
+        walk.template widen<R::TOGETHER>(i, large, registers);
+        walk.template multiply<N, R::TOGETHER>(i, registers, sums);
+        // Those before are done, and with them the stage before.
         wgmma_wait<1>();
         if (i == 0) walk.give_back();
       }
     } else {
+      u32 one[2][4];
       for (u32 i = 0; i < count; i++) {
-        walk.widen(i, large, a[0]);
-        walk.template multiply<N>(i, a[0], sums);
+        walk.template widen<1>(i, large, one);
+        walk.template multiply<N, 1>(i, one, sums);
         wgmma_wait<0>();
         if (i == 0) walk.give_back();
       }
