@@ -338,6 +338,7 @@ DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 
 template <bool GATE_UP, class R>
 DEVICE void expert_wgmma(const ExpertArgs& a) {
   SHARED(smem);
+  if (!GATE_UP) put_parts(a);
   u32* chunks = (u32*)(smem + R::CHUNKS);
   Matrix m = {(GATE_UP ? 2 * a.intermediate : a.hidden) / 16, (GATE_UP ? a.hidden : a.intermediate) / 32,
               (const u16*)(GATE_UP ? a.rows : a.activations)};

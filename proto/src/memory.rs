@@ -150,7 +150,7 @@ const ROUTER_BLOCK_BYTES: u64 = 64;
 pub const INT8_BLOCK_BYTES: u32 = 48;
 
 /// Rows whose logits are held at once; more are worked on in turns.
-pub const LOGITS_ROWS_MAX: u32 = 32;
+pub const LOGITS_ROWS_MAX: u32 = 64;
 
 impl MemoryPlan {
     /// The memory of `rank`. Pure: the same numbers give the same plan.

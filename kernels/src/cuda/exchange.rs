@@ -445,6 +445,10 @@ impl Cuda {
             intermediate: work.shape.intermediate as u32,
             limit: work.shape.limit,
             slots_count: experts.slots.len() as u32,
+            received_parts: work.results.address(),
+            parts: 0,
+            ranks: 0,
+            unused: 0,
         })
     }
 
@@ -462,8 +466,11 @@ impl Cuda {
         }
         need("the ranks of results", out.ranks, work.ranks)?;
         out.gathered = None;
-        out.places.copy_from(&work.results, work.ranks * PART)?;
+        if experts.slots.is_empty() {
+            return out.places.copy_from(&work.results, work.ranks * PART);
+        }
         let args = self.expert_args(experts, work, out.address_mut())?;
+        let args = ExpertArgs { parts: out.places.address_mut(), ranks: work.ranks as u32, ..args };
         let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }

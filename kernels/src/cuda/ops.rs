@@ -98,8 +98,8 @@ args! {
     }
     /// experts.cu
     ExpertArgs {
-        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64,
-        hidden: u32, intermediate: u32, limit: f32, slots_count: u32,
+        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, received_parts: u64,
+        parts: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
     }
     /// experts_wgmma.cu
     TilesArgs {
