@@ -17,10 +17,14 @@ typedef unsigned long long u64;
   static const emu::Entry entry_##name(#name EMU_SUFFIX, sizeof(Args), threads,                \
                                        [](const void* args) { name(*(const Args*)args); });    \
   static void name(const Args& a)
+#define RESIDENT_KERNEL(name, threads, blocks, Args) KERNEL(name, threads, Args)
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
 #define KERNEL(name, threads, Args) extern "C" __global__ void __launch_bounds__(threads, 1) name(const Args a)
+// The same with registers for so many blocks of a multiprocessor.
+#define RESIDENT_KERNEL(name, threads, blocks, Args) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args a)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
 DEVICE u8* shared_memory() {

@@ -33,6 +33,7 @@ struct ExpertArgs {
   u8* results;          // [items, H] of the wire type, in order of arrival
   const Part* received_parts;  // [ranks]: where each rank's results begin among them, as receive says
   Part* parts;                 // the same, beside the results; down only
+  u32* progress;               // of kernels that do both matrices, zeros before and after: Progress of experts_wgmma.cu
   u32 hidden, intermediate;
   float limit;
   u32 slots_count;

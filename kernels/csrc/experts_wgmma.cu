@@ -10,8 +10,10 @@
 // so it needs no swizzle, and a tile's columns follow each other, so bulk copies need no tensor map. Slot s has the tiles
 // from starts[s] / 8 + s on. receive_tiles puts received rows there, gate_up its activations.
 //
-// A block has a row stretch of WARPGROUPS * 64 and ITEMS items of a slot, and goes on to the next such unit, in an order
-// that slots without items are no part of. Its last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
+// A unit is a row stretch of WARPGROUPS * 64 and ITEMS items of a slot; slots without items have none. With many items a
+// block goes through every so many units of a matrix. With few, one launch does both matrices: blocks take units as they
+// come to them, first all of gate_up, then those of down, whose weights are on their way before the activations of their
+// slot are there. A block's last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
 // as there are stages; each warpgroup decodes TOGETHER blocks of 32 columns while the products of those before are under
 // way. What bounds few items is how long a step of that takes, not how many there are: so there is more in a step.
 //
@@ -31,11 +33,11 @@ struct Ring {
   static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
   static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
   static const u32 STAGE = PIECES + ITEMS * BLOCKS * 64;
-  // Barriers, stages, the slots' first chunks.
-  static const u32 START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
+  // Barriers, units of stages, stages, the slots' first chunks.
+  static const u32 UNITS = 2 * STAGES * 8, START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
 };
 
-typedef Ring<1, 1, 8, 6, 3, 4> Ring8;
+typedef Ring<1, 1, 8, 6, 3, 5> Ring8;
 typedef Ring<1, 1, 16, 6, 3, 4> Ring16;
 typedef Ring<2, 1, 32, 6, 3, 4> Ring32;
 typedef Ring<3, 1, 64, 6, 3, 5> Ring64;
@@ -93,36 +95,72 @@ struct Matrix {
   const u16* items;     // tiles of items
 };
 
-// A unit's codes, scales and items, a stage after the other. Each lane of the copying warps has one part, or none.
+// What a lane of the copying warps copies of a unit: where it goes in a stage, where it comes from, and its bytes of a block
+// of 32 columns, which may be none.
+struct Copied {
+  u32 to, bytes;
+  const u8* from;
+  bool of_items;
+
+  template <class R>
+  DEVICE void copy(const Matrix& m, u32 block, u8* smem, const Turn<R::STAGES>& turn) const {
+    if (bytes == 0) return;
+    u32 count = least(m.blocks - block, R::BLOCKS);
+    bulk_copy(smem + R::START + turn.stage * R::STAGE + to, from + (u64)block * bytes, count * bytes, turn.full(smem));
+  }
+};
+
 template <bool GATE_UP, class R>
-DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn) {
+DEVICE Copied copied_of(const ExpertArgs& a, const Matrix& m, const Unit& unit) {
   static_assert(2 * R::WARPS + R::ITEMS / 8 <= R::COPIERS * WARP, "a lane has one part at most");
   const Slot& slot = a.slots[unit.slot];
   u32 tiles = least(m.tiles - unit.tile, R::WARPS), item_tiles = (unit.end - unit.first + 7) / 8;
   u32 part = lane_id() * R::COPIERS + warp_id() - R::WARPS, tile = part % R::WARPS;
-  // Where a part goes in a stage, where it comes from, and its bytes of a block of 32 columns.
-  u32 to = 0, bytes = 0;
-  const u8* from = nullptr;
-  if (part < 2 * R::WARPS) {
-    bool codes = part < R::WARPS;
-    if (tile < tiles) bytes = codes ? 256 : 16;
-    from = codes ? (const u8*)(GATE_UP ? slot.gate_up : slot.down) : GATE_UP ? slot.gate_up_scales : slot.down_scales;
-    from += (u64)(unit.tile + tile) * m.blocks * bytes;
-    to = codes ? R::CODES + tile * R::BLOCKS * 256 : R::SCALES + tile * R::BLOCKS * 16;
-  } else if (part - 2 * R::WARPS < item_tiles) {
-    bytes = 512;
-    from = (const u8*)m.items + (u64)(unit.item_tile + part - 2 * R::WARPS) * m.blocks * bytes;
-    to = R::PIECES + (part - 2 * R::WARPS) * R::BLOCKS * bytes;
+  if (part >= 2 * R::WARPS) {
+    u32 item_tile = part - 2 * R::WARPS;
+    return {R::PIECES + item_tile * R::BLOCKS * 512, item_tile < item_tiles ? 512u : 0,
+            (const u8*)m.items + (u64)(unit.item_tile + item_tile) * m.blocks * 512, true};
   }
-  u32 all = warp_sum(bytes);
-  for (u32 block = 0; block < m.blocks; block += R::BLOCKS) {
-    u32 count = least(m.blocks - block, R::BLOCKS);
-    u64* full = turn.full(smem);
-    barrier_wait(turn.empty(smem), turn.parity ^ 1);
-    if (lane_id() == 0) barrier_arrive_expecting(full, count * all);
+  bool codes = part < R::WARPS;
+  u32 bytes = codes ? 256 : 16;
+  const u8* from = codes ? (const u8*)(GATE_UP ? slot.gate_up : slot.down) : GATE_UP ? slot.gate_up_scales : slot.down_scales;
+  return {codes ? R::CODES + tile * R::BLOCKS * 256 : R::SCALES + tile * R::BLOCKS * 16, tile < tiles ? bytes : 0,
+          from + (u64)(unit.tile + tile) * m.blocks * bytes, false};
+}
+
+// Announces a stage's bytes, of all lanes of a warp, when it is empty.
+template <class R>
+DEVICE void begin_stage(const Matrix& m, u32 block, u32 all, u8* smem, const Turn<R::STAGES>& turn) {
+  barrier_wait(turn.empty(smem), turn.parity ^ 1);
+  if (lane_id() == 0) barrier_arrive_expecting(turn.full(smem), least(m.blocks - block, R::BLOCKS) * all);
+  __syncwarp();
+}
+
+// A unit's codes, scales and items, a stage after the other; items when a counter is there, if there is one.
+template <bool GATE_UP, class R>
+DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn,
+                      const u32* counter = nullptr, u32 value = 0) {
+  Copied copied = copied_of<GATE_UP, R>(a, m, unit);
+  u32 all = warp_sum(copied.bytes), block = 0;
+  if (counter != nullptr) {
+    Turn<R::STAGES> begun = turn;
+    u32 ahead = least(m.blocks, R::STAGES * R::BLOCKS);
+    for (; block < ahead; block += R::BLOCKS) {
+      begin_stage<R>(m, block, all, smem, turn);
+      if (!copied.of_items) copied.copy<R>(m, block, smem, turn);
+      turn.advance();
+    }
+    if (lane_id() == 0) wait_for_blocks(counter, value);
     __syncwarp();
-    if (bytes != 0)
-      bulk_copy(smem + R::START + turn.stage * R::STAGE + to, from + (u64)block * bytes, count * bytes, full);
+    fence_async_global();
+    for (u32 i = 0; i < ahead; i += R::BLOCKS) {
+      if (copied.of_items) copied.copy<R>(m, i, smem, begun);
+      begun.advance();
+    }
+  }
+  for (; block < m.blocks; block += R::BLOCKS) {
+    begin_stage<R>(m, block, all, smem, turn);
+    copied.copy<R>(m, block, smem, turn);
     turn.advance();
   }
 }
@@ -335,14 +373,24 @@ DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 
   put_unit<GATE_UP, N>(a, m, unit, warp, sums);
 }
 
+DEVICE Matrix matrix_of(const ExpertArgs& a, bool gate_up) {
+  return {(gate_up ? 2 * a.intermediate : a.hidden) / 16, (gate_up ? a.hidden : a.intermediate) / 32,
+          (const u16*)(gate_up ? a.rows : a.activations)};
+}
+
+template <class R>
+DEVICE u32 stretches_of(const Matrix& m) {
+  return (m.tiles + R::WARPS - 1) / R::WARPS;
+}
+
+// The widest products need more registers than there are for each of so many threads.
 template <bool GATE_UP, class R>
-DEVICE void expert_wgmma(const ExpertArgs& a) {
+DEVICE void one_matrix(const ExpertArgs& a) {
   SHARED(smem);
   if (!GATE_UP) put_parts(a);
   u32* chunks = (u32*)(smem + R::CHUNKS);
-  Matrix m = {(GATE_UP ? 2 * a.intermediate : a.hidden) / 16, (GATE_UP ? a.hidden : a.intermediate) / 32,
-              (const u16*)(GATE_UP ? a.rows : a.activations)};
-  u32 stretches = (m.tiles + R::WARPS - 1) / R::WARPS;
+  Matrix m = matrix_of(a, GATE_UP);
+  u32 stretches = stretches_of<R>(m);
   u32 warp = of_warp(warp_id());
   // Filled by the warps that copy, each announcing its part; emptied by all others.
   if (threadIdx.x == 0) make_ring<R::STAGES>(smem, R::COPIERS, R::WARPS);
@@ -350,7 +398,6 @@ DEVICE void expert_wgmma(const ExpertArgs& a) {
   __syncthreads();
   u32 units = chunks[a.slots_count] * stretches;
   Turn<R::STAGES> turn = {0, 0};
-  // The widest products need more registers than there are for each of so many threads.
   const bool wide = R::ITEMS == 176;
   if (warp >= R::WARPS) {
     if (wide) keep_registers<40>();
@@ -371,17 +418,92 @@ DEVICE void expert_wgmma(const ExpertArgs& a) {
   }
 }
 
-KERNEL(gate_up_wgmma_32, Ring32::THREADS, ExpertArgs) { expert_wgmma<true, Ring32>(a); }
-KERNEL(down_wgmma_32, Ring32::THREADS, ExpertArgs) { expert_wgmma<false, Ring32>(a); }
+// Both matrices -----------------------------------------------------------------------------------------------------
+
+struct Progress {
+  u32 next;     // unit that no block has taken
+  u32 through;  // blocks that have found none
+  u32 warps[1]; // [slots]: those that have done a unit of gate_up
+};
+
+// Units are numbered over both matrices. Who takes one of down knows that all of gate_up were taken by blocks that run, and
+// these wait for nobody: so it may wait for them, however many blocks run at once.
+template <class R>
+DEVICE void both_matrices(const ExpertArgs& a) {
+  static_assert(R::COPIERS == 1, "one warp takes units");
+  static_assert(R::UNITS + R::STAGES * 4 <= RING_BARRIERS, "units of stages lie before them");
+  SHARED(smem);
+  put_parts(a);
+  u32* chunks = (u32*)(smem + R::CHUNKS);
+  volatile u32* unit_of = (volatile u32*)(smem + R::UNITS);  // of the stage that it begins with
+  Progress* progress = (Progress*)a.progress;
+  u32 first_stretches = stretches_of<R>(matrix_of(a, true)), second_stretches = stretches_of<R>(matrix_of(a, false));
+  u32 warp = of_warp(warp_id());
+  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, R::COPIERS, R::WARPS);
+  if (warp_id() == R::WARPS) count_chunks<R::ITEMS>(a, chunks);
+  __syncthreads();
+  u32 first_units = chunks[a.slots_count] * first_stretches;
+  u32 units = first_units + chunks[a.slots_count] * second_stretches;
+  Turn<R::STAGES> turn = {0, 0};
+  if (warp >= R::WARPS) {
+    u32 taken = lane_id() == 0 ? atomicAdd(&progress->next, 1u) : 0;
+    while (true) {
+      u32 i = of_warp(taken);
+      // The next one is on its way while this one is copied.
+      if (lane_id() == 0 && i < units) taken = atomicAdd(&progress->next, 1u);
+      barrier_wait(turn.empty(smem), turn.parity ^ 1);
+      if (lane_id() == 0) unit_of[turn.stage] = i;
+      __syncwarp();
+      if (i >= units) break;
+      if (i < first_units) {
+        copy_unit<true, R>(a, matrix_of(a, true), find_unit<R>(a, chunks, i, first_stretches), smem, turn);
+      } else {
+        Unit unit = find_unit<R>(a, chunks, i - first_units, second_stretches);
+        u32 slot_units = (chunks[unit.slot + 1] - chunks[unit.slot]) * first_stretches;
+        copy_unit<false, R>(a, matrix_of(a, false), unit, smem, turn, &progress->warps[unit.slot], slot_units * R::WARPS);
+      }
+    }
+    if (lane_id() != 0) return;
+    barrier_arrive_expecting(turn.full(smem), 0);
+    // The last block leaves zeros: nobody counts any more, since all units of down were waited for.
+    __threadfence();
+    if (atomicAdd(&progress->through, 1u) + 1 != gridDim.x) return;
+    for (u32 slot = 0; slot < a.slots_count; slot++) progress->warps[slot] = 0;
+    progress->next = progress->through = 0;
+  } else {
+    while (true) {
+      barrier_wait(turn.full(smem), turn.parity);
+      u32 i = of_warp(unit_of[turn.stage]);
+      if (i >= units) break;
+      bool of_first = i < first_units;
+      Matrix m = matrix_of(a, of_first);
+      Unit unit = find_unit<R>(a, chunks, of_first ? i : i - first_units, stretches_of<R>(m));
+      float sums[R::ITEMS / 2];
+      wgmma_zero(sums);
+      multiply_unit<R, R::ITEMS>(m.blocks, warp, smem, turn, sums);
+      if (of_first) {
+        put_unit<true, R::ITEMS>(a, m, unit, warp, sums);
+        fence_async_global();
+        __syncwarp();
+        if (lane_id() == 0) {
+          __threadfence();
+          atomicAdd(&progress->warps[unit.slot], 1u);
+        }
+      } else {
+        put_unit<false, R::ITEMS>(a, m, unit, warp, sums);
+      }
+    }
+  }
+}
+
+RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrices<Ring32>(a); }
 #ifndef PLANTED
-KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { expert_wgmma<true, Ring8>(a); }
-KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { expert_wgmma<false, Ring8>(a); }
-KERNEL(gate_up_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<true, Ring16>(a); }
-KERNEL(down_wgmma_16, Ring16::THREADS, ExpertArgs) { expert_wgmma<false, Ring16>(a); }
-KERNEL(gate_up_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<true, Ring64>(a); }
-KERNEL(down_wgmma_64, Ring64::THREADS, ExpertArgs) { expert_wgmma<false, Ring64>(a); }
-KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<true, Ring176>(a); }
-KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { expert_wgmma<false, Ring176>(a); }
+RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
+RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
+KERNEL(gate_up_wgmma_64, Ring64::THREADS, ExpertArgs) { one_matrix<true, Ring64>(a); }
+KERNEL(down_wgmma_64, Ring64::THREADS, ExpertArgs) { one_matrix<false, Ring64>(a); }
+KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
+KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
 
 // Tiles of items ----------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,18 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
 // Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Makes this thread's stores to the device's memory visible to bulk copies that are ordered behind it, and with the same
+// after a wait the stores of others.
+DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Waits until other blocks have brought a counter there; what they stored before is seen then.
+DEVICE void wait_for_blocks(const u32* counter, u32 value) {
+  u32 now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(counter)) : "memory");
+  } while (now < value);
+}
+
 // Waits for the other threads of a warpgroup; one warpgroup of a block may.
 DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 

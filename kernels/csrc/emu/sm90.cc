@@ -137,6 +137,11 @@ void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier) {
   copies.push_back({to, from, bytes, &barrier_at(barrier)});
 }
 
+// Blocks follow each other: what is not there yet is either made by this one or by none.
+void wait_for_blocks(const unsigned* counter, unsigned value) {
+  while (*(const volatile unsigned*)counter < value) yield();
+}
+
 // Products ----------------------------------------------------------------------------------------------------------
 
 static const uint32_t UNDER_WAY = 0x7fc0dead;

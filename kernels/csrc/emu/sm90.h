@@ -28,6 +28,7 @@ void barrier_init(void* barrier, unsigned arrivals);
 void barrier_arrive(void* barrier, unsigned bytes);
 void barrier_wait(void* barrier, unsigned parity);
 void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier);
+void wait_for_blocks(const unsigned* counter, unsigned value);
 void warpgroup_sync();
 void products_fence();
 void product(const Product& product);
@@ -45,6 +46,8 @@ inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { emu::barrier_arr
 inline void barrier_wait(u64* barrier, u32 parity) { emu::barrier_wait(barrier, parity); }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu::bulk_copy(to, from, bytes, barrier); }
 inline void fence_async() {}
+inline void fence_async_global() {}
+inline void wait_for_blocks(const u32* counter, u32 value) { emu::wait_for_blocks(counter, value); }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline u32 round_pair(float low, float high) { return narrow2(low, high); }

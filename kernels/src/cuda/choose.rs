@@ -5,8 +5,8 @@
 
 use super::ops::{
     ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_MMA_8,
-    DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, ExpertArgs, GATE_UP_BF16,
-    GATE_UP_F32, GATE_UP_WGMMA, Op,
+    DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, EXPERTS_WGMMA,
+    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op,
 };
 use crate::{Precision, SEGMENT};
 
@@ -181,22 +181,30 @@ impl Ring {
 }
 
 const RINGS: [Ring; 5] = [
-    Ring { items: 8, tiles: 4, blocks: 6, stages: 4, resident: 5 },
+    Ring { items: 8, tiles: 4, blocks: 6, stages: 5, resident: 4 },
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
     Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
-/// An expert matrix of `rows` on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only:
-/// each kernel takes any number, and all add in the same order.
+/// Launches of the experts on Hopper.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ExpertLaunches {
+    /// Both matrices by one.
+    Together(Choice<ExpertArgs>),
+    /// Gate-up, and down.
+    Apart([Choice<ExpertArgs>; 2]),
+}
+
+/// The experts on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only: each kernel takes any
+/// number, and all add in the same order.
 pub(super) fn experts_wgmma(
-    matrix: ExpertMatrix,
-    rows: u32,
+    [hidden, intermediate]: [u32; 2],
     slots: u32,
     items: u32,
     multiprocessors: u32,
-) -> Choice<ExpertArgs> {
+) -> ExpertLaunches {
     // Weights are read once for every `items` of a ring: so a ring holds what nearly all slots have where choices are even.
     let ring = match items.div_ceil(slots.max(1)) {
         0..=2 => 0,
@@ -206,14 +214,22 @@ pub(super) fn experts_wgmma(
         _ => 4,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
+    let shared = RINGS[ring].shared(slots);
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
-    let units = rows.div_ceil(TILE * tiles) as u64 * (u64::from(slots) + u64::from(items / chunk));
-    let blocks = units.min(u64::from(multiprocessors * resident)) as u32;
-    let op = match matrix {
-        ExpertMatrix::GateUp => GATE_UP_WGMMA[ring],
-        ExpertMatrix::Down => DOWN_WGMMA[ring],
-    };
-    Choice { op, grid: [blocks, 1, 1], shared: RINGS[ring].shared(slots) }
+    let chunks = u64::from(slots) + u64::from(items / chunk);
+    let units = |rows: u32| u64::from(rows.div_ceil(TILE * tiles)) * chunks;
+    let blocks = |units: u64| [units.min(u64::from(multiprocessors * resident)) as u32, 1, 1];
+    let (gate_up, down) = (units(2 * intermediate), units(hidden));
+    match EXPERTS_WGMMA.get(ring) {
+        Some(&op) => ExpertLaunches::Together(Choice { op, grid: blocks(gate_up + down), shared }),
+        None => {
+            let apart = ring - EXPERTS_WGMMA.len();
+            ExpertLaunches::Apart([
+                Choice { op: GATE_UP_WGMMA[apart], grid: blocks(gate_up), shared },
+                Choice { op: DOWN_WGMMA[apart], grid: blocks(down), shared },
+            ])
+        }
+    }
 }
 
 /// Row tiles and warps of a block of the experts' fast kernels.
@@ -286,27 +302,32 @@ mod tests {
 
     #[test]
     fn hopper_takes_as_many_items_at_once_as_slots_have() {
-        let choose = |matrix, rows, slots, items| experts_wgmma(matrix, rows, slots, items, 132);
-        for (items, name) in [
-            (0, "gate_up_wgmma_8"),
-            (4, "gate_up_wgmma_8"),
-            (2 * 128, "gate_up_wgmma_8"),
-            (2 * 128 + 1, "gate_up_wgmma_16"),
-            (20 * 128, "gate_up_wgmma_32"),
-            (44 * 128, "gate_up_wgmma_64"),
-            (32_768, "gate_up_wgmma_176"),
+        let choose = |slots, items| match experts_wgmma([2880, 2880], slots, items, 132) {
+            ExpertLaunches::Together(both) => vec![both],
+            ExpertLaunches::Apart(each) => each.to_vec(),
+        };
+        for (items, names) in [
+            (0, vec!["experts_wgmma_8"]),
+            (4, vec!["experts_wgmma_8"]),
+            (2 * 128, vec!["experts_wgmma_8"]),
+            (2 * 128 + 1, vec!["experts_wgmma_16"]),
+            (20 * 128, vec!["experts_wgmma_32"]),
+            (44 * 128, vec!["gate_up_wgmma_64", "down_wgmma_64"]),
+            (32_768, vec!["gate_up_wgmma_176", "down_wgmma_176"]),
         ] {
-            let choice = choose(ExpertMatrix::GateUp, 5760, 128, items);
-            assert_eq!(choice.op.kernel.name, name, "{items}");
-            assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 5 && choice.shared <= SHARED_MAX, "{choice:?}");
+            let choices = choose(128, items);
+            assert_eq!(choices.iter().map(|choice| choice.op.kernel.name).collect::<Vec<_>>(), names, "{items}");
+            for choice in choices {
+                assert!(choice.grid[0] >= 1 && choice.grid[0] <= 132 * 4 && choice.shared <= SHARED_MAX, "{choice:?}");
+            }
         }
-        assert_eq!(choose(ExpertMatrix::Down, 2880, 32, 32_768).op.kernel.name, "down_wgmma_176");
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
         for ring in &RINGS {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
         }
-        // A small matrix has no more blocks than units.
-        assert_eq!(choose(ExpertMatrix::Down, 64, 2, 3).grid, [2, 1, 1]);
+        // A small layer has no more blocks than units.
+        let ExpertLaunches::Together(both) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few items") };
+        assert_eq!(both.grid, [6, 1, 1]);
     }
 
     #[test]

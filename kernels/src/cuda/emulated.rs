@@ -380,7 +380,7 @@ mod tests {
             (Fault::Barrier, "attention_f32!barrier"),
             (Fault::Window, "attention_few_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
-            (Fault::Stride, "gate_up_wgmma_32!stride"),
+            (Fault::Stride, "experts_wgmma_32!stride"),
         ] {
             let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();

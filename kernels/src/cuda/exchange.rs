@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Cuda;
-use super::choose::{self, Choice, ExpertMatrix};
+use super::choose::{self, ExpertLaunches, ExpertMatrix};
 use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
     COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, ExpertArgs,
@@ -239,6 +239,8 @@ pub struct Work {
     counts: Buffer,
     /// `[slots + 1]`
     starts: Buffer,
+    /// Zeros between launches, `[2 + slots]`: how far blocks are that do both matrices.
+    progress: Buffer,
     /// `[ranks]`: the parts that go back.
     results: Buffer,
 }
@@ -269,6 +271,7 @@ impl Work {
             order: memory.zeroed(items * 4)?,
             counts: memory.zeroed(8)?,
             starts: memory.nothing(),
+            progress: memory.nothing(),
             results: memory.nothing(),
         })
     }
@@ -289,6 +292,7 @@ impl Work {
             order: nothing(),
             counts: nothing(),
             starts: nothing(),
+            progress: nothing(),
             results: nothing(),
         }
     }
@@ -352,6 +356,7 @@ impl Cuda {
         work.ranks = received.ranks;
         work.results.reserve(received.ranks * PART)?;
         work.starts.reserve((experts.slots.len() + 1) * 4)?;
+        work.progress.reserve((experts.slots.len() + 2) * 4)?;
         let args = ReceiveArgs {
             received: received.bytes.address(),
             parts: received.places.address(),
@@ -418,14 +423,18 @@ impl Cuda {
         }
     }
 
-    /// The kernel of an expert matrix of `rows`.
-    fn choose_experts(&self, matrix: ExpertMatrix, rows: usize, slots: usize, work: &Work) -> Choice<ExpertArgs> {
-        let (rows, slots) = (rows as u32, slots as u32);
+    /// The kernels of the experts' matrices.
+    fn choose_experts(&self, slots: usize, work: &Work) -> ExpertLaunches {
+        let (slots, [hidden, intermediate]) =
+            (slots as u32, [work.shape.hidden, work.shape.intermediate].map(|n| n as u32));
         match self.family() {
-            Family::Mma => choose::experts(self.precision, matrix, rows, slots),
+            Family::Mma => ExpertLaunches::Apart([
+                choose::experts(self.precision, ExpertMatrix::GateUp, 2 * intermediate, slots),
+                choose::experts(self.precision, ExpertMatrix::Down, hidden, slots),
+            ]),
             Family::Wgmma => {
                 let multiprocessors = self.memory.queue.device().multiprocessors();
-                choose::experts_wgmma(matrix, rows, slots, work.items_now as u32, multiprocessors)
+                choose::experts_wgmma([hidden, intermediate], slots, work.items_now as u32, multiprocessors)
             }
         }
     }
@@ -447,16 +456,19 @@ impl Cuda {
             slots_count: experts.slots.len() as u32,
             received_parts: work.results.address(),
             parts: 0,
+            progress: work.progress.address(),
             ranks: 0,
             unused: 0,
         })
     }
 
+    /// Gate-up, unless one launch does both matrices: then [`down_items`](Self::down_items) does.
     pub(super) fn gate_up_items(&self, experts: &Experts, work: &Work) -> Result<(), KernelError> {
         let args = self.expert_args(experts, work, 0)?;
-        let rows = 2 * work.shape.intermediate;
-        let choice = self.choose_experts(ExpertMatrix::GateUp, rows, experts.slots.len(), work);
-        self.launch(&choice.op, choice.grid, choice.shared, &args)
+        match self.choose_experts(experts.slots.len(), work) {
+            ExpertLaunches::Together(_) => Ok(()),
+            ExpertLaunches::Apart([choice, _]) => self.launch(&choice.op, choice.grid, choice.shared, &args),
+        }
     }
 
     pub(super) fn down_items(&self, experts: &Experts, work: &Work, out: &mut Parts) -> Result<(), KernelError> {
@@ -471,7 +483,8 @@ impl Cuda {
         }
         let args = self.expert_args(experts, work, out.address_mut())?;
         let args = ExpertArgs { parts: out.places.address_mut(), ranks: work.ranks as u32, ..args };
-        let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
+        let (ExpertLaunches::Together(choice) | ExpertLaunches::Apart([_, choice])) =
+            self.choose_experts(experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 

@@ -99,7 +99,7 @@ args! {
     /// experts.cu
     ExpertArgs {
         slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, received_parts: u64,
-        parts: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
+        parts: u64, progress: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
     }
     /// experts_wgmma.cu
     TilesArgs {
@@ -145,21 +145,17 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// For 8, 16, 32, 64 and 176 items at once.
-pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 5] = [
-    Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_16", "experts_wgmma.cu", 160),
-    Op::new("gate_up_wgmma_32", "experts_wgmma.cu", 288),
-    Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512),
+/// Both matrices of the experts, for 8, 16 and 32 items at once.
+pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 3] = [
+    Op::new("experts_wgmma_8", "experts_wgmma.cu", 160),
+    Op::new("experts_wgmma_16", "experts_wgmma.cu", 160),
+    Op::new("experts_wgmma_32", "experts_wgmma.cu", 288),
 ];
-pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 5] = [
-    Op::new("down_wgmma_8", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_16", "experts_wgmma.cu", 160),
-    Op::new("down_wgmma_32", "experts_wgmma.cu", 288),
-    Op::new("down_wgmma_64", "experts_wgmma.cu", 416),
-    Op::new("down_wgmma_176", "experts_wgmma.cu", 512),
-];
+/// For 64 and 176 items at once.
+pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
+    [Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
+pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 2] =
+    [Op::new("down_wgmma_64", "experts_wgmma.cu", 416), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
@@ -171,7 +167,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 50] = [
+pub const KERNELS: [Kernel; 47] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -203,16 +199,13 @@ pub const KERNELS: [Kernel; 50] = [
     DENSE_PIECES.kernel,
     DENSE_WGMMA_8.kernel,
     DENSE_WGMMA_128.kernel,
+    EXPERTS_WGMMA[0].kernel,
+    EXPERTS_WGMMA[1].kernel,
+    EXPERTS_WGMMA[2].kernel,
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
-    GATE_UP_WGMMA[2].kernel,
-    GATE_UP_WGMMA[3].kernel,
-    GATE_UP_WGMMA[4].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
-    DOWN_WGMMA[2].kernel,
-    DOWN_WGMMA[3].kernel,
-    DOWN_WGMMA[4].kernel,
     RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,

@@ -94,6 +94,7 @@ pub fn scratch_bytes(shape: &ScratchShape) -> u64 {
         shape.pieces(),
         shape.weights(),
         (shape.slots + 1) * 4,
+        (shape.slots + 2) * 4,
         shape.ranks * 16,
     ];
     let reserved: u64 = reserved.into_iter().map(|bytes| aligned(grown(bytes))).sum();
