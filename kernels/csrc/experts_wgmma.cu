@@ -252,20 +252,23 @@ struct Walk {
     left = nullptr;
   }
 
-  DEVICE u32 scales_of(u32 block) const { return *(const u16*)(scales + block * 16); }
-
   // COUNT blocks from `block` on; each is wgmma's A twice.
   template <u32 COUNT>
-  DEVICE void widen(u32 block, bool large, u32 (&a)[2 * COUNT][4]) {
+  DEVICE void widen(u32 block, u32 (&a)[2 * COUNT][4]) {
     uint2 words[COUNT];
+    u32 both[COUNT], any = 0;
 #pragma unroll
-    for (u32 i = 0; i < COUNT; i++) words[i] = *(const uint2*)(codes + (block + i) * 256);
-    if (large) {
+    for (u32 i = 0; i < COUNT; i++) {
+      words[i] = *(const uint2*)(codes + (block + i) * 256);
+      both[i] = *(const u16*)(scales + (block + i) * 16);
+      any |= both[i];
+    }
+    if (__ballot_sync(FULL, (any & 0x8080) != 0) == 0) {
 #pragma unroll
-      for (u32 i = 0; i < COUNT; i++) widen_large_block(words[i], scales_of(block + i), a[2 * i], a[2 * i + 1]);
+      for (u32 i = 0; i < COUNT; i++) widen_block(words[i], both[i], a[2 * i], a[2 * i + 1]);
     } else {
 #pragma unroll
-      for (u32 i = 0; i < COUNT; i++) widen_block(words[i], scales_of(block + i), a[2 * i], a[2 * i + 1]);
+      for (u32 i = 0; i < COUNT; i++) widen_large_block(words[i], both[i], a[2 * i], a[2 * i + 1]);
     }
   }
 
@@ -290,9 +293,6 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
   for (u32 first = 0; first < blocks; first += R::BLOCKS) {
     u32 count = least(blocks - first, R::BLOCKS);
     walk.enter();
-    u32 scales = 0;
-    for (u32 i = 0; i < R::BLOCKS; i++) scales |= i < count ? walk.scales_of(i) : 0;
-    bool large = __ballot_sync(FULL, (scales & 0x8080) != 0) != 0;
     if (count == R::BLOCKS) {
 #pragma unroll
       for (u32 i = 0; i < R::BLOCKS; i += R::TOGETHER) {
@@ -301,7 +301,7 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
 #else
         u32 (&registers)[2 * R::TOGETHER][4] = a[i / R::TOGETHER % 2];
 #endif
-        walk.template widen<R::TOGETHER>(i, large, registers);
+        walk.template widen<R::TOGETHER>(i, registers);
         walk.template multiply<N, R::TOGETHER>(i, registers, sums);
         // Those before are done, and with them the stage before.
         wgmma_wait<1>();
@@ -310,7 +310,7 @@ DEVICE void multiply_unit(u32 blocks, u32 warp, u8* smem, Turn<R::STAGES>& turn,
     } else {
       u32 one[2][4];
       for (u32 i = 0; i < count; i++) {
-        walk.template widen<1>(i, large, one);
+        walk.template widen<1>(i, one);
         walk.template multiply<N, 1>(i, one, sums);
         wgmma_wait<0>();
         if (i == 0) walk.give_back();
@@ -500,8 +500,9 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 #ifndef PLANTED
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
-KERNEL(gate_up_wgmma_64, Ring64::THREADS, ExpertArgs) { one_matrix<true, Ring64>(a); }
-KERNEL(down_wgmma_64, Ring64::THREADS, ExpertArgs) { one_matrix<false, Ring64>(a); }
+RESIDENT_KERNEL(experts_wgmma_64, Ring64::THREADS, 1, ExpertArgs) { both_matrices<Ring64>(a); }
+KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
+KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
 KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
 KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
 

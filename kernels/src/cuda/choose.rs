@@ -220,10 +220,13 @@ pub(super) fn experts_wgmma(
     let units = |rows: u32| u64::from(rows.div_ceil(TILE * tiles)) * chunks;
     let blocks = |units: u64| [units.min(u64::from(multiprocessors * resident)) as u32, 1, 1];
     let (gate_up, down) = (units(2 * intermediate), units(hidden));
+    let few = std::env::var("X_APART").ok().and_then(|x| x.parse().ok()).unwrap_or(0u32);
     match EXPERTS_WGMMA.get(ring) {
-        Some(&op) => ExpertLaunches::Together(Choice { op, grid: blocks(gate_up + down), shared }),
-        None => {
-            let apart = ring - EXPERTS_WGMMA.len();
+        Some(&op) if ring > 0 || items > few => {
+            ExpertLaunches::Together(Choice { op, grid: blocks(gate_up + down), shared })
+        }
+        _ => {
+            let apart = usize::from(ring > 0);
             ExpertLaunches::Apart([
                 Choice { op: GATE_UP_WGMMA[apart], grid: blocks(gate_up), shared },
                 Choice { op: DOWN_WGMMA[apart], grid: blocks(down), shared },
@@ -312,7 +315,7 @@ mod tests {
             (2 * 128, vec!["experts_wgmma_8"]),
             (2 * 128 + 1, vec!["experts_wgmma_16"]),
             (20 * 128, vec!["experts_wgmma_32"]),
-            (44 * 128, vec!["gate_up_wgmma_64", "down_wgmma_64"]),
+            (44 * 128, vec!["experts_wgmma_64"]),
             (32_768, vec!["gate_up_wgmma_176", "down_wgmma_176"]),
         ] {
             let choices = choose(128, items);

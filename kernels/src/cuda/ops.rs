@@ -145,17 +145,18 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
 pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
-/// Both matrices of the experts, for 8, 16 and 32 items at once.
-pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 3] = [
+/// Both matrices of the experts, for 8, 16, 32 and 64 items at once.
+pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
     Op::new("experts_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("experts_wgmma_64", "experts_wgmma.cu", 416),
 ];
-/// For 64 and 176 items at once.
+/// For 8 and 176 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("gate_up_wgmma_64", "experts_wgmma.cu", 416), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("down_wgmma_64", "experts_wgmma.cu", 416), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("down_wgmma_8", "experts_wgmma.cu", 160), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
@@ -167,7 +168,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 47] = [
+pub const KERNELS: [Kernel; 48] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -202,6 +203,7 @@ pub const KERNELS: [Kernel; 47] = [
     EXPERTS_WGMMA[0].kernel,
     EXPERTS_WGMMA[1].kernel,
     EXPERTS_WGMMA[2].kernel,
+    EXPERTS_WGMMA[3].kernel,
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     DOWN_WGMMA[0].kernel,
