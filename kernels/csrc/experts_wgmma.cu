@@ -33,8 +33,8 @@ struct Ring {
   static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
   static const u32 CODES = 0, SCALES = CODES + WARPS * BLOCKS * 256, PIECES = SCALES + WARPS * BLOCKS * 16;
   static const u32 STAGE = PIECES + ITEMS * BLOCKS * 64;
-  // Barriers, units of stages, stages, the slots' first chunks.
-  static const u32 UNITS = 2 * STAGES * 8, START = RING_BARRIERS, CHUNKS = START + STAGES * STAGE;
+  // Barriers, units that begin with a stage, stages, the slots' first chunks.
+  static const u32 UNITS = RING_BARRIERS, START = UNITS + STAGES * 32, CHUNKS = START + STAGES * STAGE;
 };
 
 typedef Ring<1, 1, 8, 6, 3, 5> Ring8;
@@ -67,7 +67,11 @@ struct Unit {
   u32 slot, tile;   // of the first row
   u32 first, end;   // items of the chunk, among all
   u32 item_tile;    // of the first item
+  u32 matrix;       // where a launch does both
+  u32 unused[2];
 };
+enum { GATE_UP_UNIT = 0, DOWN_UNIT = 1, NO_UNIT = 2 };
+static_assert(sizeof(Unit) == 32, "as there is room for");
 
 template <class R>
 DEVICE Unit find_unit(const ExpertArgs& a, const u32* chunks, u32 unit, u32 stretches) {
@@ -84,7 +88,7 @@ DEVICE Unit find_unit(const ExpertArgs& a, const u32* chunks, u32 unit, u32 stre
   u32 start = a.starts[low], end = a.starts[low + 1], count = chunks[low + 1] - chunks[low];
   u32 length = (end - start + 8 * count - 1) / (8 * count) * 8, first = start + (chunk - chunks[low]) * length;
   return {low, unit % stretches * R::WARPS, least(first, end), least(first + length, end),
-          start / 8 + low + (first - start) / 8};
+          start / 8 + low + (first - start) / 8, GATE_UP_UNIT, {0, 0}};
 }
 
 // Copying -----------------------------------------------------------------------------------------------------------
@@ -331,15 +335,28 @@ DEVICE float swiglu_fast(float gate, float up, float limit) {
   return gate * reciprocal(1.0f + power_of_two(-alpha * gate)) * (up + 1.0f);
 }
 
+// A lane's biases of a unit: of rows g and g + 8. They are asked for before its products.
+struct Biases {
+  float low, high;
+};
+
+template <bool GATE_UP>
+DEVICE Biases biases_of(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp) {
+  u32 tile = unit.tile + warp;
+  if (tile >= m.tiles) return {0.0f, 0.0f};
+  const Slot& slot = a.slots[unit.slot];
+  const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16 + lane_id() / 4;
+  return {bias[0], bias[8]};
+}
+
 // Bias and SwiGLU, or bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of item 8n + 2t + i % 2. Transposed, a
 // lane has rows 2t and 2t + 1 of item 8n + g.
 template <bool GATE_UP, u32 N>
-DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, float (&sums)[N / 2]) {
+DEVICE void put_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 warp, const Biases& biases,
+                     float (&sums)[N / 2]) {
   u32 t = lane_id() % 4, g = lane_id() / 4, tile = unit.tile + warp;
   if (tile >= m.tiles) return;
-  const Slot& slot = a.slots[unit.slot];
-  const float* bias = (GATE_UP ? slot.gate_up_bias : slot.down_bias) + tile * 16;
-  float low = bias[g], high = bias[g + 8];
+  float low = biases.low, high = biases.high;
 #pragma unroll
   for (u32 n = 0; n < N / 8; n++) {
     if (unit.first + n * 8 >= unit.end) break;
@@ -369,8 +386,9 @@ DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 
                     Turn<R::STAGES>& turn) {
   float sums[N / 2];
   wgmma_zero(sums);
+  Biases biases = biases_of<GATE_UP>(a, m, unit, warp);
   multiply_unit<R, N>(m.blocks, warp, smem, turn, sums);
-  put_unit<GATE_UP, N>(a, m, unit, warp, sums);
+  put_unit<GATE_UP, N>(a, m, unit, warp, biases, sums);
 }
 
 DEVICE Matrix matrix_of(const ExpertArgs& a, bool gate_up) {
@@ -431,11 +449,10 @@ struct Progress {
 template <class R>
 DEVICE void both_matrices(const ExpertArgs& a) {
   static_assert(R::COPIERS == 1, "one warp takes units");
-  static_assert(R::UNITS + R::STAGES * 4 <= RING_BARRIERS, "units of stages lie before them");
   SHARED(smem);
   put_parts(a);
   u32* chunks = (u32*)(smem + R::CHUNKS);
-  volatile u32* unit_of = (volatile u32*)(smem + R::UNITS);  // of the stage that it begins with
+  Unit* unit_of = (Unit*)(smem + R::UNITS);  // by the stage that it begins with
   Progress* progress = (Progress*)a.progress;
   u32 first_stretches = stretches_of<R>(matrix_of(a, true)), second_stretches = stretches_of<R>(matrix_of(a, false));
   u32 warp = of_warp(warp_id());
@@ -451,14 +468,21 @@ DEVICE void both_matrices(const ExpertArgs& a) {
       u32 i = of_warp(taken);
       // The next one is on its way while this one is copied.
       if (lane_id() == 0 && i < units) taken = atomicAdd(&progress->next, 1u);
-      barrier_wait(turn.empty(smem), turn.parity ^ 1);
-      if (lane_id() == 0) unit_of[turn.stage] = i;
-      __syncwarp();
-      if (i >= units) break;
+      Unit unit = {};
+      unit.matrix = NO_UNIT;
       if (i < first_units) {
-        copy_unit<true, R>(a, matrix_of(a, true), find_unit<R>(a, chunks, i, first_stretches), smem, turn);
+        unit = find_unit<R>(a, chunks, i, first_stretches);
+      } else if (i < units) {
+        unit = find_unit<R>(a, chunks, i - first_units, second_stretches);
+        unit.matrix = DOWN_UNIT;
+      }
+      barrier_wait(turn.empty(smem), turn.parity ^ 1);
+      if (lane_id() == 0) unit_of[turn.stage] = unit;
+      __syncwarp();
+      if (unit.matrix == NO_UNIT) break;
+      if (unit.matrix == GATE_UP_UNIT) {
+        copy_unit<true, R>(a, matrix_of(a, true), unit, smem, turn);
       } else {
-        Unit unit = find_unit<R>(a, chunks, i - first_units, second_stretches);
         u32 slot_units = (chunks[unit.slot + 1] - chunks[unit.slot]) * first_stretches;
         copy_unit<false, R>(a, matrix_of(a, false), unit, smem, turn, &progress->warps[unit.slot], slot_units * R::WARPS);
       }
@@ -473,16 +497,16 @@ DEVICE void both_matrices(const ExpertArgs& a) {
   } else {
     while (true) {
       barrier_wait(turn.full(smem), turn.parity);
-      u32 i = of_warp(unit_of[turn.stage]);
-      if (i >= units) break;
-      bool of_first = i < first_units;
+      Unit unit = unit_of[turn.stage];
+      if (of_warp(unit.matrix) == NO_UNIT) break;
+      bool of_first = of_warp(unit.matrix) == GATE_UP_UNIT;
       Matrix m = matrix_of(a, of_first);
-      Unit unit = find_unit<R>(a, chunks, of_first ? i : i - first_units, stretches_of<R>(m));
+      Biases biases = of_first ? biases_of<true>(a, m, unit, warp) : biases_of<false>(a, m, unit, warp);
       float sums[R::ITEMS / 2];
       wgmma_zero(sums);
       multiply_unit<R, R::ITEMS>(m.blocks, warp, smem, turn, sums);
       if (of_first) {
-        put_unit<true, R::ITEMS>(a, m, unit, warp, sums);
+        put_unit<true, R::ITEMS>(a, m, unit, warp, biases, sums);
         fence_async_global();
         __syncwarp();
         if (lane_id() == 0) {
@@ -490,7 +514,7 @@ DEVICE void both_matrices(const ExpertArgs& a) {
           atomicAdd(&progress->warps[unit.slot], 1u);
         }
       } else {
-        put_unit<false, R::ITEMS>(a, m, unit, warp, sums);
+        put_unit<false, R::ITEMS>(a, m, unit, warp, biases, sums);
       }
     }
   }

@@ -173,10 +173,10 @@ struct Ring {
 }
 
 impl Ring {
-    /// Barriers, stages, and the slots' first chunks.
+    /// Barriers, units that begin with a stage, stages, and the slots' first chunks.
     const fn shared(&self, slots: u32) -> u32 {
         let stage = self.blocks * (self.tiles * (256 + 16) + self.items * 64);
-        128 + self.stages * stage + (slots + 1) * 4
+        128 + self.stages * (32 + stage) + (slots + 1) * 4
     }
 }
 
