@@ -6,8 +6,8 @@ use super::Cuda;
 use super::choose::{self, Choice, ExpertMatrix};
 use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
-    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, ExpertArgs,
-    GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
+    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, EntriesArgs,
+    ExpertArgs, GroupArgs, PLACE_ENTRIES, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
 };
 use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
@@ -15,8 +15,10 @@ use super::slots::SLOT_HEADER;
 use crate::cpu::{check, need};
 use crate::{ExpertShape, HostParts, KernelError, NO_SLOT, Precision, wire};
 
-/// Rows of a block of dispatch and combine.
-const BLOCK_ROWS: usize = 32;
+/// Columns of a block of dispatch and combine.
+const BLOCK_COLUMNS: usize = 4 * DISPATCH_F32.kernel.threads as usize;
+/// Bytes of where an entry lies.
+const ENTRY: usize = 8;
 /// Bytes of a part's place: where it begins and how long it is, u64 each.
 pub(super) const PART: usize = 16;
 /// Parts that lie one after the other begin at multiples of this.
@@ -294,6 +296,16 @@ impl Work {
     }
 }
 
+/// Blocks of a row of dispatch and combine.
+const fn column_blocks(cols: usize) -> u32 {
+    if cols == 0 { 1 } else { cols.div_ceil(BLOCK_COLUMNS) as u32 }
+}
+
+/// Bytes of where `entries` lie and of how many each of several ranks has.
+pub(super) const fn entries_bytes(entries: usize, ranks: usize) -> usize {
+    if ranks > 1 { entries * ENTRY + ranks * 4 } else { 0 }
+}
+
 /// Tiles of as many items: slot `s` has those from `starts[s] / 8 + s` on.
 const fn item_tiles(items: usize, slots: usize) -> usize {
     items / ITEM_TILE + slots
@@ -301,7 +313,7 @@ const fn item_tiles(items: usize, slots: usize) -> usize {
 
 impl Cuda {
     pub(super) fn dispatch_rows(
-        &self,
+        &mut self,
         x: &Rows,
         routes: &Routes,
         places: &Places,
@@ -320,24 +332,53 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
         out.bytes_now = most;
+        let one = out.gathered.is_some() || out.ranks == 1;
+        let at = if one { 0 } else { self.place_entries(routes, places, out, record, false)?[0] };
         let args = DispatchArgs {
             x: x.address(),
             experts: routes.experts(),
             places: places.buffer.address(),
             out: out.address_mut(),
             parts: out.places.address_mut(),
+            at,
             rows: x.len() as u32,
             hidden: x.cols() as u32,
             top_k: routes.top_k() as u32,
-            ranks: out.ranks as u32,
             gathered: u32::from(out.gathered.is_some()),
-            unused: 0,
         };
-        let parts = if out.gathered.is_some() { 1 } else { out.ranks as u32 };
-        // A step without rows has parts too: they are empty.
-        let blocks = x.len().div_ceil(BLOCK_ROWS).max(1) as u32;
+        // A step without rows has a part too: it is empty.
+        let blocks = if one { x.len().max(1) } else { x.len() * routes.top_k() };
         let op = self.by_precision(DISPATCH_F32, DISPATCH_BF16);
-        self.launch(&op, [blocks, parts, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
+        self.launch(&op, [blocks as u32, column_blocks(x.cols()), 1], 0, &args)
+    }
+
+    /// Finds where each entry's record begins, of `bytes`, and says where it says so: `[T, K]`. Where `counted`, results
+    /// instead, of which each rank has as many as entries; how many those are is said at the second address, `[ranks]`.
+    fn place_entries(
+        &mut self,
+        routes: &Routes,
+        places: &Places,
+        parts: &Parts,
+        bytes: usize,
+        counted: bool,
+    ) -> Result<[u64; 2], KernelError> {
+        let entries = routes.len() * routes.top_k();
+        self.entries.reserve(entries_bytes(entries, parts.ranks))?;
+        let at = self.entries.address_mut();
+        let counts = if counted { at + (entries * ENTRY) as u64 } else { 0 };
+        let args = EntriesArgs {
+            experts: routes.experts(),
+            places: places.buffer.address(),
+            parts: parts.places.address(),
+            at,
+            counts,
+            bytes: bytes as u64,
+            entries: entries as u32,
+            top_k: routes.top_k() as u32,
+        };
+        let shared = 2 * (PLACE_ENTRIES.kernel.threads / 32) * 4;
+        self.launch(&PLACE_ENTRIES, [parts.ranks as u32, 1, 1], shared, &args)?;
+        Ok([at, counts])
     }
 
     pub(super) fn receive_parts(
@@ -469,7 +510,7 @@ impl Cuda {
     }
 
     pub(super) fn combine_rows(
-        &self,
+        &mut self,
         returned: &Parts,
         routes: &Routes,
         places: &Places,
@@ -477,12 +518,17 @@ impl Cuda {
     ) -> Result<(), KernelError> {
         need("the rows combined", residual.len(), routes.len())?;
         places.check(routes, returned.ranks)?;
+        let [at, counts] = if returned.ranks == 1 {
+            [0; 2]
+        } else {
+            self.place_entries(routes, places, returned, wire::bytes(self.precision) * residual.cols(), true)?
+        };
         let args = CombineArgs {
             results: returned.bytes.address(),
             parts: returned.places.address(),
-            experts: routes.experts(),
+            at,
+            counts,
             weights: routes.weights(),
-            places: places.buffer.address(),
             residual: residual.address_mut(),
             status: self.status.address(),
             rows: residual.len() as u32,
@@ -491,8 +537,8 @@ impl Cuda {
             ranks: returned.ranks as u32,
         };
         // A step without rows still sees that nothing came.
-        let blocks = residual.len().div_ceil(BLOCK_ROWS).max(1) as u32;
-        let shared = (2 * returned.ranks + BLOCK_ROWS * routes.top_k() + 1) * 4;
-        self.launch(&self.by_precision(COMBINE_F32, COMBINE_BF16), [blocks, 1, 1], shared as u32, &args)
+        let blocks = residual.len().max(1) as u32;
+        let op = self.by_precision(COMBINE_F32, COMBINE_BF16);
+        self.launch(&op, [blocks, column_blocks(residual.cols()), 1], 0, &args)
     }
 }

@@ -90,6 +90,8 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
+    /// Where entries of a dispatch or a combine lie, with several ranks.
+    entries: Buffer,
     /// Who packs weights; nobody until the first are packed.
     packers: OnceLock<Threads>,
     /// What was sampled in this step.
@@ -121,6 +123,7 @@ impl Cuda {
             late: Late::new(&memory),
             weights: nothing(),
             pieces: nothing(),
+            entries: nothing(),
             packers: OnceLock::new(),
             drawn: Vec::new(),
             landings: Vec::new(),
@@ -139,6 +142,7 @@ impl Cuda {
         self.late.reserve(shape.draws())?;
         self.logits.reserve(shape.router_logits())?;
         self.partials.reserve(shape.partials())?;
+        self.entries.reserve(shape.entries())?;
         self.weights.reserve(shape.weights())
     }
 

@@ -69,9 +69,13 @@ args! {
     /// router.cu
     TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
     /// exchange.cu
+    EntriesArgs {
+        experts: u64, places: u64, parts: u64, at: u64, counts: u64, bytes: u64, entries: u32, top_k: u32,
+    }
+    /// exchange.cu
     DispatchArgs {
-        x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
-        gathered: u32, unused: u32,
+        x: u64, experts: u64, places: u64, out: u64, parts: u64, at: u64, rows: u32, hidden: u32, top_k: u32,
+        gathered: u32,
     }
     /// exchange.cu
     ReceiveArgs {
@@ -85,7 +89,7 @@ args! {
     GroupArgs { item_slot: u64, counts: u64, order: u64, starts: u64, slots: u32, unused: u32 }
     /// exchange.cu
     CombineArgs {
-        results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
+        results: u64, parts: u64, at: u64, counts: u64, weights: u64, residual: u64, status: u64,
         rows: u32, hidden: u32, top_k: u32, ranks: u32,
     }
     /// slots.cu
@@ -131,6 +135,7 @@ pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
 pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
+pub(super) const PLACE_ENTRIES: Op<EntriesArgs> = Op::new("place_entries", "exchange.cu", 512);
 pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
 pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
 pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "exchange.cu", 256);
@@ -171,7 +176,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 50] = [
+pub const KERNELS: [Kernel; 51] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -189,6 +194,7 @@ pub const KERNELS: [Kernel; 50] = [
     DENSE_MMA_8.kernel,
     DENSE_MMA_64.kernel,
     TOP_K.kernel,
+    PLACE_ENTRIES.kernel,
     DISPATCH_F32.kernel,
     DISPATCH_BF16.kernel,
     RECEIVE.kernel,
