@@ -6,8 +6,8 @@ use super::Cuda;
 use super::choose::{self, Choice, ExpertMatrix};
 use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
-    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, EntriesArgs,
-    ExpertArgs, GroupArgs, PLACE_ENTRIES, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
+    COMBINE_BF16, COMBINE_F32, CombineArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, EntriesArgs, ExpertArgs,
+    PLACE_ENTRIES, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, RowsArgs, TilesArgs,
 };
 use super::pack::ExpertLayout;
 use super::rows::{Routes, Rows};
@@ -235,7 +235,6 @@ pub struct Work {
     activations: Buffer,
     row_source: Buffer,
     item_row: Buffer,
-    item_slot: Buffer,
     order: Buffer,
     /// Rows and items.
     counts: Buffer,
@@ -267,7 +266,6 @@ impl Work {
             activations: if tiled { memory.nothing() } else { memory.zeroed(items * shape.intermediate * size)? },
             row_source: memory.zeroed(rows * 8)?,
             item_row: memory.zeroed(items * 4)?,
-            item_slot: memory.zeroed(items * 4)?,
             order: memory.zeroed(items * 4)?,
             counts: memory.zeroed(8)?,
             starts: memory.nothing(),
@@ -287,7 +285,6 @@ impl Work {
             activations: nothing(),
             row_source: nothing(),
             item_row: nothing(),
-            item_slot: nothing(),
             order: nothing(),
             counts: nothing(),
             starts: nothing(),
@@ -389,74 +386,80 @@ impl Cuda {
     ) -> Result<(), KernelError> {
         need("the width of the rows received", work.shape.hidden, experts.shape.hidden)?;
         need("the width of the experts at work", work.shape.intermediate, experts.shape.intermediate)?;
-        let (size, hidden) = (wire::bytes(self.precision), work.shape.hidden);
+        let (size, hidden, slots) = (wire::bytes(self.precision), work.shape.hidden, experts.slots.len());
+        check("expert slot", slots.saturating_sub(1), choose::SLOTS_MAX)?;
+        check("choice", 0, self.top_k)?;
         work.ranks = received.ranks;
         work.results.reserve(received.ranks * PART)?;
-        work.starts.reserve((experts.slots.len() + 1) * 4)?;
+        work.starts.reserve((slots + 1) * 4)?;
+        let tiled = self.family() == Family::Wgmma;
+        if tiled {
+            let tiles = item_tiles(work.items_max, slots) * ITEM_TILE;
+            work.rows.reserve_exactly(tiles * hidden * size)?;
+            work.activations.reserve_exactly(tiles * work.shape.intermediate * size)?;
+        }
+        let record_bytes = wire::dispatch_record(self.precision, self.top_k, hidden);
+        let multiprocessors = self.memory.queue.device().multiprocessors();
+        let rows_now = (received.bytes_now / record_bytes).min(work.rows_max);
+        work.items_now = (rows_now * self.top_k).min(work.items_max);
+        let entries = u32::try_from(received.bytes_now / record_bytes * self.top_k).unwrap_or(u32::MAX);
+        let shape = [received.ranks as u32, slots as u32];
+        let chosen = choose::receive(tiled, [entries, work.items_now as u32], shape, multiprocessors);
         let args = ReceiveArgs {
             received: received.bytes.address(),
             parts: received.places.address(),
             filled: experts.filled.address(),
-            row_source: work.row_source.address(),
-            item_row: work.item_row.address(),
-            item_slot: work.item_slot.address(),
-            counts: work.counts.address(),
-            results: work.results.address(),
+            row_source: work.row_source.address_mut(),
+            item_row: work.item_row.address_mut(),
+            order: work.order.address_mut(),
+            starts: work.starts.address_mut(),
+            counts: work.counts.address_mut(),
+            results: work.results.address_mut(),
+            tiles: work.rows.address_mut(),
             status: self.status.address(),
-            record_bytes: wire::dispatch_record(self.precision, self.top_k, hidden).max(1) as u64,
+            record_bytes: record_bytes as u64,
             result_bytes: (hidden * size) as u64,
             ranks: received.ranks as u32,
             top_k: self.top_k as u32,
-            slots: experts.slots.len() as u32,
+            slots: slots as u32,
             rows_max: work.rows_max as u32,
-            items_max: work.items_max as u32,
+            // A block that moves has no room for more.
+            items_max: if chosen.moves > 0 { work.items_now } else { work.items_max } as u32,
             me: received.gathered.unwrap_or(NO_SLOT),
-        };
-        self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
-        let rows_now = (received.bytes_now / args.record_bytes as usize).min(work.rows_max);
-        work.items_now = (rows_now * self.top_k).min(work.items_max);
-        let group = GroupArgs {
-            item_slot: work.item_slot.address(),
-            counts: work.counts.address(),
-            order: work.order.address(),
-            starts: work.starts.address(),
-            slots: experts.slots.len() as u32,
+            stretches: chosen.stretches,
+            moves: chosen.moves,
+            hidden: hidden as u32,
             unused: 0,
         };
-        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)?;
-        match self.family() {
-            Family::Mma => {
-                let copy = CopyRowsArgs {
-                    received: received.bytes.address(),
-                    row_source: work.row_source.address(),
-                    counts: work.counts.address(),
-                    rows: work.rows.address(),
-                    words: (hidden * size / 2) as u32,
-                    unused: 0,
-                };
-                self.launch(&RECEIVE_ROWS, [work.rows_max as u32, 1, 1], 0, &copy)
-            }
-            Family::Wgmma => {
-                let tiles = item_tiles(work.items_max, experts.slots.len()) * ITEM_TILE;
-                work.rows.reserve_exactly(tiles * hidden * size)?;
-                work.activations.reserve_exactly(tiles * work.shape.intermediate * size)?;
-                let args = TilesArgs {
-                    received: received.bytes.address(),
-                    row_source: work.row_source.address(),
-                    item_row: work.item_row.address(),
-                    item_slot: work.item_slot.address(),
-                    order: work.order.address(),
-                    starts: work.starts.address(),
-                    counts: work.counts.address(),
-                    tiles: work.rows.address_mut(),
-                    hidden: hidden as u32,
-                    unused: 0,
-                };
-                // What the host knows of the number of items is a guess.
-                let blocks = work.items_now.clamp(1, 8 * self.memory.queue.device().multiprocessors() as usize);
-                self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
-            }
+        self.launch(&chosen.choice.op, chosen.choice.grid, chosen.choice.shared, &args)?;
+        // What the host knows of the number of rows and items is a guess.
+        let most = 8 * multiprocessors as usize;
+        if !tiled {
+            let copy = RowsArgs {
+                received: args.received,
+                row_source: args.row_source,
+                counts: args.counts,
+                rows: work.rows.address_mut(),
+                row_bytes: (hidden * size) as u32,
+                unused: 0,
+            };
+            return self.launch(&RECEIVE_ROWS, [rows_now.clamp(1, most) as u32, 1, 1], 0, &copy);
         }
+        if chosen.moves > 0 {
+            return Ok(());
+        }
+        let args = TilesArgs {
+            received: args.received,
+            row_source: args.row_source,
+            item_row: args.item_row,
+            order: args.order,
+            starts: args.starts,
+            tiles: args.tiles,
+            hidden: hidden as u32,
+            slots: slots as u32,
+        };
+        let blocks = item_tiles(work.items_now, slots).clamp(1, most);
+        self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
     }
 
     /// The kernel of an expert matrix of `rows`.
