@@ -24,6 +24,7 @@ pub mod libraries;
 mod ops;
 mod pack;
 mod page_locked;
+mod parts;
 mod pinned;
 mod queue;
 mod rows;
@@ -42,8 +43,9 @@ pub use device::{Device, Family, Graph, Launch, Pinned, STAGED_MAX};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use ended::Ended;
-pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
+pub use exchange::{Experts, Work};
 pub use ops::{KERNELS, Kernel};
+pub use parts::{PART_ALIGNMENT, Parts, Places};
 pub use queue::{Counts, GRAPH_BYTES};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};

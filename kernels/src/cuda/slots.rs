@@ -7,8 +7,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::device::{Buffer, Memory, Pinned, bytes_of};
-use super::exchange::{PART, PART_ALIGNMENT, Parts};
 use super::ops::{PACK, PackArgs, UNPACK, UnpackArgs};
+use super::parts::{PART, PART_ALIGNMENT, Parts};
 use super::{Cuda, ops, status};
 use crate::KernelError;
 use crate::cuda::Launch;

@@ -92,6 +92,9 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         (empty, "a row for an expert slot that is empty"),
         (beyond, "a row for an expert slot that is empty"),
     ] {
+        if what.starts_with("more rows") && trusts(make) {
+            continue;
+        }
         let mut b = make.backend();
         let mut experts = b.experts(2, shape);
         b.load_expert(&mut experts, 0, &expert.source()).unwrap();
