@@ -109,7 +109,7 @@ pub struct Work {
     /// `[slots + 1]`
     starts: Buffer,
     /// `[ranks]`: the parts that go back.
-    results: Buffer,
+    results: Arc<Buffer>,
 }
 
 impl Work {
@@ -137,7 +137,7 @@ impl Work {
             order: memory.zeroed(items * 4)?,
             counts: memory.zeroed(8)?,
             starts: memory.nothing(),
-            results: memory.nothing(),
+            results: Arc::new(memory.nothing()),
         })
     }
 
@@ -156,7 +156,7 @@ impl Work {
             order: nothing(),
             counts: nothing(),
             starts: nothing(),
-            results: nothing(),
+            results: Arc::new(nothing()),
         }
     }
 }
@@ -198,13 +198,14 @@ impl Cuda {
         }
         out.bytes_now = most;
         let one = out.gathered.is_some() || out.ranks == 1;
-        let at = if one { 0 } else { self.place_entries(routes, places, out, record, false)?[0] };
+        let parts = out.places_mut().address_mut();
+        let at = if one { 0 } else { self.place_entries(routes, places, (parts, out.ranks), record, false)?[0] };
         let args = DispatchArgs {
             x: x.address(),
             experts: routes.experts(),
             places: places.buffer.address(),
             out: out.address_mut(),
-            parts: out.places.address_mut(),
+            parts,
             at,
             rows: x.len() as u32,
             hidden: x.cols() as u32,
@@ -223,18 +224,18 @@ impl Cuda {
         &mut self,
         routes: &Routes,
         places: &Places,
-        parts: &Parts,
+        (parts, ranks): (u64, usize),
         bytes: usize,
         counted: bool,
     ) -> Result<[u64; 2], KernelError> {
         let entries = routes.len() * routes.top_k();
-        self.entries.reserve(entries_bytes(entries, parts.ranks))?;
+        self.entries.reserve(entries_bytes(entries, ranks))?;
         let at = self.entries.address_mut();
         let counts = if counted { at + (entries * ENTRY) as u64 } else { 0 };
         let args = EntriesArgs {
             experts: routes.experts(),
             places: places.buffer.address(),
-            parts: parts.places.address(),
+            parts,
             at,
             counts,
             bytes: bytes as u64,
@@ -242,7 +243,7 @@ impl Cuda {
             top_k: routes.top_k() as u32,
         };
         let shared = 2 * (PLACE_ENTRIES.kernel.threads / 32) * 4;
-        self.launch(&PLACE_ENTRIES, [parts.ranks as u32, 1, 1], shared, &args)?;
+        self.launch(&PLACE_ENTRIES, [ranks as u32, 1, 1], shared, &args)?;
         Ok([at, counts])
     }
 
@@ -257,8 +258,13 @@ impl Cuda {
         let (size, hidden, slots) = (wire::bytes(self.precision), work.shape.hidden, experts.slots.len());
         check("expert slot", slots.saturating_sub(1), choose::SLOTS_MAX)?;
         check("choice", 0, self.top_k)?;
+        if received.are_results() {
+            return Err(KernelError::Received { rank: 0, what: "results instead of rows" });
+        }
         work.ranks = received.ranks;
-        work.results.reserve(received.ranks * PART)?;
+        if work.results.bytes() < received.ranks * PART {
+            work.results = Arc::new(self.memory.zeroed(received.ranks * PART)?);
+        }
         work.starts.reserve((slots + 1) * 4)?;
         let tiled = self.family() == Family::Wgmma;
         if tiled {
@@ -275,14 +281,14 @@ impl Cuda {
         let chosen = choose::receive(tiled, [entries, work.items_now as u32], shape, multiprocessors);
         let args = ReceiveArgs {
             received: received.bytes.address(),
-            parts: received.places.address(),
+            parts: received.places_address(),
             filled: experts.filled.address(),
             row_source: work.row_source.address_mut(),
             item_row: work.item_row.address_mut(),
             order: work.order.address_mut(),
             starts: work.starts.address_mut(),
             counts: work.counts.address_mut(),
-            results: work.results.address_mut(),
+            results: work.results.address(),
             tiles: work.rows.address_mut(),
             status: self.status.address(),
             record_bytes: record_bytes as u64,
@@ -373,8 +379,7 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of results", got: out.bytes_max, need: most });
         }
         need("the ranks of results", out.ranks, work.ranks)?;
-        out.gathered = None;
-        out.places.copy_from(&work.results, work.ranks * PART)?;
+        out.become_results(&work.results);
         let args = self.expert_args(experts, work, out.address_mut())?;
         let choice = self.choose_experts(ExpertMatrix::Down, work.shape.hidden, experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
@@ -392,11 +397,12 @@ impl Cuda {
         let [at, counts] = if returned.ranks == 1 {
             [0; 2]
         } else {
-            self.place_entries(routes, places, returned, wire::bytes(self.precision) * residual.cols(), true)?
+            let (parts, result) = (returned.places_address(), wire::bytes(self.precision) * residual.cols());
+            self.place_entries(routes, places, (parts, returned.ranks), result, true)?
         };
         let args = CombineArgs {
             results: returned.bytes.address(),
-            parts: returned.places.address(),
+            parts: returned.places_address(),
             at,
             counts,
             weights: routes.weights(),

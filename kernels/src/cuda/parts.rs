@@ -24,8 +24,11 @@ pub struct Parts {
     pub(super) bytes_now: usize,
     /// Shared with whoever sends it.
     pub(super) bytes: Arc<Buffer>,
-    /// `[ranks]` of (start, bytes)
-    pub(super) places: Buffer,
+    /// `[ranks]` of (start, bytes), unless these are results.
+    places: Buffer,
+    /// The same of results, as the receive before them found it. The next one on the same work changes it: until then they
+    /// have gone.
+    results: Option<Arc<Buffer>>,
     /// This rank, if dispatch records are for all ranks in one part: each rank picks its own.
     pub(super) gathered: Option<u32>,
     /// Why the bytes are worthless.
@@ -42,6 +45,7 @@ impl Parts {
             bytes_now: bytes_max,
             bytes,
             places: memory.zeroed(ranks * PART)?,
+            results: None,
             gathered: None,
             fault: None,
         })
@@ -49,12 +53,42 @@ impl Parts {
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
         let (bytes, places) = (Arc::new(memory.nothing()), memory.nothing());
-        Self { ranks, bytes_max: 0, bytes_now: 0, bytes, places, gathered: None, fault: None }
+        Self { ranks, bytes_max: 0, bytes_now: 0, bytes, places, results: None, gathered: None, fault: None }
     }
 
     #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
     pub(super) fn address_mut(&mut self) -> u64 {
         self.bytes.address()
+    }
+
+    fn said(&self) -> &Buffer {
+        self.results.as_deref().unwrap_or(&self.places)
+    }
+
+    /// Where it is said where each part lies, `[ranks]` of (start, bytes).
+    pub(super) fn places_address(&self) -> u64 {
+        self.said().address()
+    }
+
+    /// The same, to be written there.
+    pub(super) fn places_mut(&mut self) -> &mut Buffer {
+        self.results = None;
+        &mut self.places
+    }
+
+    /// Whether there is room for where each part lies.
+    pub(super) const fn has_places(&self) -> bool {
+        self.places.bytes() >= self.ranks * PART
+    }
+
+    /// Says that these are results, which lie where `results` says.
+    pub(super) fn become_results(&mut self, results: &Arc<Buffer>) {
+        (self.results, self.gathered) = (Some(Arc::clone(results)), None);
+    }
+
+    /// Whether these are results.
+    pub(super) const fn are_results(&self) -> bool {
+        self.results.is_some()
     }
 
     /// Where each part lies, `[ranks]` of (start, bytes); waits.
@@ -65,7 +99,7 @@ impl Parts {
         if let Some(error) = &self.fault {
             return Err(error.clone());
         }
-        let places = self.places.download(self.ranks * PART)?;
+        let places = self.said().download(self.ranks * PART)?;
         let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
         Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
     }
@@ -101,7 +135,7 @@ impl Parts {
             why: "an exchange still reads what was there".to_owned(),
         })?;
         to.upload(0, &bytes)?;
-        self.places.upload(0, &bytes_of(&places))?;
+        self.places_mut().upload(0, &bytes_of(&places))?;
         (self.bytes_now, self.gathered, self.fault) = (bytes.len(), None, None);
         Ok(())
     }

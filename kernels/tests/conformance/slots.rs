@@ -287,6 +287,24 @@ fn a_slot_of_another_moment_exchange_or_rank_is_named_and_empty() {
     assert_eq!(bytes, [0, 0]);
 }
 
+/// Where results lie, a receive says: so none reads them as rows.
+#[test]
+fn results_are_no_rows() {
+    let mut b = Cuda::new(Arc::new(HOPPER), Precision::Fast).unwrap();
+    let _routes = b.routes(0, TOP_K);
+    let (experts, mut work) = (b.experts(1, SHAPE), b.work(1, TOP_K, SHAPE));
+    let (received, mut out) = (b.upload(&HostParts::new(1)), b.parts(1, TOP_K * b.combine_record(HIDDEN)));
+    b.receive(&received, &experts, &mut work);
+    b.down(&experts, &work, &mut out);
+    b.finish().unwrap();
+    b.receive(&out, &experts, &mut work);
+    assert_eq!(b.finish(), Err(KernelError::Received { rank: 0, what: "results instead of rows" }));
+    // They may become rows again.
+    out.upload(&HostParts::new(1)).unwrap();
+    b.receive(&out, &experts, &mut work);
+    b.finish().unwrap();
+}
+
 #[test]
 fn without_room_nothing_is_enqueued() {
     let mut backend = Cuda::new(Arc::new(Emulated::default()), Precision::Exact).unwrap();
