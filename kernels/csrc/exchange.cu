@@ -1,4 +1,4 @@
-// Rows to the ranks of their experts and results back home: dispatch, receive, combine.
+// Rows to the ranks of their experts and results back home: dispatch and combine; receive.cu has what is between.
 //
 // The parts of all ranks lie in one buffer in rank order, each on a border of 4 bytes; where they begin and how long they
 // are stays on the device. A dispatch record is K slots and the row in the wire type (f32 or bf16).
@@ -6,16 +6,119 @@
 // Records may also be gathered: one part for all ranks, in which every row is once, and an entry says the rank above the
 // slot (16 bits each). Each rank picks its own when it receives.
 //
+// An entry is a choice of a row: T * K of them, row by row. With one part, where an entry's record or result lies follows
+// from its number; with several, place_entries finds it first. Then rows move in blocks of their own, four columns a
+// thread: at once where all borders allow it, as they do at gpt-oss's widths.
+//
 // Nothing is counted twice or by chance: a block that needs the number of records before its own counts them itself,
 // from the routes, so that no block waits for another.
 #include "common.cuh"
 
 #define EXCHANGE_THREADS 256
-#define EXCHANGE_ROWS 32  // of a block of dispatch and combine
+#define PLACE_THREADS 512
+#define COLUMNS 4  // of a thread
+#define NOWHERE 0xffffffffffffffffull
 
 struct Place {
   u32 rank, slot;
 };
+
+// Columns -----------------------------------------------------------------------------------------------------------
+
+DEVICE void load_columns(const float* from, float (&values)[COLUMNS]) {
+  uint4 words = *(const uint4*)from;
+  values[0] = float_of(words.x), values[1] = float_of(words.y);
+  values[2] = float_of(words.z), values[3] = float_of(words.w);
+}
+
+DEVICE void load_columns(const u16* from, float (&values)[COLUMNS]) {
+  uint2 words = *(const uint2*)from;
+  values[0] = float_of(words.x << 16), values[1] = float_of(words.x & 0xffff0000u);
+  values[2] = float_of(words.y << 16), values[3] = float_of(words.y & 0xffff0000u);
+}
+
+DEVICE void store_columns(float* to, const float (&values)[COLUMNS]) {
+  *(uint4*)to = {bits_of(values[0]), bits_of(values[1]), bits_of(values[2]), bits_of(values[3])};
+}
+
+DEVICE void store_columns(u16* to, const float (&values)[COLUMNS]) {
+  *(uint2*)to = {narrow2(values[0], values[1]), narrow2(values[2], values[3])};
+}
+
+// The first column of a thread; a block has a stretch of a row.
+DEVICE u32 first_column() { return (blockIdx.y * EXCHANGE_THREADS + threadIdx.x) * COLUMNS; }
+
+template <class W>
+DEVICE bool on_border(u64 address) {
+  return address % (COLUMNS * sizeof(W)) == 0;
+}
+
+// Entries -----------------------------------------------------------------------------------------------------------
+
+struct EntriesArgs {
+  const u32* experts;   // [T, K]
+  const Place* places;  // [E]
+  Part* parts;          // [ranks]: of a dispatch, written here
+  u64* at;              // [T, K]: where an entry's record or result begins
+  u32* counts;          // [ranks]: how many results there should be; null: it is a dispatch, a row goes to a rank once
+  u64 bytes;            // of a record or a result
+  u32 entries, top_k;
+};
+
+DEVICE u32 rank_of(const EntriesArgs& a, u32 entry) { return a.places[a.experts[entry]].rank; }
+
+// Whether an earlier choice of the row takes it to this rank.
+DEVICE bool repeated(const EntriesArgs& a, u32 entry, u32 rank) {
+  bool found = false;
+  for (u32 e = entry - entry % a.top_k; e < entry; e++) found |= rank_of(a, e) == rank;
+  return found;
+}
+
+// A block a rank: where its entries lie. Each warp counts a stretch of all entries, and then numbers it.
+KERNEL(place_entries, PLACE_THREADS, EntriesArgs) {
+  SHARED(smem);
+  const u32 WARPS = PLACE_THREADS / WARP;
+  u32* sums = (u32*)smem;  // [2 * WARPS]
+  u32 rank = blockIdx.x, length = (a.entries + PLACE_THREADS - 1) / PLACE_THREADS * WARP;
+  u32 first = warp_id() * length, end = least(first + length, a.entries);
+  bool once = a.counts == nullptr;
+  // Records for lower ranks, and for this one.
+  u32 lower = 0, own = 0;
+  for (u32 e = first + lane_id(); e < end; e += WARP) {
+    u32 of = rank_of(a, e);
+    if (once && repeated(a, e, of)) continue;
+    lower += of < rank;
+    own += of == rank;
+  }
+  lower = warp_sum(lower);
+  own = warp_sum(own);
+  if (lane_id() == 0) {
+    sums[warp_id()] = own;
+    sums[WARPS + warp_id()] = lower;
+  }
+  __syncthreads();
+  u32 before = 0;
+  own = lower = 0;
+  for (u32 w = 0; w < WARPS; w++) {
+    if (w < warp_id()) before += sums[w];
+    own += sums[w];
+    lower += sums[WARPS + w];
+  }
+  u64 start = once ? lower * a.bytes : a.parts[rank].start;
+  if (threadIdx.x == 0) {
+    if (once)
+      a.parts[rank] = {start, own * a.bytes};
+    else
+      a.counts[rank] = own;
+  }
+  for (u32 chunk = first; chunk < end; chunk += WARP) {
+    u32 e = chunk + lane_id();
+    bool mine = e < end && rank_of(a, e) == rank, further = mine && once && repeated(a, e, rank);
+    u32 ballot = __ballot_sync(FULL, mine && !further);
+    if (mine) a.at[e] = further ? NOWHERE : start + (before + below(ballot)) * a.bytes;
+    before += __popc(ballot);
+  }
+}
 
 // Dispatch ----------------------------------------------------------------------------------------------------------
 
@@ -24,259 +127,116 @@ struct DispatchArgs {
   const u32* experts;    // [T, K]
   const Place* places;   // [E]
   u8* out;               // records
-  Part* parts;           // [ranks]
-  u32 rows, hidden, top_k, ranks;
-  u32 gathered, unused;  // 1: one part for all ranks
+  Part* parts;           // [1], written if there is one part
+  const u64* at;         // [T, K]: where an entry's record begins; null: there is one part, and a record a row
+  u32 rows, hidden, top_k;
+  u32 gathered;          // 1: the part is for all ranks
 };
 
-DEVICE bool visits(const DispatchArgs& a, u32 row, u32 rank) {
-  if (a.gathered) return true;
-  for (u32 k = 0; k < a.top_k; k++)
-    if (a.places[a.experts[row * a.top_k + k]].rank == rank) return true;
-  return false;
-}
-
-// Sums a number of each thread of the block.
-DEVICE u32 block_sum(u32 value, u32* sums) {
-  value = warp_sum(value);
-  __syncthreads();
-  if (lane_id() == 0) sums[warp_id()] = value;
-  __syncthreads();
-  u32 sum = 0;
-  for (u32 w = 0; w < EXCHANGE_THREADS / WARP; w++) sum += sums[w];
-  return sum;
-}
-
-// A block a stretch of rows and a rank.
+// A block a record and a stretch of columns.
 template <class W>
 DEVICE void dispatch(const DispatchArgs& a) {
-  SHARED(smem);
-  u32* sums = (u32*)smem;                         // [8]
-  u32* records = sums + EXCHANGE_THREADS / WARP;  // [EXCHANGE_ROWS]
-  u32 rank = blockIdx.y, first = blockIdx.x * EXCHANGE_ROWS;
-  // Records of lower ranks, of this rank, and of this rank before the stretch.
-  u32 lower = 0, own = 0, before_own = 0;
-  for (u32 row = threadIdx.x; row < a.rows; row += EXCHANGE_THREADS) {
-    for (u32 r = 0; r < rank; r++) lower += visits(a, row, r);
-    u32 here = visits(a, row, rank);
-    own += here;
-    if (row < first) before_own += here;
+  u64 record_bytes = a.top_k * 4 + (u64)a.hidden * sizeof(W), start = blockIdx.x * record_bytes;
+  u32 row = blockIdx.x, rank = 0;
+  if (a.at != nullptr) {
+    row = blockIdx.x / a.top_k;
+    rank = a.places[a.experts[blockIdx.x]].rank;
+    start = a.at[blockIdx.x];
+    if (start == NOWHERE) return;
+  } else if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    a.parts[0] = {0, a.rows * record_bytes};
   }
-  lower = block_sum(lower, sums);
-  own = block_sum(own, sums);
-  before_own = block_sum(before_own, sums);
-  u64 record_bytes = a.top_k * 4 + (u64)a.hidden * sizeof(W);
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.parts[rank] = {lower * record_bytes, own * record_bytes};
-  if (threadIdx.x < EXCHANGE_ROWS) {
-    u32 row = first + threadIdx.x;
-    bool here = row < a.rows && visits(a, row, rank);
-    u32 ballot = __ballot_sync(FULL, here);
-    records[threadIdx.x] = here ? lower + before_own + below(ballot) : NO_SLOT;
-  }
-  __syncthreads();
-  for (u32 i = 0; i < EXCHANGE_ROWS; i++) {
-    if (records[i] == NO_SLOT) continue;
-    u32 row = first + i;
-    u8* record = a.out + records[i] * record_bytes;
+  // A step without rows has a block too, which says so.
+  if (row >= a.rows) return;
+  u8* record = a.out + start;
+  if (blockIdx.y == 0) {
     for (u32 k = threadIdx.x; k < a.top_k; k += EXCHANGE_THREADS) {
       Place place = a.places[a.experts[row * a.top_k + k]];
       u32 own_slot = place.rank == rank ? place.slot : NO_SLOT;
       ((u32*)record)[k] = a.gathered ? place.rank << 16 | place.slot : own_slot;
     }
-    W* values = (W*)(record + a.top_k * 4);
-    for (u32 c = threadIdx.x; c < a.hidden; c += EXCHANGE_THREADS) store(values + c, a.x[(u64)row * a.hidden + c]);
+  }
+  const float* from = a.x + (u64)row * a.hidden;
+  W* to = (W*)(record + a.top_k * 4);
+  u32 first = first_column();
+  if (first >= a.hidden) return;
+  if (a.hidden % COLUMNS == 0 && on_border<float>((u64)from) && on_border<W>((u64)to)) {
+    float values[COLUMNS];
+    load_columns(from + first, values);
+    store_columns(to + first, values);
+  } else {
+    for (u32 c = first; c < least(first + COLUMNS, a.hidden); c++) store(to + c, from[c]);
   }
 }
 
 KERNEL(dispatch_f32, EXCHANGE_THREADS, DispatchArgs) { dispatch<float>(a); }
 KERNEL(dispatch_bf16, EXCHANGE_THREADS, DispatchArgs) { dispatch<u16>(a); }
 
-// Receive -----------------------------------------------------------------------------------------------------------
-
-struct ReceiveArgs {
-  const u8* received;
-  const Part* parts;      // [ranks]
-  const u32* filled;      // [slots]: 1 where an expert is loaded
-  u64* row_source;        // [rows]: where a row's numbers begin among what was received
-  u32* item_row;          // [items], in order of arrival: row by row, choice by choice
-  u32* item_slot;         // [items]
-  u32* counts;            // [2]: rows, items
-  Part* results;          // [ranks]: the parts that go back
-  Status* status;
-  u64 record_bytes, result_bytes;
-  u32 ranks, top_k, slots, rows_max, items_max;
-  u32 me;  // of gathered records, those of this rank; NO_SLOT: they are all its own
-};
-
-// The slot of an entry of a part, or NO_SLOT if it is for another rank.
-DEVICE u32 slot_of(const ReceiveArgs& a, const u8* part, u32 entry) {
-  u32 slot = *(const u32*)(part + entry / a.top_k * a.record_bytes + entry % a.top_k * 4);
-  if (a.me == NO_SLOT) return slot;
-  return slot >> 16 == a.me ? slot & 0xffff : NO_SLOT;
-}
-
-// Checks every rank's records, and lists rows and items; one block. Rows of a rank whose bytes do not fit are left out.
-KERNEL(receive, EXCHANGE_THREADS, ReceiveArgs) {
-  SHARED(smem);
-  u32* sums = (u32*)smem;  // [8]
-  u32 rows = 0, items = 0;
-  for (u32 rank = 0; rank < a.ranks; rank++) {
-    const u8* part = a.received + a.parts[rank].start;
-    u64 bytes = a.parts[rank].bytes;
-    u32 items_before = items;
-    u32 records = (u32)(bytes / a.record_bytes);
-    u32 entries = records * a.top_k;
-    bool whole = bytes % a.record_bytes == 0;
-    u32 bad = 0, held = 0;
-    if (whole) {
-      for (u32 e = threadIdx.x; e < entries; e += EXCHANGE_THREADS) {
-        u32 slot = slot_of(a, part, e);
-        if (slot == NO_SLOT) continue;
-        held += 1;
-        bad |= slot >= a.slots || a.filled[slot] == 0;
-      }
-    }
-    bad = block_sum(bad, sums);
-    held = block_sum(held, sums);
-    bool fits = rows + records <= a.rows_max && items + held <= a.items_max;
-    if (whole && bad == 0 && fits) {
-      // The place of an entry is the number of those before it: chunk by chunk.
-      for (u32 chunk = 0; chunk < entries; chunk += EXCHANGE_THREADS) {
-        u32 e = chunk + threadIdx.x;
-        u32 slot = NO_SLOT;
-        if (e < entries) slot = slot_of(a, part, e);
-        u32 ballot = __ballot_sync(FULL, slot != NO_SLOT);
-        __syncthreads();
-        if (lane_id() == 0) sums[warp_id()] = __popc(ballot);
-        __syncthreads();
-        u32 at = items + below(ballot), all = 0;
-        for (u32 w = 0; w < EXCHANGE_THREADS / WARP; w++) {
-          if (w < warp_id()) at += sums[w];
-          all += sums[w];
-        }
-        if (slot != NO_SLOT) {
-          a.item_row[at] = rows + e / a.top_k;
-          a.item_slot[at] = slot;
-        }
-        items += all;
-      }
-      for (u32 r = threadIdx.x; r < records; r += EXCHANGE_THREADS)
-        a.row_source[rows + r] = a.parts[rank].start + r * a.record_bytes + a.top_k * 4;
-      rows += records;
-    } else if (threadIdx.x == 0) {
-      report(a.status, STATUS_RECEIVED, whole ? (bad ? SLOT_EMPTY : TOO_MANY_ROWS) : PART_NOT_WHOLE, rank, 0);
-    }
-    if (threadIdx.x == 0) a.results[rank] = {items_before * a.result_bytes, (items - items_before) * a.result_bytes};
-  }
-  if (threadIdx.x == 0) {
-    a.counts[0] = rows;
-    a.counts[1] = items;
-  }
-}
-
-struct CopyRowsArgs {
-  const u8* received;
-  const u64* row_source;
-  const u32* counts;
-  u8* rows;  // [rows, H] of the wire type
-  u32 words, unused;  // u16 in a row
-};
-
-// Rows to where they are aligned. A block a row, as many as there may be.
-KERNEL(receive_rows, EXCHANGE_THREADS, CopyRowsArgs) {
-  if (blockIdx.x >= a.counts[0]) return;
-  const u16* from = (const u16*)(a.received + a.row_source[blockIdx.x]);
-  u16* to = (u16*)a.rows + (u64)blockIdx.x * a.words;
-  for (u32 i = threadIdx.x; i < a.words; i += EXCHANGE_THREADS) to[i] = from[i];
-}
-
-struct GroupArgs {
-  const u32* item_slot;  // [items]
-  const u32* counts;
-  u32* order;   // [items]: grouped by slot, in order of arrival within a slot
-  u32* starts;  // [slots + 1]
-  u32 slots, unused;
-};
-
-// A warp a slot: it counts the items of lower slots, and then places its own behind them.
-KERNEL(receive_group, WARP, GroupArgs) {
-  u32 slot = blockIdx.x, items = a.counts[1];
-  u32 lower = 0, own = 0;
-  for (u32 i = lane_id(); i < items; i += WARP) {
-    lower += a.item_slot[i] < slot;
-    own += a.item_slot[i] == slot;
-  }
-  lower = warp_sum(lower);
-  own = warp_sum(own);
-  if (lane_id() == 0) {
-    a.starts[slot] = lower;
-    if (slot + 1 == a.slots) a.starts[a.slots] = lower + own;
-  }
-  for (u32 chunk = 0; chunk < items; chunk += WARP) {
-    u32 i = chunk + lane_id();
-    bool mine = i < items && a.item_slot[i] == slot;
-    u32 ballot = __ballot_sync(FULL, mine);
-    if (mine) a.order[lower + below(ballot)] = i;
-    lower += __popc(ballot);
-  }
-}
-
 // Combine -----------------------------------------------------------------------------------------------------------
 
 struct CombineArgs {
   const u8* results;
   const Part* parts;      // [ranks]
-  const u32* experts;     // [T, K]
+  const u64* at;          // [T, K]: where an entry's result begins; null: there is one part, which has all in their order
+  const u32* counts;      // [ranks]: how many results there should be, unless there is one part
   const float* weights;   // [T, K]
-  const Place* places;    // [E]
   float* residual;        // [T, H]
   Status* status;
   u32 rows, hidden, top_k, ranks;
 };
 
-// residual += sum over k ascending of weight_k * result_k, the sum from zero, fused. A block a stretch of rows. Every
-// block sees whether each rank sent as many results as there are, so that either all rows are added or none.
+// How many bytes a rank should have sent.
+DEVICE u64 bytes_of(const CombineArgs& a, u32 rank, u64 result_bytes) {
+  return (a.counts == nullptr ? a.rows * a.top_k : a.counts[rank]) * result_bytes;
+}
+
+// residual += sum over k ascending of weight_k * result_k, the sum from zero, fused. A block a row and a stretch of
+// columns. Every warp sees whether each rank sent as many results as there are, so that either all rows are added or none.
 template <class W>
 DEVICE void combine(const CombineArgs& a) {
-  SHARED(smem);
-  u32* before_of = (u32*)smem;              // [ranks]: results for rows before the stretch
-  u32* all_of = before_of + a.ranks;        // [ranks]
-  u32* places = all_of + a.ranks;           // [EXCHANGE_ROWS * K]: index among the results
-  u32* wrong = places + EXCHANGE_ROWS * a.top_k;
-  u32 first = blockIdx.x * EXCHANGE_ROWS, entries = a.rows * a.top_k;
-  for (u32 i = threadIdx.x; i < 2 * a.ranks; i += EXCHANGE_THREADS) before_of[i] = 0;
-  __syncthreads();
-  for (u32 e = threadIdx.x; e < entries; e += EXCHANGE_THREADS) {
-    u32 rank = a.places[a.experts[e]].rank;
-    // Counts of integers: the order does not matter.
-    atomicAdd(&all_of[rank], 1u);
-    if (e < first * a.top_k) atomicAdd(&before_of[rank], 1u);
+  u64 result_bytes = (u64)a.hidden * sizeof(W), borders = 0;
+  bool wrong = false;
+  for (u32 rank = lane_id(); rank < a.ranks; rank += WARP) {
+    Part part = a.parts[rank];
+    borders |= part.start;
+    wrong |= part.bytes != bytes_of(a, rank, result_bytes);
   }
-  __syncthreads();
-  u64 result_bytes = (u64)a.hidden * sizeof(W);
-  u32 count = least(entries - first * a.top_k, EXCHANGE_ROWS * a.top_k);
-  if (threadIdx.x == 0) {
-    *wrong = 0;
-    for (u32 rank = 0; rank < a.ranks && !*wrong; rank++) {
-      u64 bytes = a.parts[rank].bytes, need = all_of[rank] * result_bytes;
-      if (bytes == need) continue;
-      *wrong = 1;
-      if (blockIdx.x == 0) report(a.status, STATUS_RECEIVED, bytes < need ? FEWER_RESULTS : MORE_RESULTS, rank, 0);
+  if (__ballot_sync(FULL, wrong) != 0) {
+    if (blockIdx.x > 0 || blockIdx.y > 0 || threadIdx.x > 0) return;
+    for (u32 rank = 0; rank < a.ranks; rank++) {
+      u64 bytes = a.parts[rank].bytes, need = bytes_of(a, rank, result_bytes);
+      if (bytes != need) report(a.status, STATUS_RECEIVED, bytes < need ? FEWER_RESULTS : MORE_RESULTS, rank, 0);
     }
-    for (u32 e = 0; e < count; e++) places[e] = before_of[a.places[a.experts[first * a.top_k + e]].rank]++;
+    return;
   }
-  __syncthreads();
-  if (*wrong) return;
-  for (u32 row = first; row < least(first + EXCHANGE_ROWS, a.rows); row++) {
-    for (u32 c = threadIdx.x; c < a.hidden; c += EXCHANGE_THREADS) {
-      float sum = 0.0f;
-      for (u32 k = 0; k < a.top_k; k++) {
-        u32 e = row * a.top_k + k;
-        u64 start = a.parts[a.places[a.experts[e]].rank].start + places[e - first * a.top_k] * result_bytes;
-        sum = fmaf(load((const W*)(a.results + start) + c), a.weights[e], sum);
-      }
-      a.residual[(u64)row * a.hidden + c] += sum;
+  bool at_once = __ballot_sync(FULL, !on_border<W>((u64)a.results | borders)) == 0 && a.hidden % COLUMNS == 0;
+  u32 row = blockIdx.x, first = first_column();
+  if (row >= a.rows || first >= a.hidden) return;
+  float* residual = a.residual + (u64)row * a.hidden;
+  const float* weights = a.weights + row * a.top_k;
+  u64 start = a.at == nullptr ? a.parts[0].start : 0;
+  auto result = [&](u32 k) {
+    u32 entry = row * a.top_k + k;
+    return (const W*)(a.results + (a.at == nullptr ? start + entry * result_bytes : a.at[entry]));
+  };
+  if (at_once && on_border<float>((u64)residual)) {
+    float sums[COLUMNS] = {0.0f, 0.0f, 0.0f, 0.0f}, before[COLUMNS], values[COLUMNS];
+    load_columns(residual + first, before);
+#pragma unroll 4
+    for (u32 k = 0; k < a.top_k; k++) {
+      load_columns(result(k) + first, values);
+#pragma unroll
+      for (u32 i = 0; i < COLUMNS; i++) sums[i] = fmaf(values[i], weights[k], sums[i]);
     }
+#pragma unroll
+    for (u32 i = 0; i < COLUMNS; i++) before[i] += sums[i];
+    store_columns(residual + first, before);
+    return;
+  }
+  for (u32 c = first; c < least(first + COLUMNS, a.hidden); c++) {
+    float sum = 0.0f;
+    for (u32 k = 0; k < a.top_k; k++) sum = fmaf(load(result(k) + c), weights[k], sum);
+    residual[c] += sum;
   }
 }
 

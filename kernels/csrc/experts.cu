@@ -53,7 +53,6 @@ KERNEL(gate_up_f32, EXPERT_WARPS * WARP, ExpertArgs) {
 
 // A block a row tile and a slot; a thread a row and every eighth item.
 KERNEL(down_f32, EXPERT_WARPS * WARP, ExpertArgs) {
-  put_parts(a);
   u32 tile = blockIdx.x, blocks = a.intermediate / 32, row = threadIdx.x % 16;
   const Slot& slot = a.slots[blockIdx.y];
   u64 at = (u64)tile * blocks;
@@ -171,10 +170,7 @@ DEVICE void expert_mma(const ExpertArgs& a) {
 }
 
 KERNEL(gate_up_bf16, EXPERT_WARPS * WARP, ExpertArgs) { expert_mma<true>(a); }
-KERNEL(down_bf16, EXPERT_WARPS * WARP, ExpertArgs) {
-  put_parts(a);
-  expert_mma<false>(a);
-}
+KERNEL(down_bf16, EXPERT_WARPS * WARP, ExpertArgs) { expert_mma<false>(a); }
 
 #undef EXPERT_WARPS
 #undef EXPERT_FEW

@@ -31,20 +31,11 @@ struct ExpertArgs {
   const void* rows;     // [rows, H] of the wire type; on Hopper the items' tiles of experts_wgmma.cu
   void* activations;    // [items, I] grouped by slot: f32 or bf16; on Hopper tiles as well
   u8* results;          // [items, H] of the wire type, in order of arrival
-  const Part* received_parts;  // [ranks]: where each rank's results begin among them, as receive says
-  Part* parts;                 // the same, beside the results; down only
-  u32* progress;               // of kernels that do both matrices, zeros before and after: Progress of experts_wgmma.cu
+  u32* progress;        // of kernels that do both matrices, zeros before and after: Progress of experts_wgmma.cu
   u32 hidden, intermediate;
   float limit;
   u32 slots_count;
-  u32 ranks, unused;
 };
-
-// By all threads of down: says beside the results where each rank's are.
-DEVICE void put_parts(const ExpertArgs& a) {
-  if (blockIdx.x != 0 || blockIdx.y != 0) return;
-  for (u32 rank = threadIdx.x; rank < a.ranks; rank += blockDim.x) a.parts[rank] = a.received_parts[rank];
-}
 
 // Decoding ----------------------------------------------------------------------------------------------------------
 

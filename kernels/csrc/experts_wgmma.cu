@@ -405,7 +405,6 @@ DEVICE u32 stretches_of(const Matrix& m) {
 template <bool GATE_UP, class R>
 DEVICE void one_matrix(const ExpertArgs& a) {
   SHARED(smem);
-  if (!GATE_UP) put_parts(a);
   u32* chunks = (u32*)(smem + R::CHUNKS);
   Matrix m = matrix_of(a, GATE_UP);
   u32 stretches = stretches_of<R>(m);
@@ -450,7 +449,6 @@ template <class R>
 DEVICE void both_matrices(const ExpertArgs& a) {
   static_assert(R::COPIERS == 1, "one warp takes units");
   SHARED(smem);
-  put_parts(a);
   u32* chunks = (u32*)(smem + R::CHUNKS);
   Unit* unit_of = (Unit*)(smem + R::UNITS);  // by the stage that it begins with
   Progress* progress = (Progress*)a.progress;
@@ -529,35 +527,4 @@ KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a)
 KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
 KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
 KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
-
-// Tiles of items ----------------------------------------------------------------------------------------------------
-
-#define TILES_THREADS 128
-
-struct TilesArgs {
-  const u8* received;
-  const u64* row_source;  // [rows]: where a row begins
-  const u32* item_row;    // [items], by order of arrival
-  const u32* item_slot;
-  const u32* order;       // [items]: grouped by slot
-  const u32* starts;      // [slots + 1]
-  const u32* counts;      // rows and items
-  u16* tiles;
-  u32 hidden, unused;
-};
-
-// Received rows to the places of their items. A block an item, and every further one that is as far away as there are
-// blocks.
-KERNEL(receive_tiles, TILES_THREADS, TilesArgs) {
-  u32 pieces = a.hidden / 8;
-  for (u32 item = blockIdx.x; item < a.counts[1]; item += gridDim.x) {
-    u32 arrived = a.order[item], slot = a.item_slot[arrived], start = a.starts[slot], within = item - start;
-    const u32* from = (const u32*)(a.received + a.row_source[a.item_row[arrived]]);
-    u16* to = a.tiles + (u64)(start / 8 + slot + within / 8) * pieces * 64 + within % 8 * 8;
-    for (u32 i = threadIdx.x; i < pieces; i += TILES_THREADS)
-      *(uint4*)(to + i * 64) = {from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]};
-  }
-}
-
-#undef TILES_THREADS
 #endif

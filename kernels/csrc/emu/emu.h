@@ -94,6 +94,14 @@ inline T __shfl_up_sync(unsigned, T value, unsigned step) {
   return emu::shuffle(value, lane < step ? lane : lane - step);
 }
 inline u32 __ballot_sync(unsigned, bool predicate) { return emu::ballot(predicate); }
+inline u32 __match_any_sync(unsigned, u32 value) {
+  uint32_t words[6] = {value}, present, alike = 0;
+  const emu::Words& all = emu::warp_deposit(words, 1, present);
+  for (unsigned lane = 0; lane < 32; lane++)
+    if (present >> lane & 1) alike |= (u32)(all[lane][0] == value) << lane;
+  emu::warp_release();
+  return alike;
+}
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline u32 __float_as_uint(float x) {
   u32 bits;

@@ -10,6 +10,7 @@ namespace kernels {
 #include "../embed.cu"
 #include "../exchange.cu"
 #include "../experts.cu"
+#include "../receive.cu"
 #include "../rms_norm.cu"
 #include "../rope.cu"
 #include "../router.cu"

@@ -6,7 +6,7 @@
 use super::ops::{
     ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_MMA_8,
     DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, EXPERTS_WGMMA,
-    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op,
+    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op, RECEIVE, RECEIVE_FEW, ReceiveArgs,
 };
 use crate::{Precision, SEGMENT};
 
@@ -145,6 +145,40 @@ pub(super) fn attention_fast(
     let pairs = if many { TILE_ROWS[tiling] as u32 * HEADS } else { HEADS };
     let shared = ring + if share == 0 { pairs * (64 << tiling) * 4 } else { 0 };
     (Choice { op: op[tiling], grid: [tiles, columns, parts], shared }, share)
+}
+
+/// How what was received is listed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Receive {
+    pub(super) choice: Choice<ReceiveArgs>,
+    /// Warps that walk over entries.
+    pub(super) stretches: u32,
+    /// Items that a block moves to their tiles; 0: another kernel moves rows.
+    pub(super) moves: u32,
+}
+
+/// Entries that every block lists for itself, at most.
+const FEW_ENTRIES: u32 = 1024;
+/// Expert slots of a layer on a rank.
+pub(super) const SLOTS_MAX: usize = 4096;
+/// Numbers in shared memory of how many items of each slot a warp has.
+const COUNTS_MAX: u32 = 8 << 10;
+
+/// Received are at most `entries`, of which at most `items` are for this rank's `slots`; they go to tiles where `tiled`.
+pub(super) fn receive(
+    tiled: bool,
+    [entries, items]: [u32; 2],
+    [ranks, slots]: [u32; 2],
+    multiprocessors: u32,
+) -> Receive {
+    let few = tiled && entries <= FEW_ENTRIES;
+    let (op, blocks) = if few { (RECEIVE_FEW, items.clamp(1, multiprocessors)) } else { (RECEIVE, 1) };
+    let moves = if few { items.div_ceil(blocks) } else { 0 };
+    let warps = op.kernel.threads / 32;
+    let stretches = (COUNTS_MAX / slots.max(1)).clamp(1, warps);
+    // Senders, moves, and numbers: two of each warp, totals, slots.
+    let shared = ranks * 32 + moves * 16 + (2 * warps + 4 + slots + stretches * slots) * 4;
+    Receive { choice: Choice { op, grid: [blocks, 1, 1], shared }, stretches, moves }
 }
 
 /// A matrix of the experts.
@@ -349,6 +383,24 @@ mod tests {
             assert_eq!((choice.op.kernel.name, choice.grid), (name, [blocks, 1, 1]), "{n} {rows} {cols}");
             assert_eq!(pieces, name == "dense_wgmma_128");
             assert!(choice.shared <= SHARED_MAX, "{n} {rows} {cols}: {choice:?}");
+        }
+    }
+
+    #[test]
+    fn few_entries_are_listed_by_every_block_that_moves_them() {
+        let few = receive(true, [1024, 1000], [8, 128], 132);
+        assert_eq!((few.choice.op.kernel.name, few.choice.grid, few.moves), ("receive_few", [132, 1, 1], 8));
+        assert_eq!(receive(true, [4, 4], [1, 128], 132).choice.grid, [4, 1, 1]);
+        assert_eq!(receive(true, [0, 0], [1, 0], 132).choice.grid, [1, 1, 1]);
+        for many in [receive(true, [1025, 1025], [8, 128], 132), receive(false, [4, 4], [1, 128], 132)] {
+            assert_eq!((many.choice.op.kernel.name, many.choice.grid, many.moves), ("receive", [1, 1, 1], 0));
+        }
+        // As much as a block can have on every device from 8.0 on.
+        for (multiprocessors, slots) in [(1, SLOTS_MAX as u32), (132, SLOTS_MAX as u32), (1, 256), (132, 1)] {
+            for entries in [1024, 32_768] {
+                let chosen = receive(true, [entries; 2], [1024, slots], multiprocessors);
+                assert!(chosen.choice.shared <= 99 << 10 && chosen.stretches > 0, "{slots}: {chosen:?}");
+            }
         }
     }
 

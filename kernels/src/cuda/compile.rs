@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 13] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("dense_wgmma.cu", include_str!("../../csrc/dense_wgmma.cu")),
@@ -22,6 +22,7 @@ const FILES: [(&str, &str); 12] = [
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
     ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
+    ("receive.cu", include_str!("../../csrc/receive.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),
     ("rope.cu", include_str!("../../csrc/rope.cu")),
     ("router.cu", include_str!("../../csrc/router.cu")),

@@ -447,17 +447,6 @@ impl Buffer {
         // SAFETY: both ranges were checked to lie within this allocation, and not to overlap.
         unsafe { self.memory.queue.copy(self.address + from as u64, self.address + to as u64, bytes) }
     }
-
-    /// Copies the first `bytes` of another buffer to the beginning of this one.
-    pub(super) fn copy_from(&mut self, other: &Self, bytes: usize) -> Result<(), KernelError> {
-        self.check(0, bytes)?;
-        other.check(0, bytes)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: both ranges were checked to lie within their allocations, which are different ones.
-        unsafe { self.memory.queue.copy(other.address, self.address, bytes) }
-    }
 }
 
 impl Drop for Buffer {

@@ -6,153 +6,23 @@ use super::Cuda;
 use super::choose::{self, ExpertLaunches, ExpertMatrix};
 use super::device::{Buffer, Family, Memory, bytes_of};
 use super::ops::{
-    COMBINE_BF16, COMBINE_F32, CombineArgs, CopyRowsArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, ExpertArgs,
-    GroupArgs, RECEIVE, RECEIVE_GROUP, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, TilesArgs,
+    COMBINE_BF16, COMBINE_F32, CombineArgs, DISPATCH_BF16, DISPATCH_F32, DispatchArgs, EntriesArgs, ExpertArgs,
+    PLACE_ENTRIES, RECEIVE_ROWS, RECEIVE_TILES, ReceiveArgs, RowsArgs, TilesArgs,
 };
 use super::pack::ExpertLayout;
+use super::parts::{PART, PART_ALIGNMENT, Parts, Places};
 use super::rows::{Routes, Rows};
-use super::slots::SLOT_HEADER;
 use crate::cpu::{check, need};
-use crate::{ExpertShape, HostParts, KernelError, NO_SLOT, Precision, wire};
+use crate::{ExpertShape, KernelError, NO_SLOT, Precision, wire};
 
-/// Rows of a block of dispatch and combine.
-const BLOCK_ROWS: usize = 32;
-/// Bytes of a part's place: where it begins and how long it is, u64 each.
-pub(super) const PART: usize = 16;
-/// Parts that lie one after the other begin at multiples of this.
-pub const PART_ALIGNMENT: usize = 4;
-/// Ranks and slots that an entry of a gathered record can name.
-const GATHERED_MAX: usize = 1 << 16;
+/// Columns of a block of dispatch and combine.
+const BLOCK_COLUMNS: usize = 4 * DISPATCH_F32.kernel.threads as usize;
+/// Bytes of where an entry lies.
+const ENTRY: usize = 8;
 /// Items of a tile of wgmma's.
 pub(super) const ITEM_TILE: usize = 8;
 /// Bytes of an expert's entry in the slot table: six addresses.
 const SLOT: usize = 48;
-
-/// Bytes to or from each rank, on the device: one buffer, and where each part lies in it.
-#[derive(Debug)]
-pub struct Parts {
-    pub(super) ranks: usize,
-    bytes_max: usize,
-    /// As many bytes as there may be of this step, as far as the host knows.
-    pub(super) bytes_now: usize,
-    /// Shared with whoever sends it.
-    pub(super) bytes: Arc<Buffer>,
-    /// `[ranks]` of (start, bytes)
-    pub(super) places: Buffer,
-    /// This rank, if dispatch records are for all ranks in one part: each rank picks its own.
-    pub(super) gathered: Option<u32>,
-    /// Why the bytes are worthless.
-    pub(super) fault: Option<KernelError>,
-}
-
-impl Parts {
-    pub(super) fn new(memory: &Arc<Memory>, ranks: usize, bytes_max: usize) -> Result<Self, KernelError> {
-        // Parts of any length may come from other ranks, each on a border or behind the header of its slot.
-        let bytes = Arc::new(memory.zeroed(bytes_max + ranks * SLOT_HEADER)?);
-        Ok(Self {
-            ranks,
-            bytes_max,
-            bytes_now: bytes_max,
-            bytes,
-            places: memory.zeroed(ranks * PART)?,
-            gathered: None,
-            fault: None,
-        })
-    }
-
-    pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
-        let (bytes, places) = (Arc::new(memory.nothing()), memory.nothing());
-        Self { ranks, bytes_max: 0, bytes_now: 0, bytes, places, gathered: None, fault: None }
-    }
-
-    #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
-    fn address_mut(&mut self) -> u64 {
-        self.bytes.address()
-    }
-
-    /// Where each part lies, `[ranks]` of (start, bytes); waits.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
-    pub(super) fn places(&self) -> Result<Vec<(usize, usize)>, KernelError> {
-        if let Some(error) = &self.fault {
-            return Err(error.clone());
-        }
-        let places = self.places.download(self.ranks * PART)?;
-        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize;
-        Ok(places.chunks_exact(PART).map(|p| (number(&p[..8]), number(&p[8..]))).collect())
-    }
-
-    /// The bytes, on the host; waits.
-    ///
-    /// # Errors
-    /// [`KernelError::Device`]; what went wrong in the step before the bytes were written.
-    pub fn download(&self) -> Result<HostParts, KernelError> {
-        let places = self.places()?;
-        let end = places.iter().map(|(start, bytes)| start.saturating_add(*bytes)).max().unwrap_or(0);
-        let bytes = self.bytes.download(end)?;
-        Ok(HostParts { by_rank: places.iter().map(|&(start, len)| bytes[start..start + len].to_vec()).collect() })
-    }
-
-    /// Takes bytes from the host.
-    ///
-    /// # Errors
-    /// [`KernelError::Plan`] for another number of ranks, [`KernelError::Size`] for more bytes than there is room for,
-    /// [`KernelError::Device`].
-    pub fn upload(&mut self, parts: &HostParts) -> Result<(), KernelError> {
-        if parts.by_rank.len() != self.ranks {
-            return Err(KernelError::Plan { what: "rank", index: parts.by_rank.len(), len: self.ranks });
-        }
-        let (mut bytes, mut places) = (Vec::new(), Vec::new());
-        for part in &parts.by_rank {
-            bytes.resize(usize::next_multiple_of(bytes.len(), PART_ALIGNMENT), 0);
-            places.extend([bytes.len() as u64, part.len() as u64]);
-            bytes.extend_from_slice(part);
-        }
-        let to = Arc::get_mut(&mut self.bytes).ok_or_else(|| KernelError::Device {
-            what: "take bytes",
-            why: "an exchange still reads what was there".to_owned(),
-        })?;
-        to.upload(0, &bytes)?;
-        self.places.upload(0, &bytes_of(&places))?;
-        (self.bytes_now, self.gathered, self.fault) = (bytes.len(), None, None);
-        Ok(())
-    }
-}
-
-/// Where each expert of a layer lives, `[E]` of (rank, slot).
-#[derive(Debug)]
-pub struct Places {
-    places: Vec<(u32, u32)>,
-    buffer: Buffer,
-}
-
-impl Places {
-    pub(super) fn new(memory: &Arc<Memory>, places: &[(u32, u32)]) -> Result<Self, KernelError> {
-        let flat: Vec<u32> = places.iter().flat_map(|&(rank, slot)| [rank, slot]).collect();
-        Ok(Self { places: places.to_vec(), buffer: memory.filled(&bytes_of(&flat))? })
-    }
-
-    pub(super) fn nothing(memory: &Arc<Memory>) -> Self {
-        Self { places: Vec::new(), buffer: memory.nothing() }
-    }
-
-    /// Refuses routes to experts that have no place, and places on ranks that do not exist.
-    fn check(&self, routes: &Routes, ranks: usize) -> Result<(), KernelError> {
-        if routes.len() > 0 {
-            check("expert", routes.experts_count().saturating_sub(1), self.places.len())?;
-            let last = self.places.iter().map(|place| place.0).max().unwrap_or(0);
-            check("rank", last as usize, ranks)?;
-        }
-        Ok(())
-    }
-
-    /// Refuses what an entry of a gathered record cannot name.
-    fn check_gathered(&self) -> Result<(), KernelError> {
-        let largest = self.places.iter().map(|&(rank, slot)| rank.max(slot)).max().unwrap_or(0);
-        check("rank or slot of a gathered record", largest as usize, GATHERED_MAX).map(drop)
-    }
-}
 
 /// The expert slots of one layer.
 #[derive(Debug)]
@@ -233,7 +103,6 @@ pub struct Work {
     activations: Buffer,
     row_source: Buffer,
     item_row: Buffer,
-    item_slot: Buffer,
     order: Buffer,
     /// Rows and items.
     counts: Buffer,
@@ -242,7 +111,7 @@ pub struct Work {
     /// Zeros between launches, `[2 + slots]`: how far blocks are that do both matrices.
     progress: Buffer,
     /// `[ranks]`: the parts that go back.
-    results: Buffer,
+    results: Arc<Buffer>,
 }
 
 impl Work {
@@ -267,12 +136,11 @@ impl Work {
             activations: if tiled { memory.nothing() } else { memory.zeroed(items * shape.intermediate * size)? },
             row_source: memory.zeroed(rows * 8)?,
             item_row: memory.zeroed(items * 4)?,
-            item_slot: memory.zeroed(items * 4)?,
             order: memory.zeroed(items * 4)?,
             counts: memory.zeroed(8)?,
             starts: memory.nothing(),
             progress: memory.nothing(),
-            results: memory.nothing(),
+            results: Arc::new(memory.nothing()),
         })
     }
 
@@ -288,14 +156,23 @@ impl Work {
             activations: nothing(),
             row_source: nothing(),
             item_row: nothing(),
-            item_slot: nothing(),
             order: nothing(),
             counts: nothing(),
             starts: nothing(),
             progress: nothing(),
-            results: nothing(),
+            results: Arc::new(nothing()),
         }
     }
+}
+
+/// Blocks of a row of dispatch and combine.
+const fn column_blocks(cols: usize) -> u32 {
+    if cols == 0 { 1 } else { cols.div_ceil(BLOCK_COLUMNS) as u32 }
+}
+
+/// Bytes of where `entries` lie and of how many each of several ranks has.
+pub(super) const fn entries_bytes(entries: usize, ranks: usize) -> usize {
+    if ranks > 1 { entries * ENTRY + ranks * 4 } else { 0 }
 }
 
 /// Tiles of as many items: slot `s` has those from `starts[s] / 8 + s` on.
@@ -305,7 +182,7 @@ const fn item_tiles(items: usize, slots: usize) -> usize {
 
 impl Cuda {
     pub(super) fn dispatch_rows(
-        &self,
+        &mut self,
         x: &Rows,
         routes: &Routes,
         places: &Places,
@@ -324,24 +201,54 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
         out.bytes_now = most;
+        let one = out.gathered.is_some() || out.ranks == 1;
+        let parts = out.places_mut().address_mut();
+        let at = if one { 0 } else { self.place_entries(routes, places, (parts, out.ranks), record, false)?[0] };
         let args = DispatchArgs {
             x: x.address(),
             experts: routes.experts(),
             places: places.buffer.address(),
             out: out.address_mut(),
-            parts: out.places.address_mut(),
+            parts,
+            at,
             rows: x.len() as u32,
             hidden: x.cols() as u32,
             top_k: routes.top_k() as u32,
-            ranks: out.ranks as u32,
             gathered: u32::from(out.gathered.is_some()),
-            unused: 0,
         };
-        let parts = if out.gathered.is_some() { 1 } else { out.ranks as u32 };
-        // A step without rows has parts too: they are empty.
-        let blocks = x.len().div_ceil(BLOCK_ROWS).max(1) as u32;
+        // A step without rows has a part too: it is empty.
+        let blocks = if one { x.len().max(1) } else { x.len() * routes.top_k() };
         let op = self.by_precision(DISPATCH_F32, DISPATCH_BF16);
-        self.launch(&op, [blocks, parts, 1], (8 + BLOCK_ROWS as u32) * 4, &args)
+        self.launch(&op, [blocks as u32, column_blocks(x.cols()), 1], 0, &args)
+    }
+
+    /// Finds where each entry's record begins, of `bytes`, and says where it says so: `[T, K]`. Where `counted`, results
+    /// instead, of which each rank has as many as entries; how many those are is said at the second address, `[ranks]`.
+    fn place_entries(
+        &mut self,
+        routes: &Routes,
+        places: &Places,
+        (parts, ranks): (u64, usize),
+        bytes: usize,
+        counted: bool,
+    ) -> Result<[u64; 2], KernelError> {
+        let entries = routes.len() * routes.top_k();
+        self.entries.reserve(entries_bytes(entries, ranks))?;
+        let at = self.entries.address_mut();
+        let counts = if counted { at + (entries * ENTRY) as u64 } else { 0 };
+        let args = EntriesArgs {
+            experts: routes.experts(),
+            places: places.buffer.address(),
+            parts,
+            at,
+            counts,
+            bytes: bytes as u64,
+            entries: entries as u32,
+            top_k: routes.top_k() as u32,
+        };
+        let shared = 2 * (PLACE_ENTRIES.kernel.threads / 32) * 4;
+        self.launch(&PLACE_ENTRIES, [ranks as u32, 1, 1], shared, &args)?;
+        Ok([at, counts])
     }
 
     pub(super) fn receive_parts(
@@ -352,75 +259,86 @@ impl Cuda {
     ) -> Result<(), KernelError> {
         need("the width of the rows received", work.shape.hidden, experts.shape.hidden)?;
         need("the width of the experts at work", work.shape.intermediate, experts.shape.intermediate)?;
-        let (size, hidden) = (wire::bytes(self.precision), work.shape.hidden);
+        let (size, hidden, slots) = (wire::bytes(self.precision), work.shape.hidden, experts.slots.len());
+        check("expert slot", slots.saturating_sub(1), choose::SLOTS_MAX)?;
+        check("choice", 0, self.top_k)?;
+        if received.are_results() {
+            return Err(KernelError::Received { rank: 0, what: "results instead of rows" });
+        }
         work.ranks = received.ranks;
-        work.results.reserve(received.ranks * PART)?;
-        work.starts.reserve((experts.slots.len() + 1) * 4)?;
-        work.progress.reserve((experts.slots.len() + 2) * 4)?;
+        if work.results.bytes() < received.ranks * PART {
+            work.results = Arc::new(self.memory.zeroed(received.ranks * PART)?);
+        }
+        work.starts.reserve((slots + 1) * 4)?;
+        work.progress.reserve((slots + 2) * 4)?;
+        let tiled = self.family() == Family::Wgmma;
+        if tiled {
+            let tiles = item_tiles(work.items_max, slots) * ITEM_TILE;
+            work.rows.reserve_exactly(tiles * hidden * size)?;
+            work.activations.reserve_exactly(tiles * work.shape.intermediate * size)?;
+        }
+        let record_bytes = wire::dispatch_record(self.precision, self.top_k, hidden);
+        let multiprocessors = self.memory.queue.device().multiprocessors();
+        let rows_now = (received.bytes_now / record_bytes).min(work.rows_max);
+        work.items_now = (rows_now * self.top_k).min(work.items_max);
+        let entries = u32::try_from(received.bytes_now / record_bytes * self.top_k).unwrap_or(u32::MAX);
+        let shape = [received.ranks as u32, slots as u32];
+        let chosen = choose::receive(tiled, [entries, work.items_now as u32], shape, multiprocessors);
         let args = ReceiveArgs {
             received: received.bytes.address(),
-            parts: received.places.address(),
+            parts: received.places_address(),
             filled: experts.filled.address(),
-            row_source: work.row_source.address(),
-            item_row: work.item_row.address(),
-            item_slot: work.item_slot.address(),
-            counts: work.counts.address(),
+            row_source: work.row_source.address_mut(),
+            item_row: work.item_row.address_mut(),
+            order: work.order.address_mut(),
+            starts: work.starts.address_mut(),
+            counts: work.counts.address_mut(),
             results: work.results.address(),
+            tiles: work.rows.address_mut(),
             status: self.status.address(),
-            record_bytes: wire::dispatch_record(self.precision, self.top_k, hidden).max(1) as u64,
+            record_bytes: record_bytes as u64,
             result_bytes: (hidden * size) as u64,
             ranks: received.ranks as u32,
             top_k: self.top_k as u32,
-            slots: experts.slots.len() as u32,
+            slots: slots as u32,
             rows_max: work.rows_max as u32,
-            items_max: work.items_max as u32,
+            // A block that moves has no room for more.
+            items_max: if chosen.moves > 0 { work.items_now } else { work.items_max } as u32,
             me: received.gathered.unwrap_or(NO_SLOT),
-        };
-        self.launch(&RECEIVE, [1, 1, 1], 8 * 4, &args)?;
-        let rows_now = (received.bytes_now / args.record_bytes as usize).min(work.rows_max);
-        work.items_now = (rows_now * self.top_k).min(work.items_max);
-        let group = GroupArgs {
-            item_slot: work.item_slot.address(),
-            counts: work.counts.address(),
-            order: work.order.address(),
-            starts: work.starts.address(),
-            slots: experts.slots.len() as u32,
+            stretches: chosen.stretches,
+            moves: chosen.moves,
+            hidden: hidden as u32,
             unused: 0,
         };
-        self.launch(&RECEIVE_GROUP, [experts.slots.len() as u32, 1, 1], 0, &group)?;
-        match self.family() {
-            Family::Mma => {
-                let copy = CopyRowsArgs {
-                    received: received.bytes.address(),
-                    row_source: work.row_source.address(),
-                    counts: work.counts.address(),
-                    rows: work.rows.address(),
-                    words: (hidden * size / 2) as u32,
-                    unused: 0,
-                };
-                self.launch(&RECEIVE_ROWS, [work.rows_max as u32, 1, 1], 0, &copy)
-            }
-            Family::Wgmma => {
-                let tiles = item_tiles(work.items_max, experts.slots.len()) * ITEM_TILE;
-                work.rows.reserve_exactly(tiles * hidden * size)?;
-                work.activations.reserve_exactly(tiles * work.shape.intermediate * size)?;
-                let args = TilesArgs {
-                    received: received.bytes.address(),
-                    row_source: work.row_source.address(),
-                    item_row: work.item_row.address(),
-                    item_slot: work.item_slot.address(),
-                    order: work.order.address(),
-                    starts: work.starts.address(),
-                    counts: work.counts.address(),
-                    tiles: work.rows.address_mut(),
-                    hidden: hidden as u32,
-                    unused: 0,
-                };
-                // What the host knows of the number of items is a guess.
-                let blocks = work.items_now.clamp(1, 8 * self.memory.queue.device().multiprocessors() as usize);
-                self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
-            }
+        self.launch(&chosen.choice.op, chosen.choice.grid, chosen.choice.shared, &args)?;
+        // What the host knows of the number of rows and items is a guess.
+        let most = 8 * multiprocessors as usize;
+        if !tiled {
+            let copy = RowsArgs {
+                received: args.received,
+                row_source: args.row_source,
+                counts: args.counts,
+                rows: work.rows.address_mut(),
+                row_bytes: (hidden * size) as u32,
+                unused: 0,
+            };
+            return self.launch(&RECEIVE_ROWS, [rows_now.clamp(1, most) as u32, 1, 1], 0, &copy);
         }
+        if chosen.moves > 0 {
+            return Ok(());
+        }
+        let args = TilesArgs {
+            received: args.received,
+            row_source: args.row_source,
+            item_row: args.item_row,
+            order: args.order,
+            starts: args.starts,
+            tiles: args.tiles,
+            hidden: hidden as u32,
+            slots: slots as u32,
+        };
+        let blocks = item_tiles(work.items_now, slots).clamp(1, most);
+        self.launch(&RECEIVE_TILES, [blocks as u32, 1, 1], 0, &args)
     }
 
     /// The kernels of the experts' matrices.
@@ -450,15 +368,11 @@ impl Cuda {
             rows: work.rows.address(),
             activations: work.activations.address(),
             results,
+            progress: work.progress.address(),
             hidden: work.shape.hidden as u32,
             intermediate: work.shape.intermediate as u32,
             limit: work.shape.limit,
             slots_count: experts.slots.len() as u32,
-            received_parts: work.results.address(),
-            parts: 0,
-            progress: work.progress.address(),
-            ranks: 0,
-            unused: 0,
         })
     }
 
@@ -477,19 +391,15 @@ impl Cuda {
             return Err(KernelError::Size { what: "the buffer of results", got: out.bytes_max, need: most });
         }
         need("the ranks of results", out.ranks, work.ranks)?;
-        out.gathered = None;
-        if experts.slots.is_empty() {
-            return out.places.copy_from(&work.results, work.ranks * PART);
-        }
+        out.become_results(&work.results);
         let args = self.expert_args(experts, work, out.address_mut())?;
-        let args = ExpertArgs { parts: out.places.address_mut(), ranks: work.ranks as u32, ..args };
         let (ExpertLaunches::Together(choice) | ExpertLaunches::Apart([_, choice])) =
             self.choose_experts(experts.slots.len(), work);
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 
     pub(super) fn combine_rows(
-        &self,
+        &mut self,
         returned: &Parts,
         routes: &Routes,
         places: &Places,
@@ -497,12 +407,18 @@ impl Cuda {
     ) -> Result<(), KernelError> {
         need("the rows combined", residual.len(), routes.len())?;
         places.check(routes, returned.ranks)?;
+        let [at, counts] = if returned.ranks == 1 {
+            [0; 2]
+        } else {
+            let (parts, result) = (returned.places_address(), wire::bytes(self.precision) * residual.cols());
+            self.place_entries(routes, places, (parts, returned.ranks), result, true)?
+        };
         let args = CombineArgs {
             results: returned.bytes.address(),
-            parts: returned.places.address(),
-            experts: routes.experts(),
+            parts: returned.places_address(),
+            at,
+            counts,
             weights: routes.weights(),
-            places: places.buffer.address(),
             residual: residual.address_mut(),
             status: self.status.address(),
             rows: residual.len() as u32,
@@ -511,8 +427,8 @@ impl Cuda {
             ranks: returned.ranks as u32,
         };
         // A step without rows still sees that nothing came.
-        let blocks = residual.len().div_ceil(BLOCK_ROWS).max(1) as u32;
-        let shared = (2 * returned.ranks + BLOCK_ROWS * routes.top_k() + 1) * 4;
-        self.launch(&self.by_precision(COMBINE_F32, COMBINE_BF16), [blocks, 1, 1], shared as u32, &args)
+        let blocks = residual.len().max(1) as u32;
+        let op = self.by_precision(COMBINE_F32, COMBINE_BF16);
+        self.launch(&op, [blocks, column_blocks(residual.cols()), 1], 0, &args)
     }
 }

@@ -24,6 +24,7 @@ pub mod libraries;
 mod ops;
 mod pack;
 mod page_locked;
+mod parts;
 mod pinned;
 mod queue;
 mod rows;
@@ -42,8 +43,9 @@ pub use device::{Device, Family, Graph, Launch, Pinned, STAGED_MAX};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use ended::Ended;
-pub use exchange::{Experts, PART_ALIGNMENT, Parts, Places, Work};
+pub use exchange::{Experts, Work};
 pub use ops::{KERNELS, Kernel};
+pub use parts::{PART_ALIGNMENT, Parts, Places};
 pub use queue::{Counts, GRAPH_BYTES};
 pub use rows::{Dense, Embedding, Kv, Routes, Rows, Vector};
 pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
@@ -90,6 +92,8 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
+    /// Where entries of a dispatch or a combine lie, with several ranks.
+    entries: Buffer,
     /// Who packs weights; nobody until the first are packed.
     packers: OnceLock<Threads>,
     /// What was sampled in this step.
@@ -121,6 +125,7 @@ impl Cuda {
             late: Late::new(&memory),
             weights: nothing(),
             pieces: nothing(),
+            entries: nothing(),
             packers: OnceLock::new(),
             drawn: Vec::new(),
             landings: Vec::new(),
@@ -139,6 +144,7 @@ impl Cuda {
         self.late.reserve(shape.draws())?;
         self.logits.reserve(shape.router_logits())?;
         self.partials.reserve(shape.partials())?;
+        self.entries.reserve(shape.entries())?;
         self.weights.reserve(shape.weights())
     }
 

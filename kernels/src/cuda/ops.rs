@@ -69,24 +69,31 @@ args! {
     /// router.cu
     TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
     /// exchange.cu
+    EntriesArgs {
+        experts: u64, places: u64, parts: u64, at: u64, counts: u64, bytes: u64, entries: u32, top_k: u32,
+    }
+    /// exchange.cu
     DispatchArgs {
-        x: u64, experts: u64, places: u64, out: u64, parts: u64, rows: u32, hidden: u32, top_k: u32, ranks: u32,
-        gathered: u32, unused: u32,
+        x: u64, experts: u64, places: u64, out: u64, parts: u64, at: u64, rows: u32, hidden: u32, top_k: u32,
+        gathered: u32,
     }
-    /// exchange.cu
-    ReceiveArgs {
-        received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, item_slot: u64, counts: u64,
-        results: u64, status: u64, record_bytes: u64, result_bytes: u64,
-        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32,
-    }
-    /// exchange.cu
-    CopyRowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, words: u32, unused: u32 }
-    /// exchange.cu
-    GroupArgs { item_slot: u64, counts: u64, order: u64, starts: u64, slots: u32, unused: u32 }
     /// exchange.cu
     CombineArgs {
-        results: u64, parts: u64, experts: u64, weights: u64, places: u64, residual: u64, status: u64,
+        results: u64, parts: u64, at: u64, counts: u64, weights: u64, residual: u64, status: u64,
         rows: u32, hidden: u32, top_k: u32, ranks: u32,
+    }
+    /// receive.cu
+    ReceiveArgs {
+        received: u64, parts: u64, filled: u64, row_source: u64, item_row: u64, order: u64, starts: u64, counts: u64,
+        results: u64, tiles: u64, status: u64, record_bytes: u64, result_bytes: u64,
+        ranks: u32, top_k: u32, slots: u32, rows_max: u32, items_max: u32, me: u32, stretches: u32, moves: u32,
+        hidden: u32, unused: u32,
+    }
+    /// receive.cu
+    RowsArgs { received: u64, row_source: u64, counts: u64, rows: u64, row_bytes: u32, unused: u32 }
+    /// receive.cu
+    TilesArgs {
+        received: u64, row_source: u64, item_row: u64, order: u64, starts: u64, tiles: u64, hidden: u32, slots: u32,
     }
     /// slots.cu
     PackArgs {
@@ -98,13 +105,8 @@ args! {
     }
     /// experts.cu
     ExpertArgs {
-        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, received_parts: u64,
-        parts: u64, progress: u64, hidden: u32, intermediate: u32, limit: f32, slots_count: u32, ranks: u32, unused: u32,
-    }
-    /// experts_wgmma.cu
-    TilesArgs {
-        received: u64, row_source: u64, item_row: u64, item_slot: u64, order: u64, starts: u64, counts: u64, tiles: u64,
-        hidden: u32, unused: u32,
+        slots: u64, starts: u64, order: u64, item_row: u64, rows: u64, activations: u64, results: u64, progress: u64,
+        hidden: u32, intermediate: u32, limit: f32, slots_count: u32,
     }
     /// sample.cu
     SampleArgs {
@@ -131,13 +133,15 @@ pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
 pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
+pub(super) const PLACE_ENTRIES: Op<EntriesArgs> = Op::new("place_entries", "exchange.cu", 512);
 pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
 pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
-pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "exchange.cu", 256);
-pub(super) const RECEIVE_ROWS: Op<CopyRowsArgs> = Op::new("receive_rows", "exchange.cu", 256);
-pub(super) const RECEIVE_GROUP: Op<GroupArgs> = Op::new("receive_group", "exchange.cu", 32);
 pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange.cu", 256);
 pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256);
+pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "receive.cu", 1024);
+pub(super) const RECEIVE_FEW: Op<ReceiveArgs> = Op::new("receive_few", "receive.cu", 512);
+pub(super) const RECEIVE_ROWS: Op<RowsArgs> = Op::new("receive_rows", "receive.cu", 256);
+pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "receive.cu", 256);
 pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.cu", 128);
 pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts.cu", 128);
 pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
@@ -157,7 +161,6 @@ pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
     [Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 2] =
     [Op::new("down_wgmma_8", "experts_wgmma.cu", 160), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
-pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "experts_wgmma.cu", 128);
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);
@@ -168,7 +171,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 48] = [
+pub const KERNELS: [Kernel; 49] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -186,13 +189,15 @@ pub const KERNELS: [Kernel; 48] = [
     DENSE_MMA_8.kernel,
     DENSE_MMA_64.kernel,
     TOP_K.kernel,
+    PLACE_ENTRIES.kernel,
     DISPATCH_F32.kernel,
     DISPATCH_BF16.kernel,
-    RECEIVE.kernel,
-    RECEIVE_ROWS.kernel,
-    RECEIVE_GROUP.kernel,
     COMBINE_F32.kernel,
     COMBINE_BF16.kernel,
+    RECEIVE.kernel,
+    RECEIVE_FEW.kernel,
+    RECEIVE_ROWS.kernel,
+    RECEIVE_TILES.kernel,
     GATE_UP_F32.kernel,
     GATE_UP_BF16.kernel,
     DOWN_F32.kernel,
@@ -208,7 +213,6 @@ pub const KERNELS: [Kernel; 48] = [
     GATE_UP_WGMMA[1].kernel,
     DOWN_WGMMA[0].kernel,
     DOWN_WGMMA[1].kernel,
-    RECEIVE_TILES.kernel,
     PACK.kernel,
     UNPACK.kernel,
     SAMPLE_CHANGE.kernel,

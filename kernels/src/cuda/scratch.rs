@@ -3,6 +3,7 @@
 use super::arena::ALIGNMENT;
 use super::choose::PARTIALS_BYTES_MAX;
 use super::device::grown;
+use super::exchange::entries_bytes;
 use super::inputs::STRIDE;
 use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP, rows_bytes};
 use super::status;
@@ -27,6 +28,8 @@ pub struct ScratchShape {
     pub head_dim: usize,
     /// `E`.
     pub experts: usize,
+    /// `K`.
+    pub top_k: usize,
     /// Expert slots of a layer on this rank.
     pub slots: usize,
     /// Ranks of an exchange, this one included.
@@ -65,6 +68,11 @@ impl ScratchShape {
         self.rows * self.experts * 4
     }
 
+    /// Bytes of where a step's entries lie.
+    pub(super) const fn entries(&self) -> usize {
+        entries_bytes(self.rows * self.top_k, self.ranks)
+    }
+
     /// Bytes of attention by single segments.
     pub(super) fn partials(&self) -> usize {
         let row = self.heads.saturating_mul(self.positions.div_ceil(SEGMENT)).saturating_mul((2 + self.head_dim) * 4);
@@ -90,6 +98,7 @@ pub fn scratch_bytes(shape: &ScratchShape) -> u64 {
         shape.inputs(),
         shape.draws(),
         shape.router_logits(),
+        shape.entries(),
         shape.partials(),
         shape.pieces(),
         shape.weights(),
@@ -128,6 +137,7 @@ mod tests {
             heads: 64,
             head_dim: 64,
             experts: 128,
+            top_k: 4,
             slots: 128,
             ranks: 1,
             vocab: 201_088,
@@ -149,7 +159,7 @@ mod tests {
     #[test]
     fn more_of_anything_never_needs_less() {
         let least = scratch_bytes(&large());
-        let more: [fn(&mut ScratchShape); 16] = [
+        let more: [fn(&mut ScratchShape); 17] = [
             |s| s.rows *= 2,
             |s| s.sequences += 1,
             |s| s.positions += 16,
@@ -158,6 +168,7 @@ mod tests {
             |s| s.heads += 1,
             |s| s.head_dim += 2,
             |s| s.experts += 1,
+            |s| s.top_k += 1,
             |s| s.slots += 100,
             |s| s.ranks += 100,
             |s| s.vocab += 64,

@@ -7,8 +7,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::device::{Buffer, Memory, Pinned, bytes_of};
-use super::exchange::{PART, PART_ALIGNMENT, Parts};
 use super::ops::{PACK, PackArgs, UNPACK, UnpackArgs};
+use super::parts::{PART_ALIGNMENT, Parts};
 use super::{Cuda, ops, status};
 use crate::KernelError;
 use crate::cuda::Launch;
@@ -166,7 +166,7 @@ impl Port {
             end = start.saturating_add(bytes);
         }
         has_room(parts, end)?;
-        parts.places.upload(0, &bytes_of(&places))?;
+        parts.places_mut().upload(0, &bytes_of(&places))?;
         (parts.bytes_now, parts.gathered, parts.fault) = (end, None, None);
         Ok(parts.bytes.address())
     }
@@ -216,7 +216,7 @@ impl Port {
         }
         let args = PackArgs {
             bytes: parts.bytes.address(),
-            parts: parts.places.address(),
+            parts: parts.places_address(),
             moment: self.moment.address(),
             slots: self.slots.address_mut(),
             status: self.status.address_mut(),
@@ -249,7 +249,7 @@ impl Port {
         let args = UnpackArgs {
             slots: parts.bytes.address(),
             moment: self.moment.address(),
-            parts: parts.places.address_mut(),
+            parts: parts.places_mut().address_mut(),
             status: self.status.address_mut(),
             slot_bytes: slot.bytes as u64,
             row_bytes: slot.row_bytes.max(1) as u64,
@@ -302,7 +302,7 @@ impl Port {
 }
 
 fn has_room(parts: &Parts, need: usize) -> Result<(), KernelError> {
-    if need > parts.bytes.bytes() || parts.places.bytes() < parts.ranks * PART {
+    if need > parts.bytes.bytes() || !parts.has_places() {
         return Err(KernelError::Size { what: "the room for what other ranks send", got: parts.bytes.bytes(), need });
     }
     Ok(())

@@ -257,6 +257,48 @@ pub(crate) fn works_on_any_number_of_rows<B: Tested>(make: &Make<B>) {
     }
 }
 
+/// A row's results are the same bits and go to the same place, however many records come: so few that every block of a GPU
+/// lists them for itself, the most of these, and more.
+pub(crate) fn works_on_few_and_on_many_records<B: Tested>(make: &Make<B>) {
+    let (hidden, top_k) = (32, 2);
+    let shape = ExpertShape { hidden, intermediate: 32, limit: 7.0 };
+    let mut random = Random(16);
+    let made = [(); 3].map(|()| Expert::random(&mut random, hidden, 32));
+    let experts = [Some(&made[0]), None, Some(&made[1]), Some(&made[2])];
+    let rows = random.numbers(516 * hidden);
+    let slots = |row: usize| match row % 5 {
+        0 => vec![3, 0],
+        1 => vec![NO_SLOT, 2],
+        2 => vec![NO_SLOT; 2],
+        3 => vec![0, NO_SLOT],
+        _ => vec![0, 2],
+    };
+    // Rank 0 has the first rows, rank 2 a number of the last 300.
+    let run = |last: usize| {
+        let mut received = HostParts::new(3);
+        for (rank, range) in [(0, 0..216), (2, 216..216 + last)] {
+            let slots: Vec<Vec<u32>> = range.clone().map(slots).collect();
+            received.by_rank[rank] = records(make.precision, &slots, &rows[range.start * hidden..range.end * hidden]);
+        }
+        work(make, shape, &experts, top_k, &received).by_rank
+    };
+    let all = run(300);
+    for last in [0, 1, 40, 295, 296, 297] {
+        let got = run(last);
+        let items = (216..216 + last).flat_map(slots).filter(|&slot| slot != NO_SLOT).count();
+        let bytes = items * hidden * if make.precision == Precision::Exact { 4 } else { 2 };
+        assert!(got[0] == all[0] && got[1].is_empty(), "{}, {last} rows", make.name);
+        assert!(got[2] == all[2][..bytes], "{}, {last} rows", make.name);
+    }
+    let row =
+        exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &rows[215 * hidden..216 * hidden]));
+    let expected = expected_expert(make.expert, &made[2], 7.0, &row);
+    let got = exchange::from_wire(make.precision, &all[0]);
+    // Row 215 chose slots 3 and 0, and is the last of its rank.
+    let got = &got[got.len() - 2 * hidden..got.len() - hidden];
+    close(&make.name, hidden, &expected, got, tolerances::expert(make.precision)).unwrap();
+}
+
 /// An expert whose gate-up ignores its input and gives these pairs, and whose down is a multiple of the unit matrix.
 fn expert_of_pairs(pairs: &[(f32, f32); 32], down_scale: u8) -> Expert {
     let bias: Vec<f32> = pairs.iter().flat_map(|&(gate, up)| [gate, up]).collect();

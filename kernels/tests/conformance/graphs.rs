@@ -9,7 +9,7 @@ use phalanx_kernels::{Backend, Cuda, Draw, Edit, KernelError, Precision, Sampled
 use crate::compare::same;
 use crate::contract::chunks_of_any_size;
 use crate::data::Random;
-use crate::layer::{DIM, EXPERTS, HEADS, HIDDEN, Layers, Row, VOCAB};
+use crate::layer::{DIM, EXPERTS, HEADS, HIDDEN, Layers, Row, TOP_K, VOCAB};
 use crate::{Make, PRECISIONS, make_cuda};
 
 /// Memory of the small model, and of a few more buffers than it has.
@@ -166,6 +166,7 @@ fn scratch(rows: usize) -> ScratchShape {
         heads: HEADS,
         head_dim: DIM,
         experts: EXPERTS,
+        top_k: TOP_K,
         slots: EXPERTS,
         ranks: 1,
         vocab: VOCAB,

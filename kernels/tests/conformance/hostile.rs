@@ -86,11 +86,15 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
     let empty = records(make.precision, &[vec![1, NO_SLOT]], &rows[..32]);
     let beyond = records(make.precision, &[vec![0, 77]], &rows[..32]);
     for (bad, what) in [
+        (good.repeat(4), "more rows than a step may have"),
         (good[..good.len() - 1].to_vec(), "a part that is not made of whole records"),
         (vec![1, 2, 3], "a part that is not made of whole records"),
         (empty, "a row for an expert slot that is empty"),
         (beyond, "a row for an expert slot that is empty"),
     ] {
+        if what.starts_with("more rows") && trusts(make) {
+            continue;
+        }
         let mut b = make.backend();
         let mut experts = b.experts(2, shape);
         b.load_expert(&mut experts, 0, &expert.source()).unwrap();

@@ -218,6 +218,7 @@ conformance!(
     experts::dispatches,
     experts::works_for_every_rank,
     experts::works_on_any_number_of_rows,
+    experts::works_on_few_and_on_many_records,
     experts::clamps,
     experts::scales_at_both_ends,
     experts::combines,

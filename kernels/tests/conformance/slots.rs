@@ -9,7 +9,7 @@ use phalanx_kernels::{Backend, Cuda, DenseUse, ExpertShape, HostParts, KernelErr
 
 use crate::data::{Expert, Random, Tensor, rope_table};
 use crate::experts::step;
-use crate::{PRECISIONS, Tested};
+use crate::{HOPPER, PRECISIONS, Tested};
 
 const HIDDEN: usize = 32;
 const EXPERTS: usize = 8;
@@ -117,6 +117,11 @@ fn own_records(parts: HostParts, record: usize, gathered: Option<u32>) -> HostPa
 
 /// A MoE layer on `routing.len()` ranks.
 fn layer(precision: Precision, routing: &Routing, way: Way) -> Result<Outcome, KernelError> {
+    layer_on(Emulated::default(), precision, routing, way)
+}
+
+/// The same on these devices.
+fn layer_on(device: Emulated, precision: Precision, routing: &Routing, way: Way) -> Result<Outcome, KernelError> {
     let n = routing.len();
     let per_rank = EXPERTS.div_ceil(n);
     let places: Vec<(u32, u32)> = (0..EXPERTS).map(|e| ((e / per_rank) as u32, (e % per_rank) as u32)).collect();
@@ -127,7 +132,7 @@ fn layer(precision: Precision, routing: &Routing, way: Way) -> Result<Outcome, K
 
     let mut cell: Vec<Rank> = (0..n as u32)
         .map(|me| {
-            let mut backend = Cuda::new(Arc::new(Emulated::default()), precision).unwrap();
+            let mut backend = Cuda::new(Arc::new(device), precision).unwrap();
             backend.routes(0, TOP_K);
             let result = backend.combine_record(HIDDEN);
             let bytes = n * ROWS_MAX * backend.dispatch_record(TOP_K, HIDDEN).max(TOP_K * result);
@@ -210,12 +215,13 @@ fn routings(n: usize) -> Vec<(usize, Routing)> {
 /// one rank, and with slots that are just large enough.
 #[test]
 fn every_way_gives_the_same() {
-    for precision in PRECISIONS {
+    let devices = PRECISIONS.map(|precision| (Emulated::default(), precision));
+    for (device, precision) in devices.into_iter().chain([(HOPPER, Precision::Fast)]) {
         for n in [1, 2, 4] {
             for (case, (slots, routing)) in routings(n).into_iter().enumerate() {
-                let exact = layer(precision, &routing, Way::Exact).unwrap();
+                let exact = layer_on(device, precision, &routing, Way::Exact).unwrap();
                 for way in [Way::Slots(slots), Way::Gather(slots)] {
-                    let other = layer(precision, &routing, way).unwrap();
+                    let other = layer_on(device, precision, &routing, way).unwrap();
                     assert!(other == exact, "{precision:?}, {n} ranks, case {case}, {way:?}");
                 }
                 assert_eq!(exact.residuals.iter().map(Vec::len).sum::<usize>() / HIDDEN, routing.concat().len());
@@ -279,6 +285,24 @@ fn a_slot_of_another_moment_exchange_or_rank_is_named_and_empty() {
     let (found, bytes) = find(1, MOMENT, Slot { exchange: 4, ..slot });
     says(found, "another exchange or sender");
     assert_eq!(bytes, [0, 0]);
+}
+
+/// Where results lie, a receive says: so none reads them as rows.
+#[test]
+fn results_are_no_rows() {
+    let mut b = Cuda::new(Arc::new(HOPPER), Precision::Fast).unwrap();
+    let _routes = b.routes(0, TOP_K);
+    let (experts, mut work) = (b.experts(1, SHAPE), b.work(1, TOP_K, SHAPE));
+    let (received, mut out) = (b.upload(&HostParts::new(1)), b.parts(1, TOP_K * b.combine_record(HIDDEN)));
+    b.receive(&received, &experts, &mut work);
+    b.down(&experts, &work, &mut out);
+    b.finish().unwrap();
+    b.receive(&out, &experts, &mut work);
+    assert_eq!(b.finish(), Err(KernelError::Received { rank: 0, what: "results instead of rows" }));
+    // They may become rows again.
+    out.upload(&HostParts::new(1)).unwrap();
+    b.receive(&out, &experts, &mut work);
+    b.finish().unwrap();
 }
 
 #[test]

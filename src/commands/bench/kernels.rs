@@ -17,7 +17,8 @@ use phalanx_worker::device::Processor;
 use serde_json::json;
 
 use self::cases::{
-    Arithmetic, Case, DIM, Does, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, VOCAB, norm, sample, sequences,
+    Arithmetic, Case, DIM, Does, HEADS, HIDDEN, KV_HEADS, Layer, Matrices, Travels, VOCAB, norm, sample, sequences,
+    travel,
 };
 use self::machine::{Ceiling, Machine, median};
 use crate::cli::DeviceArgs;
@@ -34,7 +35,7 @@ pub struct KernelsArgs {
           value_parser = clap::value_parser!(u32).range(1..=8192))]
     rows: Vec<u32>,
     /// Only ops whose name contains one of these: norm, qkv, rotate, attend-full, attend-window, prefill-full, prefill-window,
-    /// attention-out, route, experts, unembed, sample
+    /// attention-out, route, dispatch, experts, combine, unembed, sample
     #[arg(long, value_delimiter = ',', value_name = "TEXT,..")]
     only: Vec<String>,
     /// Tokens of context that each row of attend- sees, or the last one of prefill-
@@ -186,9 +187,17 @@ fn cases<B: Machine>(
         let matrices = Matrices::new(backend, "attention-out", HIDDEN, HEADS * DIM, dense)?;
         cases.extend(rows().map(|rows| matrices.case(backend, rows)));
     }
-    if wanted("route") {
-        let matrices = Matrices::router(backend, args.shape.experts())?;
-        cases.extend(rows().map(|rows| matrices.routing(backend, rows)));
+    if ["route", "dispatch", "combine"].into_iter().any(wanted) {
+        let router = Matrices::router(backend, args.shape.experts())?;
+        if wanted("route") {
+            cases.extend(rows().map(|rows| router.routing(backend, rows)));
+        }
+        for (name, travels) in [("dispatch", Travels::Dispatch), ("combine", Travels::Combine)] {
+            if wanted(name) {
+                let one = |rows| travel(backend, &router, travels, rows);
+                cases.extend(rows().map(one).collect::<Result<Vec<_>>>()?);
+            }
+        }
     }
     if wanted("experts") {
         let layer = Layer::new(backend, args.shape.experts(), experts)?;

@@ -26,6 +26,7 @@ fn shape(config: &ModelConfig, rows: usize, sequences: usize) -> ScratchShape {
         heads: n(config.heads),
         head_dim: n(config.head_dim),
         experts: n(config.experts),
+        top_k: n(config.top_k),
         slots: n(config.experts),
         ranks: RANKS_MAX,
         vocab: n(config.vocab),

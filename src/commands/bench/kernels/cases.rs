@@ -296,6 +296,51 @@ pub(super) fn sequences<B: Machine>(
     })
 }
 
+/// How rows travel between a layer's router and its experts, on one rank.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Travels {
+    /// To the experts' ranks.
+    Dispatch,
+    /// Back home, and together.
+    Combine,
+}
+
+/// Rows on their way to the experts that `router` chooses, or results on their way back.
+///
+/// # Errors
+/// There is no memory for the rows.
+pub(super) fn travel<B: Machine>(
+    backend: &mut B,
+    router: &Matrices<B>,
+    travels: Travels,
+    rows: usize,
+) -> Result<Case<B>> {
+    let (mut x, mut routes) = (backend.rows(rows, HIDDEN), backend.routes(rows, TOP_K));
+    backend.write(&mut x, &numbers(rows * HIDDEN));
+    backend.route(&x, &router.copies[0], &mut routes);
+    let places: Vec<(u32, u32)> = (0..router.height as u32).map(|expert| (0, expert)).collect();
+    let places = backend.places(&places);
+    let (record, result) = (backend.dispatch_record(TOP_K, HIDDEN), backend.combine_record(HIDDEN));
+    let of_rows = (rows * HIDDEN * 4) as u64;
+    let (name, bytes, operations, run): (_, _, _, Run<B>) = match travels {
+        Travels::Dispatch => {
+            let mut out = backend.parts(1, rows * record);
+            let run = move |backend: &mut B, _| backend.dispatch(&x, &routes, &places, &mut out);
+            ("dispatch", of_rows + (rows * record) as u64, 0, Box::new(run))
+        }
+        Travels::Combine => {
+            let mut results = vec![0; rows * TOP_K * result];
+            noise(5, &mut results);
+            tame(&mut results);
+            let returned = backend.received(results)?;
+            let run = move |backend: &mut B, _| backend.combine(&returned, &routes, &places, &mut x);
+            let operations = 2 * (rows * TOP_K * HIDDEN) as u64;
+            ("combine", 2 * of_rows + (rows * TOP_K * result) as u64, operations, Box::new(run))
+        }
+    };
+    Ok(Case { name, rows, bytes, operations, arithmetic: B::FLOATS, period: 1, run })
+}
+
 /// A layer's experts.
 pub(super) struct Layer<B: Backend> {
     experts: Rc<B::Experts>,
