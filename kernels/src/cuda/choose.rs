@@ -69,6 +69,16 @@ pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) ->
     (Choice { op, grid: [units.min(u64::from(multiprocessors)) as u32, 1, 1], shared }, !few)
 }
 
+/// Threads of a block of the rotation, and numbers of a row that a thread takes at once, mostly.
+const ROPE: [u32; 2] = [128, 4];
+
+/// Blocks of the rotation of `rows` rows of `heads` query heads; a block goes on with what no other has.
+pub(super) fn rope(rows: u32, [heads, kv_heads, dim]: [u32; 3]) -> [u32; 3] {
+    // Pairs of queries and keys, and single values.
+    let numbers = (heads + kv_heads) * (dim / 2) + kv_heads * dim;
+    [rows, numbers.div_ceil(ROPE[0] * ROPE[1]), 1]
+}
+
 /// Query heads of a block of attention.
 const HEADS: u32 = 8;
 /// Dimensions of a head, at most.

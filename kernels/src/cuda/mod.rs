@@ -338,7 +338,8 @@ impl Cuda {
             stride,
             unused: 0,
         };
-        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, 1, 1], 0, &args)
+        let grid = choose::rope(qkv.len() as u32, [args.heads, args.kv_heads, args.dim]);
+        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), grid, 0, &args)
     }
 
     fn attend_rows(
