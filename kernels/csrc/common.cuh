@@ -57,6 +57,12 @@ struct Part {
   u64 start, bytes;
 };
 
+// Neighbouring numbers that one instruction moves: they lie at a multiple of their size.
+template <class T, u32 N>
+struct alignas(sizeof(T) * N) Several {
+  T at[N];
+};
+
 // bf16 --------------------------------------------------------------------------------------------------------------
 
 DEVICE float widen(u16 bits) { return float_of((u32)bits << 16); }

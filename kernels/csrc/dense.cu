@@ -6,8 +6,8 @@
 //
 // Order: the column tiles are cut into 8 segments fixed by the number of columns; a segment's sum is from zero, the
 // segments are added ascending, then the bias. Which warp or which kernel computes a segment changes nothing:
-// - dense_f32 (exact precision, and the router in both): fused multiply-adds of f32; a lane sums its columns ascending,
-//   the four lanes of a row are added ascending. A warp a segment, up to 8 tokens a block.
+// - dense_f32 (exact precision, and routers that router.cu does not take): fused multiply-adds of f32; a lane sums its
+//   columns ascending, the four lanes of a row are added ascending. A warp a segment, up to 8 tokens a block.
 // - dense_mma_8 (fast, few tokens): x rounded to bf16, a warp a segment of one row tile, up to 8 tokens a block.
 // - dense_mma_64 (fast, many tokens): a warp a row tile, 64 tokens a block staged in shared memory, segments in turn.
 #include "ptx.cuh"

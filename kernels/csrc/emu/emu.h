@@ -93,6 +93,14 @@ inline T __shfl_up_sync(unsigned, T value, unsigned step) {
   unsigned lane = threadIdx.x & 31;
   return emu::shuffle(value, lane < step ? lane : lane - step);
 }
+inline u32 __reduce_max_sync(unsigned, u32 value) {
+  for (unsigned step = 16; step > 0; step /= 2) {
+    u32 other = emu::shuffle(value, (threadIdx.x & 31) ^ step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+inline u32 __reduce_min_sync(unsigned mask, u32 value) { return ~__reduce_max_sync(mask, ~value); }
 inline u32 __ballot_sync(unsigned, bool predicate) { return emu::ballot(predicate); }
 inline u32 __match_any_sync(unsigned, u32 value) {
   uint32_t words[6] = {value}, present, alike = 0;

@@ -6,7 +6,8 @@
 use super::ops::{
     ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_MMA_8,
     DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, EXPERTS_WGMMA,
-    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op, RECEIVE, RECEIVE_FEW, ReceiveArgs,
+    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op, RECEIVE, RECEIVE_FEW, ROUTE_FEW, ROUTE_MANY, ReceiveArgs,
+    RouteArgs,
 };
 use crate::{Precision, SEGMENT};
 
@@ -67,6 +68,40 @@ pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) ->
     };
     let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
     (Choice { op, grid: [units.min(u64::from(multiprocessors)) as u32, 1, 1], shared }, !few)
+}
+
+/// Rows that take the narrow router at most: its blocks read the matrix once for every 8, the wide one's once for every 64,
+/// but each of those is as long as for a multiprocessor's share of thousands.
+const ROUTE_FEW_MAX: u32 = 1024;
+/// Shared memory of the routers: what tells the last block, and partial sums of 16 segments, or two stages of 64 columns
+/// with 8 for padding, in three parts.
+const ROUTE_BYTES: [u32; 2] = [16 + 16 * NARROW * TILE * 4, 16 + 2 * 3 * WIDE[0] * (64 + 8) * 2];
+
+/// The router in fast precision for `n` tokens, which chooses too. Columns are whole tiles; others are no model's, and go
+/// the way of exact precision.
+pub(super) fn route(n: u32, rows: u32, cols: u32) -> Option<Choice<RouteArgs>> {
+    let tiles = rows.div_ceil(TILE);
+    let choice = if n <= ROUTE_FEW_MAX {
+        Choice { op: ROUTE_FEW, grid: [tiles, n.div_ceil(NARROW), 1], shared: ROUTE_BYTES[0] }
+    } else {
+        Choice { op: ROUTE_MANY, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: ROUTE_BYTES[1] }
+    };
+    cols.is_multiple_of(TILE).then_some(choice)
+}
+
+/// Chunks of `n` tokens that the router may have, of which each has a ticket.
+pub(super) const fn route_chunks(n: usize) -> usize {
+    n.div_ceil(NARROW as usize)
+}
+
+/// Threads of a block of the rotation, and numbers of a row that a thread takes at once, mostly.
+const ROPE: [u32; 2] = [128, 4];
+
+/// Blocks of the rotation of `rows` rows of `heads` query heads; a block goes on with what no other has.
+pub(super) fn rope(rows: u32, [heads, kv_heads, dim]: [u32; 3]) -> [u32; 3] {
+    // Pairs of queries and keys, and single values.
+    let numbers = (heads + kv_heads) * (dim / 2) + kv_heads * dim;
+    [rows, numbers.div_ceil(ROPE[0] * ROPE[1]), 1]
 }
 
 /// Query heads of a block of attention.
@@ -311,6 +346,27 @@ mod tests {
                 assert!((choice.grid[1] - 1) * tokens < n && n <= choice.grid[1] * tokens);
             }
         }
+    }
+
+    #[test]
+    fn the_router_in_fast_precision_covers_every_row_and_token_once() {
+        for (n, rows) in [(1, 1), (8, 128), (9, 33), (64, 128), (1024, 32), (1025, 128), (8192, 300)] {
+            let choice = route(n, rows, 2880).unwrap();
+            let [tokens, tiles] = if choice.op.kernel.name == "route_many" { WIDE } else { [NARROW, 1] };
+            assert!((choice.grid[0] - 1) * tiles * TILE < rows && rows <= choice.grid[0] * tiles * TILE);
+            assert!((choice.grid[1] - 1) * tokens < n && n <= choice.grid[1] * tokens);
+            assert!(choice.grid[1] as usize <= route_chunks(n as usize), "{n}: a chunk has no ticket");
+            // As much as a block can have on every device from 8.0 on.
+            assert!(choice.shared <= 99 << 10);
+        }
+        assert!(route(1, 128, 2888).is_none(), "half a column tile");
+    }
+
+    #[test]
+    fn the_rotation_of_a_row_is_shared_out() {
+        // 72 heads of 32 pairs and 8 of 64 values, 512 a block.
+        assert_eq!(rope(3, [64, 8, 64]), [3, 6, 1]);
+        assert_eq!(rope(1, [1, 1, 2]), [1, 1, 1]);
     }
 
     #[test]

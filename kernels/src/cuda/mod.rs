@@ -57,7 +57,7 @@ use self::device::{Buffer, Memory, bytes_of};
 use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
     ATTENTION_JOIN, ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op,
-    PiecesArgs, RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, TOP_K, TopKArgs,
+    PiecesArgs, RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, RouteArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
 use self::sample::Drawn;
@@ -84,6 +84,8 @@ pub struct Cuda {
     status: Buffer,
     /// Router logits.
     logits: Buffer,
+    /// Of each chunk of tokens how many of the router's blocks are done; zeros between launches.
+    tickets: Buffer,
     /// Attention of single segments.
     partials: Buffer,
     /// Rows to gather, and draws.
@@ -121,6 +123,7 @@ impl Cuda {
             tokens: nothing(),
             status: memory.zeroed(status::BYTES)?,
             logits: nothing(),
+            tickets: nothing(),
             partials: nothing(),
             late: Late::new(&memory),
             weights: nothing(),
@@ -143,6 +146,7 @@ impl Cuda {
         self.inputs.reserve(shape.inputs())?;
         self.late.reserve(shape.draws())?;
         self.logits.reserve(shape.router_logits())?;
+        self.tickets.reserve(shape.router_tickets())?;
         self.partials.reserve(shape.partials())?;
         self.entries.reserve(shape.entries())?;
         self.weights.reserve(shape.weights())
@@ -344,7 +348,8 @@ impl Cuda {
             stride,
             unused: 0,
         };
-        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), [qkv.len() as u32, 1, 1], 0, &args)
+        let grid = choose::rope(qkv.len() as u32, [args.heads, args.kv_heads, args.dim]);
+        self.launch(&self.by_precision(ROPE_F32, ROPE_BF16), grid, 0, &args)
     }
 
     fn attend_rows(
@@ -434,15 +439,23 @@ impl Cuda {
         check("expert", routes.top_k().saturating_sub(1), router.rows)?;
         routes.resize(x.len(), router.rows)?;
         self.logits.reserve(x.len() * router.rows * 4)?;
-        self.project_to(true, x, router, self.logits.address(), false)?;
-        let args = TopKArgs {
-            logits: self.logits.address(),
-            experts: routes.experts(),
-            weights: routes.weights(),
-            experts_count: router.rows as u32,
-            top_k: routes.top_k() as u32,
-        };
-        self.launch(&TOP_K, [x.len() as u32, 1, 1], 0, &args)
+        let [n, rows, cols, top_k] = [x.len(), router.rows, router.cols, routes.top_k()].map(|n| n as u32);
+        let (logits, experts, weights) = (self.logits.address(), routes.experts(), routes.weights());
+        if self.precision == Precision::Fast
+            && let Some(choice) = choose::route(n, rows, cols)
+        {
+            self.tickets.reserve(choose::route_chunks(x.len()) * 4)?;
+            let layout = DenseLayout::new(router.rows, router.cols);
+            let (x, matrix) = (x.address(), router.buffer.address() + layout.weights.start as u64);
+            let bias = router.buffer.address() + layout.bias.start as u64;
+            let tickets = self.tickets.address_mut();
+            let args =
+                RouteArgs { x, matrix, bias, logits, tickets, experts, weights, n, cols, experts_count: rows, top_k };
+            return self.launch(&choice.op, choice.grid, choice.shared, &args);
+        }
+        self.project_to(true, x, router, logits, false)?;
+        let args = TopKArgs { logits, experts, weights, experts_count: rows, top_k };
+        self.launch(&TOP_K, [n, 1, 1], 0, &args)
     }
 
     fn gather_rows(&mut self, x: &Rows, rows: &[u32], out: &mut Rows) -> Result<(), KernelError> {

@@ -68,6 +68,11 @@ args! {
     PiecesArgs { x: u64, pieces: u64, n: u32, cols: u32 }
     /// router.cu
     TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
+    /// router.cu
+    RouteArgs {
+        x: u64, matrix: u64, bias: u64, logits: u64, tickets: u64, experts: u64, weights: u64,
+        n: u32, cols: u32, experts_count: u32, top_k: u32,
+    }
     /// exchange.cu
     EntriesArgs {
         experts: u64, places: u64, parts: u64, at: u64, counts: u64, bytes: u64, entries: u32, top_k: u32,
@@ -133,6 +138,8 @@ pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
 pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
+pub(super) const ROUTE_FEW: Op<RouteArgs> = Op::new("route_few", "router.cu", 512);
+pub(super) const ROUTE_MANY: Op<RouteArgs> = Op::new("route_many", "router.cu", 512);
 pub(super) const PLACE_ENTRIES: Op<EntriesArgs> = Op::new("place_entries", "exchange.cu", 512);
 pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
 pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
@@ -171,7 +178,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 49] = [
+pub const KERNELS: [Kernel; 51] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -189,6 +196,8 @@ pub const KERNELS: [Kernel; 49] = [
     DENSE_MMA_8.kernel,
     DENSE_MMA_64.kernel,
     TOP_K.kernel,
+    ROUTE_FEW.kernel,
+    ROUTE_MANY.kernel,
     PLACE_ENTRIES.kernel,
     DISPATCH_F32.kernel,
     DISPATCH_BF16.kernel,

@@ -1,7 +1,7 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
 use super::arena::ALIGNMENT;
-use super::choose::PARTIALS_BYTES_MAX;
+use super::choose::{PARTIALS_BYTES_MAX, route_chunks};
 use super::device::grown;
 use super::exchange::entries_bytes;
 use super::inputs::STRIDE;
@@ -73,6 +73,11 @@ impl ScratchShape {
         entries_bytes(self.rows * self.top_k, self.ranks)
     }
 
+    /// Bytes of the router's tickets.
+    pub(super) const fn router_tickets(&self) -> usize {
+        route_chunks(self.rows) * 4
+    }
+
     /// Bytes of attention by single segments.
     pub(super) fn partials(&self) -> usize {
         let row = self.heads.saturating_mul(self.positions.div_ceil(SEGMENT)).saturating_mul((2 + self.head_dim) * 4);
@@ -99,6 +104,7 @@ pub fn scratch_bytes(shape: &ScratchShape) -> u64 {
         shape.draws(),
         shape.router_logits(),
         shape.entries(),
+        shape.router_tickets(),
         shape.partials(),
         shape.pieces(),
         shape.weights(),

@@ -8,6 +8,7 @@ use phalanx_kernels::{
 use crate::compare::{close, same};
 use crate::data::{Expert, Random, Tensor, rope_table};
 use crate::operand::Operand;
+use crate::rows::COUNTS;
 use crate::{Make, Tested, tolerances};
 
 /// What an expert should make of a row, before the wire.
@@ -34,21 +35,32 @@ pub(crate) fn step(rows: usize) -> StepInputs {
 
 /// The (experts, weights) that a backend chooses for logits that are the rows themselves.
 fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usize) -> Vec<Vec<(u32, f32)>> {
-    let n = logits.len() / experts;
     let hidden = experts.max(top_k).next_multiple_of(2);
-    let mut b = make.backend();
     // The unit matrix as router.
     let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
-    let unit = Tensor::new(&unit);
-    let router = b.dense(DenseUse::Router, hidden, &[Stack { weight: unit.source(), bias: None }]).unwrap();
-    let mut routes = b.routes(n, top_k);
-    let mut x = b.rows(n, hidden);
     let padded: Vec<f32> = logits
         .chunks(experts)
         .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, hidden - experts)))
         .collect();
+    routed(make, &padded, &Tensor::new(&unit), None, [experts, hidden, top_k])
+}
+
+/// The same for rows and a router.
+fn routed<B: Tested>(
+    make: &Make<B>,
+    rows: &[f32],
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    [experts, hidden, top_k]: [usize; 3],
+) -> Vec<Vec<(u32, f32)>> {
+    let n = rows.len() / hidden;
+    let mut b = make.backend();
+    let stack = [Stack { weight: weight.source(), bias: bias.map(Tensor::source) }];
+    let router = b.dense(DenseUse::Router, hidden, &stack).unwrap();
+    let mut routes = b.routes(n, top_k);
+    let mut x = b.rows(n, hidden);
     b.begin(&step(n), &rope_table(8));
-    b.write(&mut x, &padded);
+    b.write(&mut x, rows);
     b.route(&x, &router, &mut routes);
     // Every expert on this rank: the record's slots tell the choice.
     let places: Vec<(u32, u32)> = (0..experts as u32).map(|expert| (0, expert)).collect();
@@ -79,7 +91,8 @@ fn chosen<B: Tested>(make: &Make<B>, logits: &[f32], experts: usize, top_k: usiz
 }
 
 pub(crate) fn routes<B: Tested>(make: &Make<B>) {
-    for (experts, top_k) in [(4, 4), (8, 1), (32, 4), (128, 4), (5, 3)] {
+    // Also all of them, more than a warp has lanes, and more than its lanes keep at once.
+    for (experts, top_k) in [(4, 4), (8, 1), (32, 4), (128, 4), (5, 3), (48, 48), (160, 5)] {
         let mut logits: Vec<f32> = Random(11).numbers(70 * experts).iter().map(|x| x * 6.0).collect();
         // Equals: all, and two at the border of the choice.
         logits[..experts].fill(0.5);
@@ -94,6 +107,53 @@ pub(crate) fn routes<B: Tested>(make: &Make<B>) {
             let (got_experts, got_weights): (Vec<u32>, Vec<f32>) = got.into_iter().unzip();
             assert_eq!(got_experts, experts, "{what}");
             close(&what, top_k, &weights, &got_weights, tolerances::ROUTE).unwrap();
+        }
+    }
+}
+
+/// A row's choice is the same bits beside any number of others, also where columns are more than one turn of a kernel, and
+/// as close to the reference as sums in f32.
+pub(crate) fn routes_any_number_of_rows<B: Tested>(make: &Make<B>) {
+    let shape @ [experts, hidden, top_k] = [40, 1104, 4];
+    let mut random = Random(15);
+    let (weight, bias) = (random.tensor(experts * hidden, 0.05), random.tensor(experts, 0.5));
+    // Kernels for few rows take up to 1024.
+    let values = random.numbers(1030 * hidden);
+    let bits = |rows: &[Vec<(u32, f32)>]| -> Vec<Vec<(u32, u32)>> {
+        rows.iter().map(|row| row.iter().map(|&(expert, weight)| (expert, weight.to_bits())).collect()).collect()
+    };
+    let all = routed(make, &values, &weight, Some(&bias), shape);
+    for (row, (values, got)) in values.chunks(hidden).zip(&all).enumerate().step_by(37) {
+        let expected = router::route(&linear(values, &weight.values, &bias.values), top_k);
+        let what = format!("{}, row {row}", make.name);
+        let (experts, weights): (Vec<u32>, Vec<f32>) = expected.into_iter().unzip();
+        let (got_experts, got_weights): (Vec<u32>, Vec<f32>) = got.iter().copied().unzip();
+        assert_eq!(got_experts, experts, "{what}");
+        close(&what, top_k, &weights, &got_weights, tolerances::ROUTE).unwrap();
+    }
+    for count in COUNTS {
+        let got = routed(make, &values[..count * hidden], &weight, Some(&bias), shape);
+        assert_eq!(bits(&got), bits(&all[..count]), "{}, {count} rows", make.name);
+    }
+}
+
+/// Numbers that are none, or too large, spoil the choice of their own row.
+pub(crate) fn routes_beside_what_is_no_number<B: Tested>(make: &Make<B>) {
+    let shape @ [experts, hidden, _] = [40, 64, 4];
+    let mut random = Random(16);
+    let weight = random.tensor(experts * hidden, 1.0);
+    let mut values = random.numbers(9 * hidden);
+    let expected = routed(make, &values, &weight, None, shape);
+    let nan = f32::from_bits(0x7f80_0001);
+    for (row, number) in [(1, f32::INFINITY), (4, f32::NEG_INFINITY), (7, f32::NAN), (8, nan)] {
+        values[row * hidden + 5 * row] = number;
+    }
+    let got = routed(make, &values, &weight, None, shape);
+    for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        if [1, 4, 7, 8].contains(&row) {
+            assert!(got.iter().all(|(_, weight)| weight.is_nan()), "{}, row {row}: {got:?}", make.name);
+        } else {
+            assert_eq!(got, expected, "{}, row {row}", make.name);
         }
     }
 }

@@ -215,6 +215,8 @@ conformance!(
     attention::attends_to_the_sink_alone,
     attention::copies_blocks,
     experts::routes,
+    experts::routes_any_number_of_rows,
+    experts::routes_beside_what_is_no_number,
     experts::dispatches,
     experts::works_for_every_rank,
     experts::works_on_any_number_of_rows,

@@ -51,8 +51,8 @@ pub(crate) fn gathers<B: Tested>(make: &Make<B>) {
 }
 
 pub(crate) fn norms<B: Tested>(make: &Make<B>) {
-    // Less than a vector, a vector, a tail, the published width.
-    for hidden in [1, 15, 16, 24, 96, 2880] {
+    // Less than a vector, a vector, a tail, the published width, more than a block of a kernel keeps.
+    for hidden in [1, 15, 16, 24, 96, 2880, 3300] {
         let mut b = make.backend();
         let mut random = Random(3);
         let weight = random.tensor(hidden, 2.0);
