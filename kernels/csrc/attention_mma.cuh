@@ -7,10 +7,11 @@
 //
 // Order. Keys are taken in steps of SEGMENT positions and chunks of CHUNK, both aligned to absolute position.
 // - A score is the sum over D ascending by 16, times log2(e) / sqrt(D) in f32; keys out of sight have -inf.
-// - Within a chunk, steps follow each other by the running maximum: sums and outputs so far are scaled by
-//   2^(old - new), then a lane adds its 16 probabilities of a row in pairs ascending, and mma adds values by 16 keys.
-// - At the end of a chunk the four lanes of a row are added by a butterfly; chunks are joined ascending, the sink last.
-// What a row does not see adds zeros and scales by one. A block walks all chunks of its tile and joins as it goes, or,
+// - Within a chunk, steps follow each other. A row has a base, which becomes a step's maximum where that is higher by more
+//   than RAISE; sums and outputs so far are then scaled by 2^(old - new). Weights are 2^(score - base), rounded to bf16;
+//   mma adds them, times ones and times values, by 16 keys ascending.
+// - Chunks are joined ascending, the sink last.
+// What a row does not see adds zeros, and never raises a base. A block walks all chunks of its tile and joins as it goes, or,
 // for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
 //
 // Keys and values come through a ring of stages by asynchronous copies, in turn the keys and the values of a step. In a
@@ -18,27 +19,32 @@
 #define CHUNK 256  // as src/cuda/choose.rs
 #define RING 4
 #define MANY_WARPS 4
+#define RAISE 8.0f
+#define ONES 0x3f803f80u
+#define LOG2_E 1.44269504f
 
-// Turns the parts of a walk, keys and values of each step, into stages; DT: dimensions of a head, in sixty-fours.
-template <u32 THREADS, u32 DT>
+// Turns the parts of a walk, keys and values of each step, into stages; DT: dimensions of a head, in sixty-fours. ONCE: no
+// other block reads the same.
+template <u32 THREADS, u32 DT, bool ONCE>
 struct Stream {
   static const u32 LINE = 64 * DT, PIECES = 8 * DT, STAGE = SEGMENT * LINE;
   static const u32 KEYS = THREADS / PIECES, TURNS = SEGMENT / KEYS;  // keys of a turn of all threads
-  static_assert(16 % KEYS == 0, "a turn lies in one block");
+  static_assert(BLOCK_SIZE % KEYS == 0, "a turn lies in one block");
 
   u16* ring;
-  const u16* kv;      // of the kv head: this thread's piece of the first key of block 0
+  const u16* kv;       // of the kv head: this thread's piece of its key of a turn, in block 0
   const uint4* table;  // blocks of a step
-  u32 block;           // numbers of a block
-  u32 first, end;      // positions that some row sees
+  u64 policy;
+  u32 block;       // numbers of a block
+  u32 first, end;  // positions that some row sees
   u32 dim, step, parts, loaded;
   uint4 blocks, ahead;
 
   DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 from, u32 to)
-      : ring((u16*)smem), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0) {
+      : ring((u16*)smem), policy(ONCE ? read_once() : 0), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0) {
     table = (const uint4*)(a.tables + (u64)tile.sequence * a.stride);
     ahead = table[step];
-    kv = (const u16*)a.kv + (u64)kv_head * 2 * BLOCK_SIZE * dim + threadIdx.x % PIECES * 8;
+    kv = (const u16*)a.kv + ((u64)kv_head * 2 * BLOCK_SIZE + threadIdx.x / PIECES) * dim + threadIdx.x % PIECES * 8;
     block = a.kv_heads * 2 * BLOCK_SIZE * dim;
     first = first_visible(tile.position, a.window);
     end = tile.position + tile.count;
@@ -49,36 +55,54 @@ struct Stream {
   // Begins the next part, if there is one.
   DEVICE void load() {
     if (loaded < parts) {
-      u32 part = loaded % 2, d = threadIdx.x % PIECES * 8;
+      u32 part = loaded % 2, start = (step + loaded / 2) * SEGMENT;
       if (part == 0) {
         blocks = ahead;
         if (loaded + 2 < parts) ahead = table[step + loaded / 2 + 1];
       }
       u16* stage = ring + loaded % RING * STAGE;
-      u32 start = (step + loaded / 2) * SEGMENT;
-      if (dim % 8 == 0) {
-        u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
-#pragma unroll
-        for (u32 turn = 0; turn < TURNS; turn++) {
-          u32 key = turn * KEYS + threadIdx.x / PIECES;
-          bool there = start + key >= first && start + key < end && d < dim;
-          const u16* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim;
-          copy_async(stage + key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8, there ? from : kv, there);
-        }
-      } else {
-        // Rows are not on borders of 16 bytes.
-#pragma unroll 1
-        for (u32 i = 0; i < SEGMENT / KEYS * 8; i++) {
-          u32 key = i / 8 * KEYS + threadIdx.x / PIECES, position = start + key;
-          bool there = position >= first && position < end && d + i % 8 < dim;
-          u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
-          u64 at = name * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim + i % 8;
-          stage[key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + i % 8] = there ? kv[at] : 0;
-        }
-      }
+      if (start >= first && start + SEGMENT <= end && dim == LINE)
+        load_whole(stage, part);
+      else
+        load_some(stage, part, start);
     }
     loaded++;
     copies_commit();
+  }
+
+  DEVICE void load_whole(u16* stage, u32 part) {
+    u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+      u32 key = turn * KEYS + threadIdx.x / PIECES;
+      const u16* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block + part * (BLOCK_SIZE * LINE);
+      from += turn * KEYS % BLOCK_SIZE * LINE;
+      u16* to = stage + threadIdx.x / PIECES * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + turn * KEYS * LINE;
+      if (ONCE)
+        copy_async_once(to, from, policy);
+      else
+        copy_async(to, from);
+    }
+  }
+
+  // Zeros where no row of the tile looks.
+  DEVICE void load_some(u16* stage, u32 part, u32 start) {
+    u32 d = threadIdx.x % PIECES * 8;
+#pragma unroll 1
+    for (u32 turn = 0; turn < TURNS; turn++) {
+      u32 key = turn * KEYS + threadIdx.x / PIECES, position = start + key;
+      bool there = position >= first && position < end;
+      u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
+      const u16* from = kv + name * block + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * dim;
+      u16* to = stage + key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8;
+      if (dim % 8 == 0) {
+        there = there && d < dim;
+        copy_async_or_zeros(to, there ? from : kv, there);
+      } else {
+        // Rows are not on borders of 16 bytes.
+        for (u32 i = 0; i < 8; i++) to[i] = there && d + i < dim ? from[i] : 0;
+      }
+    }
   }
 
   // The stage of the next part; the one taken before is given back.
@@ -92,7 +116,7 @@ struct Stream {
   }
 };
 
-// Takes in a chunk; before and now are the weights of the outputs so far and of the chunk's. Maxima are of scores in bits.
+// Takes in a chunk, whose base is its maximum; before and now are the weights of the outputs so far and of the chunk's.
 DEVICE void join(Softmax& softmax, float maximum, float sum, float& before, float& now) {
   float joint = fmaxf(softmax.maximum, maximum), from = joint == -infinity() ? 0.0f : joint;
   before = exp2_fast(softmax.maximum - from);
@@ -100,8 +124,6 @@ DEVICE void join(Softmax& softmax, float maximum, float sum, float& before, floa
   softmax.sum = fmaf(sum, now, softmax.sum * before);
   softmax.maximum = joint;
 }
-
-#define LOG2_E 1.44269504f
 
 // Takes in the sink; returns the outputs' factor.
 DEVICE float join_sink(Softmax softmax, float sink) {
@@ -128,7 +150,7 @@ DEVICE void attention_mma(const AttentionArgs& a) {
     last = least(last, begin + a.share * STEPS);
     if (step >= last) return;
   }
-  Stream<THREADS, DT> stream(a, smem, tile, heads.kv_head, step, last);
+  Stream<THREADS, DT, HALVES == 1> stream(a, smem, tile, heads.kv_head, step, last);
 
   u32 t = lane_id() % 4, g = lane_id() / 4, matrix = lane_id() / 8, line = lane_id() % 8;
   // The tile's row of a warp's half of 16 pairs; this lane has its head g.
@@ -153,16 +175,15 @@ DEVICE void attention_mma(const AttentionArgs& a) {
 
   float scale = a.scale * LOG2_E;
   // Outputs of the chunks joined so far: [number][THREADS], each thread's own.
-  float* totals = (float*)(smem + RING * Stream<THREADS, DT>::STAGE * 2) + threadIdx.x;
+  float* totals = (float*)(smem + RING * SEGMENT * 64 * DT * 2) + threadIdx.x;
   Softmax joined[TILES][HALVES];
-  float maximum[TILES][HALVES], sum[TILES][HALVES], outputs[TILES][DIM_TILES][4] = {};
+  float bases[TILES][HALVES], sums[TILES][4] = {}, outputs[TILES][DIM_TILES][4] = {};
 #pragma unroll
   for (u32 i = 0; i < TILES; i++)
 #pragma unroll
     for (u32 half = 0; half < HALVES; half++) {
       joined[i][half] = {-infinity(), 0.0f};
-      maximum[i][half] = -infinity();
-      sum[i][half] = 0.0f;
+      bases[i][half] = -infinity();
     }
   if (a.share == 0) {
 #pragma unroll
@@ -221,32 +242,40 @@ DEVICE void attention_mma(const AttentionArgs& a) {
         for (u32 n = 0; n < KEY_TILES; n++)
           highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
         highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2));
-        float before = maximum[i][half];
-        maximum[i][half] = fmaxf(before, highest * scale);
-        float from = maximum[i][half] == -infinity() ? 0.0f : maximum[i][half];
-        scaled[half] = exp2_fast(before - from);
-        sum[i][half] *= scaled[half];
-#pragma unroll
-        for (u32 n = 0; n < KEY_TILES; n++) {
-          float low = exp2_fast(scores[i][n][2 * half] * scale - from);
-          float high = exp2_fast(scores[i][n][2 * half + 1] * scale - from);
-          sum[i][half] += low + high;
-          weights[i][n][half] = pack_bf16(low, high);
+        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2)) * scale;
+        float& base = bases[i][half];
+        if (highest > base + RAISE) {
+          // Nothing was added yet without a base.
+          if (base != -infinity()) scaled[half] = exp2_fast(base - highest);
+          base = highest;
         }
+        float from = base == -infinity() ? 0.0f : base;
+#pragma unroll
+        for (u32 n = 0; n < KEY_TILES; n++)
+          weights[i][n][half] = pack_bf16(exp2_fast(fmaf(scores[i][n][2 * half], scale, -from)),
+                                          exp2_fast(fmaf(scores[i][n][2 * half + 1], scale, -from)));
       }
-      // Most steps find no new maximum; times one is as it was.
+      // Seldom: times one is as it was.
       if (__ballot_sync(FULL, scaled[0] != 1.0f || scaled[1] != 1.0f) != 0) {
 #pragma unroll
-        for (u32 n = 0; n < DIM_TILES; n++)
+        for (u32 e = 0; e < 2 * HALVES; e++) {
+          sums[i][e] *= scaled[e / 2];
 #pragma unroll
-          for (u32 e = 0; e < 2 * HALVES; e++) outputs[i][n][e] *= scaled[e / 2];
+          for (u32 n = 0; n < DIM_TILES; n++) outputs[i][n][e] *= scaled[e / 2];
+        }
       }
     }
 
     const u16* values = stream.take();
 #pragma unroll
-    for (u32 k = 0; k < SEGMENT / 16; k++)
+    for (u32 k = 0; k < SEGMENT / 16; k++) {
+      u32 left[TILES][4];
+#pragma unroll
+      for (u32 i = 0; i < TILES; i++) {
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) left[i][e] = weights[i][2 * k + e / 2][e % 2];
+        mma_bf16(sums[i], left[i], ONES, ONES);
+      }
 #pragma unroll
       for (u32 n = 0; n < DIM_TILES; n += 2) {
         u32 b[4];
@@ -254,11 +283,11 @@ DEVICE void attention_mma(const AttentionArgs& a) {
             b, values + (k * 16 + matrix % 2 * 8 + line) * (64 * DT) + ((n + matrix / 2) ^ line) * 8);
 #pragma unroll
         for (u32 i = 0; i < TILES; i++) {
-          u32 left[4] = {weights[i][2 * k][0], weights[i][2 * k][1], weights[i][2 * k + 1][0], weights[i][2 * k + 1][1]};
-          mma_bf16(outputs[i][n], left, b[0], b[1]);
-          mma_bf16(outputs[i][n + 1], left, b[2], b[3]);
+          mma_bf16(outputs[i][n], left[i], b[0], b[1]);
+          mma_bf16(outputs[i][n + 1], left[i], b[2], b[3]);
         }
       }
+    }
 
     if ((step + 1) % STEPS != 0 && step + 1 != last) continue;
     // The end of a chunk.
@@ -266,13 +295,10 @@ DEVICE void attention_mma(const AttentionArgs& a) {
     for (u32 i = 0; i < TILES; i++)
 #pragma unroll
       for (u32 half = 0; half < HALVES; half++) {
-        float all = sum[i][half];
-        all += __shfl_xor_sync(FULL, all, 1);
-        all += __shfl_xor_sync(FULL, all, 2);
         u32 row = row_base + i * HALVES + half;
         if (a.share == 0) {
           float before, now;
-          join(joined[i][half], maximum[i][half], all, before, now);
+          join(joined[i][half], bases[i][half], sums[i][2 * half], before, now);
           float* total = totals + (i * HALVES + half) * DIM_TILES * 2 * THREADS;
 #pragma unroll
           for (u32 n = 0; n < DIM_TILES * 2; n++)
@@ -285,8 +311,8 @@ DEVICE void attention_mma(const AttentionArgs& a) {
             u64 pair = ((u64)index * ROWS + row) * a.heads + heads.first + g;
             float* partial = a.partials + (pair * a.segments + chunk - first) * (2 + a.dim);
             if (t == 0) {
-              partial[0] = maximum[i][half];
-              partial[1] = all;
+              partial[0] = bases[i][half];
+              partial[1] = sums[i][2 * half];
             }
 #pragma unroll
             for (u32 n = 0; n < DIM_TILES * 2; n++) {
@@ -295,8 +321,8 @@ DEVICE void attention_mma(const AttentionArgs& a) {
             }
           }
         }
-        maximum[i][half] = -infinity();
-        sum[i][half] = 0.0f;
+        bases[i][half] = -infinity();
+        sums[i][2 * half] = sums[i][2 * half + 1] = 0.0f;
 #pragma unroll
         for (u32 n = 0; n < DIM_TILES * 2; n++) outputs[i][n / 2][2 * half + n % 2] = 0.0f;
       }
@@ -337,7 +363,7 @@ KERNEL(attention_join, DIM_MAX, AttentionArgs) {
   const float* partial = a.partials + pair * a.segments * (2 + a.dim);
   Softmax softmax = {-infinity(), 0.0f};
   float total = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (u32 s = 0; s < count; s++, partial += 2 + a.dim) {
     float before, now;
     join(softmax, partial[0], partial[1], before, now);
@@ -350,4 +376,6 @@ KERNEL(attention_join, DIM_MAX, AttentionArgs) {
 #undef CHUNK
 #undef RING
 #undef MANY_WARPS
+#undef RAISE
+#undef ONES
 #undef LOG2_E

@@ -128,12 +128,13 @@ pub(super) fn attention_fast(
     let columns = columns(heads, kv_heads);
     let blocks = u64::from(tiles) * u64::from(columns);
     let tiling = tiling(dim as usize);
-    // So many blocks of a multiprocessor are busy at once; a join costs as much as a few chunks of a single row.
-    let (op, resident, least) = if many { (ATTENTION_MANY, 2, 2) } else { (ATTENTION_FEW, 6, 3) };
+    // So many blocks of a multiprocessor are busy at once.
+    let (op, resident) = if many { (ATTENTION_MANY, 2) } else { (ATTENTION_FEW, 6) };
     let wanted = u64::from(multiprocessors) * resident;
     let parts = wanted / blocks.max(1);
     let share = match parts {
-        _ if chunks < least => 0,
+        // A join costs as much as a few chunks.
+        _ if chunks < 3 => 0,
         // A block of many rows has dear queries: no more blocks than are busy.
         2.. if many => chunks.div_ceil(parts as u32),
         1.. if !many => 1,
