@@ -41,31 +41,11 @@ DEVICE float exp2_fast(float x) {
   return out;
 }
 
-// Copies 16 bytes to shared memory; both are aligned to 16. Done when this thread has waited for its group.
-DEVICE void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
-}
-
-// The same, or zeros.
-DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
-               : "memory");
-}
-
-// How caches treat what is read once: it goes first.
-DEVICE u64 read_once() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// The same by such a policy.
-DEVICE void copy_async_once(void* to, const void* from, u64 policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
-               "l"(__cvta_generic_to_global(from)), "l"(policy)
+// Copies 16 bytes to shared memory, or zeros; both are aligned to 16. Done when this thread has waited for its group.
+DEVICE void copy_async(void* to, const void* from, bool there) {
+  u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(__cvta_generic_to_global(from)),
+               "r"(bytes)
                : "memory");
 }
 

@@ -155,10 +155,7 @@ inline float exp2_fast(float x) {
   return out < 1.17549435e-38f ? 0.0f : out;
 }
 
-inline void copy_async(void* to, const void* from) { emu::copy_async(to, from, true); }
-inline void copy_async_or_zeros(void* to, const void* from, bool there) { emu::copy_async(to, from, there); }
-inline u64 read_once() { return 1; }
-inline void copy_async_once(void* to, const void* from, u64) { emu::copy_async(to, from, true); }
+inline void copy_async(void* to, const void* from, bool there) { emu::copy_async(to, from, there); }
 inline void copies_commit() { emu::copies_commit(); }
 template <u32 GROUPS>
 inline void copies_wait() {

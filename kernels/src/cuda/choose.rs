@@ -79,8 +79,8 @@ pub(super) const PARTIALS_BYTES_MAX: usize = 256 << 20;
 
 /// Positions of a chunk of keys in fast precision, which has its own maximum and sum.
 pub(super) const CHUNK: usize = 256;
-/// Stages of the ring of keys and values.
-const STAGES: u32 = 4;
+/// Stages, each with the keys and values of a segment, of a single row and of many rows, by [`tiling`].
+const STAGES: [[u32; 2]; 2] = [[3, 2], [2, 2]];
 
 /// Rows of a sequence that follow each other are many from here on.
 pub(super) const MANY_ROWS: usize = 16;
@@ -129,7 +129,7 @@ pub(super) fn attention_fast(
     let blocks = u64::from(tiles) * u64::from(columns);
     let tiling = tiling(dim as usize);
     // So many blocks of a multiprocessor are busy at once.
-    let (op, resident) = if many { (ATTENTION_MANY, 2) } else { (ATTENTION_FEW, 6) };
+    let (op, resident) = if many { (ATTENTION_MANY, 2) } else { (ATTENTION_FEW, 4) };
     let wanted = u64::from(multiprocessors) * resident;
     let parts = wanted / blocks.max(1);
     let share = match parts {
@@ -141,10 +141,10 @@ pub(super) fn attention_fast(
         _ => 0,
     };
     let parts = if share == 0 { 1 } else { chunks.div_ceil(share) };
-    let ring = STAGES * SEGMENT as u32 * (64 << tiling) * 2;
-    // The outputs of a block that joins.
+    let ring = STAGES[many as usize][tiling] * 2 * SEGMENT as u32 * (64 << tiling) * 2;
+    // A block that joins has the outputs, maxima and sums so far; the last two in each lane of four.
     let pairs = if many { TILE_ROWS[tiling] as u32 * HEADS } else { HEADS };
-    let shared = ring + if share == 0 { pairs * (64 << tiling) * 4 } else { 0 };
+    let shared = ring + if share == 0 { pairs * ((64 << tiling) + 4 * 2) * 4 } else { 0 };
     (Choice { op: op[tiling], grid: [tiles, columns, parts], shared }, share)
 }
 
