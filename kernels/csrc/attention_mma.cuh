@@ -66,10 +66,10 @@ struct Stream {
     copies_commit();
   }
 
-  // Where this thread's piece goes in a turn.
-  DEVICE u32 place(u32 turn) {
-    u32 key = threadIdx.x / PIECES;
-    return turn * KEYS * LINE + key * LINE + (threadIdx.x % PIECES ^ key % 8 ^ turn * KEYS % 8) * 8;
+  // Where this thread's piece of a turn's keys goes.
+  DEVICE u16* place(u16* stage, u32 turn) {
+    u32 key = threadIdx.x / PIECES, mine = key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8;
+    return stage + (mine ^ turn * KEYS % 8 * 8) + turn * KEYS * LINE;
   }
 
   DEVICE void load_whole(u16* stage, uint4 blocks) {
@@ -79,7 +79,7 @@ struct Stream {
       const u8* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block;
 #pragma unroll
       for (u32 part = 0; part < 2; part++) {
-        u16* to = stage + part * PART + place(turn);
+        u16* to = place(stage, turn) + part * PART;
         const u8* piece = from + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * LINE * sizeof(u16);
         copy_async(to, piece, true);
       }
@@ -95,7 +95,7 @@ struct Stream {
       bool there = position >= first && position < end;
       u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
       const u16* from = (const u16*)(kv + name * block) + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * dim;
-      u16* to = stage + part * PART + place(turn);
+      u16* to = place(stage, turn) + part * PART;
       if (dim % 8 == 0) {
         there = there && d < dim;
         copy_async(to, there ? (const u8*)from : kv, there);
@@ -192,11 +192,6 @@ DEVICE void attention_mma(const AttentionArgs& a) {
   const u32 FOURS = DIM_TILES / 2;
   Four* totals = (Four*)(smem + STAGES * 2 * PART * sizeof(u16)) + threadIdx.x;
   Softmax* joined = (Softmax*)(totals - threadIdx.x + TILES * HALVES * FOURS * THREADS) + threadIdx.x;
-  float bases[TILES][HALVES], sums[TILES][4] = {}, outputs[TILES][DIM_TILES][4] = {};
-#pragma unroll
-  for (u32 i = 0; i < TILES; i++)
-#pragma unroll
-    for (u32 half = 0; half < HALVES; half++) bases[i][half] = LOWEST;
   if (a.share == 0) {
 #pragma unroll
     for (u32 n = 0; n < TILES * HALVES; n++) joined[n * THREADS] = {LOWEST, 0.0f};
@@ -210,109 +205,114 @@ DEVICE void attention_mma(const AttentionArgs& a) {
   u32 key_line = (matrix / 2 * 8 + line) * LINE + (matrix % 2 ^ line) * 8;
   u32 value_line = PART + (matrix % 2 * 8 + line) * LINE + (matrix / 2 ^ line) * 8;
 
-  for (; step < last; step++) {
-    const u16* stage = stream.take(step);
-    float scores[TILES][KEY_TILES][4];
+  while (step < last) {
+    u32 chunk = step / STEPS, end = least(last, (chunk + 1) * STEPS);
+    float bases[TILES][HALVES], sums[TILES][4] = {}, outputs[TILES][DIM_TILES][4] = {};
 #pragma unroll
-    for (u32 k = 0; k < DIM_STEPS; k++) {
-      const u16* keys = stage + (key_line ^ 2 * k * 8);
+    for (u32 i = 0; i < TILES; i++)
 #pragma unroll
-      for (u32 n = 0; n < KEY_TILES; n += 2) {
-        u32 b[4];
-        ldmatrix_x4(b, keys + n * 8 * LINE);
+      for (u32 half = 0; half < HALVES; half++) bases[i][half] = LOWEST;
+    for (; step < end; step++) {
+      const u16* stage = stream.take(step);
+      float scores[TILES][KEY_TILES][4];
 #pragma unroll
-        for (u32 i = 0; i < TILES; i++) {
-          if (k == 0) {
-            mma_bf16_first(scores[i][n], queries[i][k], b[0], b[1]);
-            mma_bf16_first(scores[i][n + 1], queries[i][k], b[2], b[3]);
-          } else {
-            mma_bf16(scores[i][n], queries[i][k], b[0], b[1]);
-            mma_bf16(scores[i][n + 1], queries[i][k], b[2], b[3]);
+      for (u32 k = 0; k < DIM_STEPS; k++) {
+        const u16* keys = stage + (key_line ^ 2 * k * 8);
+#pragma unroll
+        for (u32 n = 0; n < KEY_TILES; n += 2) {
+          u32 b[4];
+          ldmatrix_x4(b, keys + n * 8 * LINE);
+#pragma unroll
+          for (u32 i = 0; i < TILES; i++) {
+            if (k == 0) {
+              mma_bf16_first(scores[i][n], queries[i][k], b[0], b[1]);
+              mma_bf16_first(scores[i][n + 1], queries[i][k], b[2], b[3]);
+            } else {
+              mma_bf16(scores[i][n], queries[i][k], b[0], b[1]);
+              mma_bf16(scores[i][n + 1], queries[i][k], b[2], b[3]);
+            }
           }
         }
       }
-    }
 
-    u32 start = step * SEGMENT;
-    bool whole = start >= first_visible(tile.position + tile.count - 1, a.window) &&
-                 start + SEGMENT <= tile.position + 1;
-    if (!whole) {
+      u32 start = step * SEGMENT;
+      bool whole = start >= first_visible(tile.position + tile.count - 1, a.window) &&
+                   start + SEGMENT <= tile.position + 1;
+      if (!whole) {
+#pragma unroll
+        for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+          for (u32 half = 0; half < HALVES; half++) {
+            // From a row's first key in this lane on; those after the row wrap around.
+            u32 age = tile.position + row_base + i * HALVES + half - start - 2 * t;
+#pragma unroll
+            for (u32 n = 0; n < KEY_TILES; n++)
+#pragma unroll
+              for (u32 e = 0; e < 2; e++)
+                if (age - (n * 8 + e) >= reach) scores[i][n][2 * half + e] = -infinity();
+          }
+      }
+
+      float before[TILES][HALVES];
+      bool raised = false;
 #pragma unroll
       for (u32 i = 0; i < TILES; i++)
 #pragma unroll
         for (u32 half = 0; half < HALVES; half++) {
-          // From a row's first key in this lane on; those after the row wrap around.
-          u32 age = tile.position + row_base + i * HALVES + half - start - 2 * t;
+          float highest = -infinity();
 #pragma unroll
           for (u32 n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (u32 e = 0; e < 2; e++)
-              if (age - (n * 8 + e) >= reach) scores[i][n][2 * half + e] = -infinity();
+            highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
+          highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
+          highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2)) * scale;
+          float& base = bases[i][half];
+          before[i][half] = base;
+          bool raise = highest > base + RAISE;
+          base = raise ? highest : base;
+          // Nothing was added yet without a base.
+          raised = raised || (raise && before[i][half] != LOWEST);
         }
-    }
-
-    float before[TILES][HALVES];
-    bool raised = false;
+      // Seldom; times one is as it was.
+      if (__ballot_sync(FULL, raised) != 0) {
 #pragma unroll
-    for (u32 i = 0; i < TILES; i++)
+        for (u32 i = 0; i < TILES; i++)
 #pragma unroll
-      for (u32 half = 0; half < HALVES; half++) {
-        float highest = -infinity();
+          for (u32 e = 0; e < 2 * HALVES; e++) {
+            float scaled = exp2_fast(before[i][e / 2] - bases[i][e / 2]);
+            sums[i][e] *= scaled;
 #pragma unroll
-        for (u32 n = 0; n < KEY_TILES; n++)
-          highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2)) * scale;
-        float& base = bases[i][half];
-        before[i][half] = base;
-        bool raise = highest > base + RAISE;
-        base = raise ? highest : base;
-        // Nothing was added yet without a base.
-        raised = raised || (raise && before[i][half] != LOWEST);
-      }
-    // Seldom; times one is as it was.
-    if (__ballot_sync(FULL, raised) != 0) {
-#pragma unroll
-      for (u32 i = 0; i < TILES; i++)
-#pragma unroll
-        for (u32 e = 0; e < 2 * HALVES; e++) {
-          float scaled = exp2_fast(before[i][e / 2] - bases[i][e / 2]);
-          sums[i][e] *= scaled;
-#pragma unroll
-          for (u32 n = 0; n < DIM_TILES; n++) outputs[i][n][e] *= scaled;
-        }
-    }
-
-    // Weights are made where they are used: what makes them and mma take turns.
-#pragma unroll
-    for (u32 k = 0; k < SEGMENT / 16; k++) {
-      u32 weights[TILES][4] = {};
-#pragma unroll
-      for (u32 i = 0; i < TILES; i++) {
-#pragma unroll
-        for (u32 half = 0; half < HALVES; half++)
-#pragma unroll
-          for (u32 high = 0; high < 2; high++) {
-            const float(&of)[4] = scores[i][2 * k + high];
-            weights[i][half + 2 * high] = pack_bf16(exp2_fast(fmaf(of[2 * half], scale, -bases[i][half])),
-                                                    exp2_fast(fmaf(of[2 * half + 1], scale, -bases[i][half])));
+            for (u32 n = 0; n < DIM_TILES; n++) outputs[i][n][e] *= scaled;
           }
-        mma_bf16(sums[i], weights[i], ONES, ONES);
       }
+
+      // Weights are made where they are used: what makes them and mma take turns.
 #pragma unroll
-      for (u32 n = 0; n < DIM_TILES; n += 2) {
-        u32 b[4];
-        ldmatrix_x4_transposed(b, stage + (value_line ^ n * 8) + k * 16 * LINE);
+      for (u32 k = 0; k < SEGMENT / 16; k++) {
+        u32 weights[TILES][4] = {};
 #pragma unroll
         for (u32 i = 0; i < TILES; i++) {
-          mma_bf16(outputs[i][n], weights[i], b[0], b[1]);
-          mma_bf16(outputs[i][n + 1], weights[i], b[2], b[3]);
+#pragma unroll
+          for (u32 half = 0; half < HALVES; half++)
+#pragma unroll
+            for (u32 high = 0; high < 2; high++) {
+              const float(&of)[4] = scores[i][2 * k + high];
+              weights[i][half + 2 * high] = pack_bf16(exp2_fast(fmaf(of[2 * half], scale, -bases[i][half])),
+                                                      exp2_fast(fmaf(of[2 * half + 1], scale, -bases[i][half])));
+            }
+          mma_bf16(sums[i], weights[i], ONES, ONES);
+        }
+#pragma unroll
+        for (u32 n = 0; n < DIM_TILES; n += 2) {
+          u32 b[4];
+          ldmatrix_x4_transposed(b, stage + (value_line ^ n * 8) + k * 16 * LINE);
+#pragma unroll
+          for (u32 i = 0; i < TILES; i++) {
+            mma_bf16(outputs[i][n], weights[i], b[0], b[1]);
+            mma_bf16(outputs[i][n + 1], weights[i], b[2], b[3]);
+          }
         }
       }
     }
-
-    if ((step + 1) % STEPS != 0 && step + 1 != last) continue;
-    // The end of a chunk.
 #pragma unroll
     for (u32 i = 0; i < TILES; i++)
 #pragma unroll
@@ -335,20 +335,13 @@ DEVICE void attention_mma(const AttentionArgs& a) {
           }
         } else if (row < tile.count && g < heads.count) {
           // Chunks that the row does not see are not asked for.
-          float* partial = partial_of(a, tile, step / STEPS, index * ROWS + row, gridDim.x * ROWS, heads.first + g);
+          float* partial = partial_of(a, tile, chunk, index * ROWS + row, gridDim.x * ROWS, heads.first + g);
           if (t == 0) store_two(partial, bases[i][half], sum);
 #pragma unroll
           for (u32 n = 0; n < DIM_TILES; n++) {
             u32 d = n * 8 + 2 * t;
             if (d < a.dim) store_two(partial + 2 + d, outputs[i][n][2 * half], outputs[i][n][2 * half + 1]);
           }
-        }
-        bases[i][half] = LOWEST;
-#pragma unroll
-        for (u32 e = 2 * half; e < 2 * half + 2; e++) {
-          sums[i][e] = 0.0f;
-#pragma unroll
-          for (u32 n = 0; n < DIM_TILES; n++) outputs[i][n][e] = 0.0f;
         }
       }
   }
