@@ -1,4 +1,4 @@
-// Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D up to 128, any group of query heads.
+// Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D even, up to 128, any group of heads.
 //
 // Fast precision is in attention_mma.cuh. Exact, with the orders of src/cpu/attention.rs: keys are taken in segments of 64
 // positions aligned to absolute position; segments are merged ascending, the sink joins once, last.

@@ -7,19 +7,19 @@
 //
 // Order. Keys are taken in steps of SEGMENT positions and chunks of CHUNK, both aligned to absolute position.
 // - A score is the sum over D ascending by 16, times log2(e) / sqrt(D) in f32; keys out of sight have -inf.
-// - Within a chunk, steps follow each other. A row has a base, which becomes a step's maximum where that is higher by more
-//   than RAISE; sums and outputs so far are then scaled by 2^(old - new). Weights are 2^(score - base), rounded to bf16;
-//   mma adds them, times ones and times values, by 16 keys ascending.
-// - Chunks are joined ascending, the sink last.
-// What a row does not see adds zeros, and never raises a base. A block walks all chunks of its tile and joins as it goes, or,
-// for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
+// - Within a chunk, steps follow each other. A row has a base, which becomes a step's maximum where that is higher by
+//   more than RAISE; sums and outputs so far are then scaled by 2^(old - new). Weights are 2^(score - base), fused, and
+//   are rounded to bf16; mma adds them, times ones and times values, by 16 keys ascending.
+// - Chunks are joined ascending, each with its base as maximum, the sink last.
+// What a row does not see adds zeros and never raises a base. A block walks all chunks of its tile and joins as it goes
+// or, for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
 //
-// Keys and values come through a ring of stages by asynchronous copies: a stage has the keys of a step, then the values.
+// Keys and values come through a ring of stages by asynchronous copies; a stage has a step's keys, then its values.
 // Piece p (8 numbers) of key k lies at place p ^ k % 8 of its line: eight keys' pieces are in different banks.
 #define CHUNK 256  // as src/cuda/choose.rs
 #define MANY_WARPS 4
 #define RAISE 8.0f
-#define LOWEST -3.40282347e38f  // the base before any: no score is below but those out of sight
+#define LOWEST (-3.40282347e38f)  // the base before any: no score is below but those out of sight
 #define ONES 0x3f803f80u
 #define LOG2_E 1.44269504f
 
@@ -117,7 +117,7 @@ struct Stream {
   }
 };
 
-// Takes in a chunk, whose base is its maximum; before and now are the weights of the outputs so far and of the chunk's.
+// Takes in a chunk; before and now are the weights of the outputs so far and of the chunk's.
 DEVICE void join(Softmax& softmax, float maximum, float sum, float& before, float& now) {
   float joint = fmaxf(softmax.maximum, maximum);
   before = exp2_fast(softmax.maximum - joint);
