@@ -1,4 +1,4 @@
-// Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D up to 128, any group of query heads.
+// Paged attention with sinks and a sliding window: q: [T, Nq, D] -> [T, Nq, D], D even, up to 128, any group of heads.
 //
 // Fast precision is in attention_mma.cuh. Exact, with the orders of src/cpu/attention.rs: keys are taken in segments of 64
 // positions aligned to absolute position; segments are merged ascending, the sink joins once, last.
@@ -32,7 +32,7 @@ struct AttentionArgs {
   const Tile* tiles;     // of some of the step's rows; fast only
   const float* sinks;    // [Nq]
   float* out;            // [T, Nq * D]
-  float* partials;       // [T (fast: rows of tiles), Nq, segments, 2 + D]: maximum, sum, outputs
+  float* partials;       // [T, Nq, segments, 2 + D]: maximum, sum, outputs; fast: [chunks, rows of tiles, Nq, 2 + D]
   u32 cols, heads, kv_heads, dim, stride;
   u32 window;    // 0: none
   u32 segments;  // of a row at most; fast: chunks
@@ -138,7 +138,7 @@ DEVICE void segment(const AttentionArgs& a, float* smem, Heads heads, u32 start,
 }
 
 // Maximum and sum of the segments so far.
-struct Softmax {
+struct alignas(8) Softmax {
   float maximum, sum;
 };
 

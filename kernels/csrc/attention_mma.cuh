@@ -7,101 +7,124 @@
 //
 // Order. Keys are taken in steps of SEGMENT positions and chunks of CHUNK, both aligned to absolute position.
 // - A score is the sum over D ascending by 16, times log2(e) / sqrt(D) in f32; keys out of sight have -inf.
-// - Within a chunk, steps follow each other by the running maximum: sums and outputs so far are scaled by
-//   2^(old - new), then a lane adds its 16 probabilities of a row in pairs ascending, and mma adds values by 16 keys.
-// - At the end of a chunk the four lanes of a row are added by a butterfly; chunks are joined ascending, the sink last.
-// What a row does not see adds zeros and scales by one. A block walks all chunks of its tile and joins as it goes, or,
-// for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
+// - Within a chunk, steps follow each other. A row has a base, which becomes a step's maximum where that is higher by
+//   more than RAISE; sums and outputs so far are then scaled by 2^(old - new). Weights are 2^(score - base), fused, and
+//   are rounded to bf16; mma adds them, times ones and times values, by 16 keys ascending.
+// - Chunks are joined ascending, each with its base as maximum, the sink last.
+// What a row does not see adds zeros and never raises a base. A block walks all chunks of its tile and joins as it goes
+// or, for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
 //
-// Keys and values come through a ring of stages by asynchronous copies, in turn the keys and the values of a step. In a
-// stage, piece p (8 numbers) of key k lies at place p ^ k % 8: eight keys' pieces are in different banks.
+// Keys and values come through a ring of stages by asynchronous copies; a stage has a step's keys, then its values.
+// Piece p (8 numbers) of key k lies at place p ^ k % 8 of its line: eight keys' pieces are in different banks.
 #define CHUNK 256  // as src/cuda/choose.rs
-#define RING 4
 #define MANY_WARPS 4
+#define RAISE 8.0f
+#define LOWEST (-3.40282347e38f)  // the base before any: no score is below but those out of sight
+#define ONES 0x3f803f80u
+#define LOG2_E 1.44269504f
 
-// Turns the parts of a walk, keys and values of each step, into stages; DT: dimensions of a head, in sixty-fours.
-template <u32 THREADS, u32 DT>
+// Turns the steps of a walk into stages; DT: dimensions of a head, in sixty-fours.
+template <u32 THREADS, u32 DT, u32 STAGES>
 struct Stream {
-  static const u32 LINE = 64 * DT, PIECES = 8 * DT, STAGE = SEGMENT * LINE;
-  static const u32 KEYS = THREADS / PIECES, TURNS = SEGMENT / KEYS;  // keys of a turn of all threads
-  static_assert(16 % KEYS == 0, "a turn lies in one block");
+  static const u32 LINE = 64 * DT, PIECES = 8 * DT, PART = SEGMENT * LINE;  // numbers, pieces, numbers
+  static const u32 KEYS = THREADS / PIECES, TURNS = SEGMENT / KEYS;         // keys of a turn of all threads
+  static_assert(BLOCK_SIZE % KEYS == 0, "a turn lies in one block");
 
   u16* ring;
-  const u16* kv;      // of the kv head: this thread's piece of the first key of block 0
+  const u8* kv;        // of the kv head: this thread's piece of its key of a turn, in block 0
   const uint4* table;  // blocks of a step
-  u32 block;           // numbers of a block
+  u32 block;           // bytes of a block
   u32 first, end;      // positions that some row sees
-  u32 dim, step, parts, loaded;
-  uint4 blocks, ahead;
+  u32 dim, last;
+  uint4 ahead;         // blocks of the step that is loaded next
 
-  DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 from, u32 to)
-      : ring((u16*)smem), dim(a.dim), step(from), parts(2 * (to - from)), loaded(0) {
+  DEVICE Stream(const AttentionArgs& a, u8* smem, const Tile& tile, u32 kv_head, u32 step, u32 last)
+      : ring((u16*)smem), dim(a.dim), last(last) {
     table = (const uint4*)(a.tables + (u64)tile.sequence * a.stride);
     ahead = table[step];
-    kv = (const u16*)a.kv + (u64)kv_head * 2 * BLOCK_SIZE * dim + threadIdx.x % PIECES * 8;
-    block = a.kv_heads * 2 * BLOCK_SIZE * dim;
+    kv = (const u8*)a.kv +
+         (((u64)kv_head * 2 * BLOCK_SIZE + threadIdx.x / PIECES) * dim + threadIdx.x % PIECES * 8) * sizeof(u16);
+    block = a.kv_heads * 2 * BLOCK_SIZE * dim * sizeof(u16);
     first = first_visible(tile.position, a.window);
     end = tile.position + tile.count;
 #pragma unroll 1
-    for (u32 i = 0; i < RING - 1; i++) load();
+    for (u32 i = 0; i < STAGES - 1; i++) load(step + i);
   }
 
-  // Begins the next part, if there is one.
-  DEVICE void load() {
-    if (loaded < parts) {
-      u32 part = loaded % 2, d = threadIdx.x % PIECES * 8;
-      if (part == 0) {
-        blocks = ahead;
-        if (loaded + 2 < parts) ahead = table[step + loaded / 2 + 1];
-      }
-      u16* stage = ring + loaded % RING * STAGE;
-      u32 start = (step + loaded / 2) * SEGMENT;
-      if (dim % 8 == 0) {
-        u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
-#pragma unroll
-        for (u32 turn = 0; turn < TURNS; turn++) {
-          u32 key = turn * KEYS + threadIdx.x / PIECES;
-          bool there = start + key >= first && start + key < end && d < dim;
-          const u16* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim;
-          copy_async(stage + key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8, there ? from : kv, there);
-        }
-      } else {
-        // Rows are not on borders of 16 bytes.
-#pragma unroll 1
-        for (u32 i = 0; i < SEGMENT / KEYS * 8; i++) {
-          u32 key = i / 8 * KEYS + threadIdx.x / PIECES, position = start + key;
-          bool there = position >= first && position < end && d + i % 8 < dim;
-          u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
-          u64 at = name * block + (part * BLOCK_SIZE + key % BLOCK_SIZE) * dim + i % 8;
-          stage[key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8 + i % 8] = there ? kv[at] : 0;
-        }
-      }
+  // Begins a step, if there is one.
+  DEVICE void load(u32 step) {
+    if (step < last) {
+      uint4 blocks = ahead;
+      if (step + 1 < last) ahead = table[step + 1];
+      u32 start = step * SEGMENT;
+      u16* stage = ring + step % STAGES * 2 * PART;
+      if (start >= first && start + SEGMENT <= end && dim == LINE)
+        load_whole(stage, blocks);
+      else
+        load_some(stage, start);
     }
-    loaded++;
     copies_commit();
   }
 
-  // The stage of the next part; the one taken before is given back.
-  DEVICE const u16* take() {
+  // Where this thread's piece of a turn's keys goes.
+  DEVICE u16* place(u16* stage, u32 turn) {
+    u32 key = threadIdx.x / PIECES, mine = key * LINE + (threadIdx.x % PIECES ^ key % 8) * 8;
+    return stage + (mine ^ turn * KEYS % 8 * 8) + turn * KEYS * LINE;
+  }
+
+  DEVICE void load_whole(u16* stage, uint4 blocks) {
+    u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; turn++) {
+      const u8* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block;
+#pragma unroll
+      for (u32 part = 0; part < 2; part++) {
+        u16* to = place(stage, turn) + part * PART;
+        const u8* piece = from + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * LINE * sizeof(u16);
+        copy_async(to, piece, true);
+      }
+    }
+  }
+
+  // Zeros where no row of the tile looks.
+  DEVICE void load_some(u16* stage, u32 start) {
+    u32 d = threadIdx.x % PIECES * 8;
+#pragma unroll 1
+    for (u32 i = 0; i < 2 * TURNS; i++) {
+      u32 part = i / TURNS, turn = i % TURNS, position = start + turn * KEYS + threadIdx.x / PIECES;
+      bool there = position >= first && position < end;
+      u64 name = there ? ((const u32*)table)[position / BLOCK_SIZE] : 0;
+      const u16* from = (const u16*)(kv + name * block) + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * dim;
+      u16* to = place(stage, turn) + part * PART;
+      if (dim % 8 == 0) {
+        there = there && d < dim;
+        copy_async(to, there ? (const u8*)from : kv, there);
+      } else {
+        // Rows are not on borders of 16 bytes.
+        for (u32 e = 0; e < 8; e++) to[e] = there && d + e < dim ? from[e] : 0;
+      }
+    }
+  }
+
+  // A step's stage; the one taken before is given back.
+  DEVICE const u16* take(u32 step) {
 #ifndef PLANT_BARRIER
-    copies_wait<RING - 2>();
+    copies_wait<STAGES - 2>();
     __syncthreads();
 #endif
-    load();
-    return ring + (loaded - RING) % RING * STAGE;
+    load(step + STAGES - 1);
+    return ring + step % STAGES * 2 * PART;
   }
 };
 
-// Takes in a chunk; before and now are the weights of the outputs so far and of the chunk's. Maxima are of scores in bits.
+// Takes in a chunk; before and now are the weights of the outputs so far and of the chunk's.
 DEVICE void join(Softmax& softmax, float maximum, float sum, float& before, float& now) {
-  float joint = fmaxf(softmax.maximum, maximum), from = joint == -infinity() ? 0.0f : joint;
-  before = exp2_fast(softmax.maximum - from);
-  now = exp2_fast(maximum - from);
+  float joint = fmaxf(softmax.maximum, maximum);
+  before = exp2_fast(softmax.maximum - joint);
+  now = exp2_fast(maximum - joint);
   softmax.sum = fmaf(sum, now, softmax.sum * before);
   softmax.maximum = joint;
 }
-
-#define LOG2_E 1.44269504f
 
 // Takes in the sink; returns the outputs' factor.
 DEVICE float join_sink(Softmax softmax, float sink) {
@@ -111,10 +134,23 @@ DEVICE float join_sink(Softmax softmax, float sink) {
   return before / fmaf(softmax.sum, before, exp2_fast(sink - joint));
 }
 
+// Four numbers that are moved at once.
+struct alignas(16) Four {
+  float of[4];
+};
+
+DEVICE void store_two(float* to, float low, float high) { *(uint2*)to = {bits_of(low), bits_of(high)}; }
+
+// What a chunk left of a head of a row of a tile; the row's number is among the rows of all tiles.
+DEVICE float* partial_of(const AttentionArgs& a, const Tile& tile, u32 chunk, u32 row, u32 rows, u32 head) {
+  u32 first = first_visible(tile.position, a.window) / CHUNK;
+  return a.partials + (((u64)(chunk - first) * rows + row) * a.heads + head) * (2 + a.dim);
+}
+
 // A block of WARPS warps, each with TILES times 16 pairs, of which HALVES times 8 are used: 8 heads of a row each.
-template <u32 WARPS, u32 TILES, u32 HALVES, u32 DT>
+template <u32 WARPS, u32 TILES, u32 HALVES, u32 DT, u32 STAGES>
 DEVICE void attention_mma(const AttentionArgs& a) {
-  const u32 THREADS = WARPS * WARP, ROWS = WARPS * TILES * HALVES;
+  const u32 THREADS = WARPS * WARP, ROWS = WARPS * TILES * HALVES, LINE = 64 * DT, PART = SEGMENT * LINE;
   const u32 DIM_STEPS = 4 * DT, DIM_TILES = 8 * DT, KEY_TILES = SEGMENT / 8, STEPS = CHUNK / SEGMENT;
   SHARED(smem);
   // The last tiles see most, and begin first.
@@ -128,7 +164,7 @@ DEVICE void attention_mma(const AttentionArgs& a) {
     last = least(last, begin + a.share * STEPS);
     if (step >= last) return;
   }
-  Stream<THREADS, DT> stream(a, smem, tile, heads.kv_head, step, last);
+  Stream<THREADS, DT, STAGES> stream(a, smem, tile, heads.kv_head, step, last);
 
   u32 t = lane_id() % 4, g = lane_id() / 4, matrix = lane_id() / 8, line = lane_id() % 8;
   // The tile's row of a warp's half of 16 pairs; this lane has its head g.
@@ -146,163 +182,173 @@ DEVICE void attention_mma(const AttentionArgs& a) {
 #pragma unroll
         for (u32 high = 0; high < 2; high++) {
           u32 d = k * 16 + high * 8 + 2 * t;
-          float low = d < a.dim ? q[d] : 0.0f;
-          queries[i][k][half + 2 * high] = pack_bf16(low, d + 1 < a.dim ? q[d + 1] : 0.0f);
+          uint2 two = d < a.dim ? *(const uint2*)(q + d) : uint2{0, 0};
+          queries[i][k][half + 2 * high] = pack_bf16(float_of(two.x), float_of(two.y));
         }
     }
 
   float scale = a.scale * LOG2_E;
-  // Outputs of the chunks joined so far: [number][THREADS], each thread's own.
-  float* totals = (float*)(smem + RING * Stream<THREADS, DT>::STAGE * 2) + threadIdx.x;
-  Softmax joined[TILES][HALVES];
-  float maximum[TILES][HALVES], sum[TILES][HALVES], outputs[TILES][DIM_TILES][4] = {};
-#pragma unroll
-  for (u32 i = 0; i < TILES; i++)
-#pragma unroll
-    for (u32 half = 0; half < HALVES; half++) {
-      joined[i][half] = {-infinity(), 0.0f};
-      maximum[i][half] = -infinity();
-      sum[i][half] = 0.0f;
-    }
+  // Outputs of the chunks joined so far, and their maxima and sums: [..][THREADS], each thread's own.
+  const u32 FOURS = DIM_TILES / 2;
+  Four* totals = (Four*)(smem + STAGES * 2 * PART * sizeof(u16)) + threadIdx.x;
+  Softmax* joined = (Softmax*)(totals - threadIdx.x + TILES * HALVES * FOURS * THREADS) + threadIdx.x;
   if (a.share == 0) {
 #pragma unroll
-    for (u32 n = 0; n < TILES * DIM_TILES * 2 * HALVES; n++) totals[n * THREADS] = 0.0f;
+    for (u32 n = 0; n < TILES * HALVES; n++) joined[n * THREADS] = {LOWEST, 0.0f};
+#pragma unroll
+    for (u32 n = 0; n < TILES * HALVES * FOURS; n++) totals[n * THREADS] = {};
   }
+  // So many positions up to its own a row sees.
+  const u32 FAR = 0x7fffffffu;
+  u32 reach = FAR + 1 - first_visible(FAR, a.window);
+  // This lane's lines of the matrices of keys and of values, without the piece's number.
+  u32 key_line = (matrix / 2 * 8 + line) * LINE + (matrix % 2 ^ line) * 8;
+  u32 value_line = PART + (matrix % 2 * 8 + line) * LINE + (matrix / 2 ^ line) * 8;
 
-  for (; step < last; step++) {
-    const u16* keys = stream.take();
-    float scores[TILES][KEY_TILES][4];
+  while (step < last) {
+    u32 chunk = step / STEPS, end = least(last, (chunk + 1) * STEPS);
+    float bases[TILES][HALVES], sums[TILES][4] = {}, outputs[TILES][DIM_TILES][4] = {};
 #pragma unroll
-    for (u32 k = 0; k < DIM_STEPS; k++)
+    for (u32 i = 0; i < TILES; i++)
 #pragma unroll
-      for (u32 n = 0; n < KEY_TILES; n += 2) {
-        u32 b[4];
-        ldmatrix_x4(b, keys + ((n + matrix / 2) * 8 + line) * (64 * DT) + ((2 * k + matrix % 2) ^ line) * 8);
+      for (u32 half = 0; half < HALVES; half++) bases[i][half] = LOWEST;
+    for (; step < end; step++) {
+      const u16* stage = stream.take(step);
+      float scores[TILES][KEY_TILES][4];
 #pragma unroll
-        for (u32 i = 0; i < TILES; i++) {
-          if (k == 0) {
-            mma_bf16_first(scores[i][n], queries[i][k], b[0], b[1]);
-            mma_bf16_first(scores[i][n + 1], queries[i][k], b[2], b[3]);
-          } else {
-            mma_bf16(scores[i][n], queries[i][k], b[0], b[1]);
-            mma_bf16(scores[i][n + 1], queries[i][k], b[2], b[3]);
+      for (u32 k = 0; k < DIM_STEPS; k++) {
+        const u16* keys = stage + (key_line ^ 2 * k * 8);
+#pragma unroll
+        for (u32 n = 0; n < KEY_TILES; n += 2) {
+          u32 b[4];
+          ldmatrix_x4(b, keys + n * 8 * LINE);
+#pragma unroll
+          for (u32 i = 0; i < TILES; i++) {
+            if (k == 0) {
+              mma_bf16_first(scores[i][n], queries[i][k], b[0], b[1]);
+              mma_bf16_first(scores[i][n + 1], queries[i][k], b[2], b[3]);
+            } else {
+              mma_bf16(scores[i][n], queries[i][k], b[0], b[1]);
+              mma_bf16(scores[i][n + 1], queries[i][k], b[2], b[3]);
+            }
           }
         }
       }
 
-    u32 start = step * SEGMENT;
-    bool whole = start >= first_visible(tile.position + tile.count - 1, a.window) &&
-                 start + SEGMENT <= tile.position + 1;
-    if (!whole) {
+      u32 start = step * SEGMENT;
+      bool whole = start >= first_visible(tile.position + tile.count - 1, a.window) &&
+                   start + SEGMENT <= tile.position + 1;
+      if (!whole) {
+#pragma unroll
+        for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+          for (u32 half = 0; half < HALVES; half++) {
+            // From a row's first key in this lane on; those after the row wrap around.
+            u32 age = tile.position + row_base + i * HALVES + half - start - 2 * t;
+#pragma unroll
+            for (u32 n = 0; n < KEY_TILES; n++)
+#pragma unroll
+              for (u32 e = 0; e < 2; e++)
+                if (age - (n * 8 + e) >= reach) scores[i][n][2 * half + e] = -infinity();
+          }
+      }
+
+      float before[TILES][HALVES];
+      bool raised = false;
 #pragma unroll
       for (u32 i = 0; i < TILES; i++)
 #pragma unroll
         for (u32 half = 0; half < HALVES; half++) {
-          u32 position = tile.position + row_base + i * HALVES + half;
-          u32 first = first_visible(position, a.window);
+          float highest = -infinity();
 #pragma unroll
           for (u32 n = 0; n < KEY_TILES; n++)
-#pragma unroll
-            for (u32 e = 0; e < 2; e++) {
-              u32 key = start + n * 8 + 2 * t + e;
-              if (key < first || key > position) scores[i][n][2 * half + e] = -infinity();
-            }
+            highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
+          highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
+          highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2)) * scale;
+          float& base = bases[i][half];
+          before[i][half] = base;
+          bool raise = highest > base + RAISE;
+          base = raise ? highest : base;
+          // Nothing was added yet without a base.
+          raised = raised || (raise && before[i][half] != LOWEST);
         }
-    }
-
-    u32 weights[TILES][KEY_TILES][2] = {};
+      // Seldom; times one is as it was.
+      if (__ballot_sync(FULL, raised) != 0) {
 #pragma unroll
-    for (u32 i = 0; i < TILES; i++) {
-      float scaled[2] = {1.0f, 1.0f};
+        for (u32 i = 0; i < TILES; i++)
 #pragma unroll
-      for (u32 half = 0; half < HALVES; half++) {
-        float highest = -infinity();
+          for (u32 e = 0; e < 2 * HALVES; e++) {
+            float scaled = exp2_fast(before[i][e / 2] - bases[i][e / 2]);
+            sums[i][e] *= scaled;
 #pragma unroll
-        for (u32 n = 0; n < KEY_TILES; n++)
-          highest = fmaxf(highest, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, 2));
-        float before = maximum[i][half];
-        maximum[i][half] = fmaxf(before, highest * scale);
-        float from = maximum[i][half] == -infinity() ? 0.0f : maximum[i][half];
-        scaled[half] = exp2_fast(before - from);
-        sum[i][half] *= scaled[half];
-#pragma unroll
-        for (u32 n = 0; n < KEY_TILES; n++) {
-          float low = exp2_fast(scores[i][n][2 * half] * scale - from);
-          float high = exp2_fast(scores[i][n][2 * half + 1] * scale - from);
-          sum[i][half] += low + high;
-          weights[i][n][half] = pack_bf16(low, high);
-        }
+            for (u32 n = 0; n < DIM_TILES; n++) outputs[i][n][e] *= scaled;
+          }
       }
-      // Most steps find no new maximum; times one is as it was.
-      if (__ballot_sync(FULL, scaled[0] != 1.0f || scaled[1] != 1.0f) != 0) {
-#pragma unroll
-        for (u32 n = 0; n < DIM_TILES; n++)
-#pragma unroll
-          for (u32 e = 0; e < 2 * HALVES; e++) outputs[i][n][e] *= scaled[e / 2];
-      }
-    }
 
-    const u16* values = stream.take();
+      // Weights are made where they are used: what makes them and mma take turns.
 #pragma unroll
-    for (u32 k = 0; k < SEGMENT / 16; k++)
-#pragma unroll
-      for (u32 n = 0; n < DIM_TILES; n += 2) {
-        u32 b[4];
-        ldmatrix_x4_transposed(
-            b, values + (k * 16 + matrix % 2 * 8 + line) * (64 * DT) + ((n + matrix / 2) ^ line) * 8);
+      for (u32 k = 0; k < SEGMENT / 16; k++) {
+        u32 weights[TILES][4] = {};
 #pragma unroll
         for (u32 i = 0; i < TILES; i++) {
-          u32 left[4] = {weights[i][2 * k][0], weights[i][2 * k][1], weights[i][2 * k + 1][0], weights[i][2 * k + 1][1]};
-          mma_bf16(outputs[i][n], left, b[0], b[1]);
-          mma_bf16(outputs[i][n + 1], left, b[2], b[3]);
+#pragma unroll
+          for (u32 half = 0; half < HALVES; half++)
+#pragma unroll
+            for (u32 high = 0; high < 2; high++) {
+              const float(&of)[4] = scores[i][2 * k + high];
+              weights[i][half + 2 * high] = pack_bf16(exp2_fast(fmaf(of[2 * half], scale, -bases[i][half])),
+                                                      exp2_fast(fmaf(of[2 * half + 1], scale, -bases[i][half])));
+            }
+          mma_bf16(sums[i], weights[i], ONES, ONES);
+        }
+#pragma unroll
+        for (u32 n = 0; n < DIM_TILES; n += 2) {
+          u32 b[4];
+          ldmatrix_x4_transposed(b, stage + (value_line ^ n * 8) + k * 16 * LINE);
+#pragma unroll
+          for (u32 i = 0; i < TILES; i++) {
+            mma_bf16(outputs[i][n], weights[i], b[0], b[1]);
+            mma_bf16(outputs[i][n + 1], weights[i], b[2], b[3]);
+          }
         }
       }
-
-    if ((step + 1) % STEPS != 0 && step + 1 != last) continue;
-    // The end of a chunk.
+    }
 #pragma unroll
     for (u32 i = 0; i < TILES; i++)
 #pragma unroll
       for (u32 half = 0; half < HALVES; half++) {
-        float all = sum[i][half];
-        all += __shfl_xor_sync(FULL, all, 1);
-        all += __shfl_xor_sync(FULL, all, 2);
+        float sum = sums[i][2 * half];
         u32 row = row_base + i * HALVES + half;
         if (a.share == 0) {
-          float before, now;
-          join(joined[i][half], maximum[i][half], all, before, now);
-          float* total = totals + (i * HALVES + half) * DIM_TILES * 2 * THREADS;
+          float then, now;
+          Softmax softmax = joined[(i * HALVES + half) * THREADS];
+          join(softmax, bases[i][half], sum, then, now);
+          joined[(i * HALVES + half) * THREADS] = softmax;
+          Four* total = totals + (i * HALVES + half) * FOURS * THREADS;
 #pragma unroll
-          for (u32 n = 0; n < DIM_TILES * 2; n++)
-            total[n * THREADS] = fmaf(outputs[i][n / 2][2 * half + n % 2], now, total[n * THREADS] * before);
-        } else {
-          u32 position = tile.position + row, chunk = step / STEPS;
-          u32 first = first_visible(position, a.window) / CHUNK;
-          bool seen = row < tile.count && chunk >= first && chunk <= position / CHUNK;
-          if (seen && g < heads.count) {
-            u64 pair = ((u64)index * ROWS + row) * a.heads + heads.first + g;
-            float* partial = a.partials + (pair * a.segments + chunk - first) * (2 + a.dim);
-            if (t == 0) {
-              partial[0] = maximum[i][half];
-              partial[1] = all;
-            }
+          for (u32 n = 0; n < FOURS; n++) {
+            Four four = total[n * THREADS];
 #pragma unroll
-            for (u32 n = 0; n < DIM_TILES * 2; n++) {
-              u32 d = n / 2 * 8 + 2 * t + n % 2;
-              if (d < a.dim) partial[2 + d] = outputs[i][n / 2][2 * half + n % 2];
-            }
+            for (u32 e = 0; e < 4; e++)
+              four.of[e] = fmaf(outputs[i][2 * n + e / 2][2 * half + e % 2], now, four.of[e] * then);
+            total[n * THREADS] = four;
+          }
+        } else if (row < tile.count && g < heads.count) {
+          // Chunks that the row does not see are not asked for.
+          float* partial = partial_of(a, tile, chunk, index * ROWS + row, gridDim.x * ROWS, heads.first + g);
+          if (t == 0) store_two(partial, bases[i][half], sum);
+#pragma unroll
+          for (u32 n = 0; n < DIM_TILES; n++) {
+            u32 d = n * 8 + 2 * t;
+            if (d < a.dim) store_two(partial + 2 + d, outputs[i][n][2 * half], outputs[i][n][2 * half + 1]);
           }
         }
-        maximum[i][half] = -infinity();
-        sum[i][half] = 0.0f;
-#pragma unroll
-        for (u32 n = 0; n < DIM_TILES * 2; n++) outputs[i][n / 2][2 * half + n % 2] = 0.0f;
       }
   }
 
   if (a.share != 0) return;
+  // Read again: what is not kept until here leaves registers to the walk.
+  tile = a.tiles[index];
 #pragma unroll
   for (u32 i = 0; i < TILES; i++)
 #pragma unroll
@@ -310,35 +356,37 @@ DEVICE void attention_mma(const AttentionArgs& a) {
       u32 row = row_base + i * HALVES + half;
       if (row >= tile.count || g >= heads.count) continue;
       u32 head = heads.first + g;
-      float factor = join_sink(joined[i][half], a.sinks[head]);
-      const float* total = totals + (i * HALVES + half) * DIM_TILES * 2 * THREADS;
+      float factor = join_sink(joined[(i * HALVES + half) * THREADS], a.sinks[head]);
+      const Four* total = totals + (i * HALVES + half) * FOURS * THREADS;
       float* out = a.out + ((u64)(tile.first + row) * a.heads + head) * a.dim;
 #pragma unroll
-      for (u32 n = 0; n < DIM_TILES * 2; n++) {
-        u32 d = n / 2 * 8 + 2 * t + n % 2;
+      for (u32 n = 0; n < DIM_TILES; n++) {
+        u32 d = n * 8 + 2 * t;
+        const float* two = total[n / 2 * THREADS].of + n % 2 * 2;
         // Which zero it is depends on what the row did not see: it is made positive.
-        if (d < a.dim) out[d] = fmaf(total[n * THREADS], factor, 0.0f);
+        if (d < a.dim) store_two(out + d, fmaf(two[0], factor, 0.0f), fmaf(two[1], factor, 0.0f));
       }
     }
 }
 
-KERNEL(attention_many_64, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 2, 2, 1>(a); }
-KERNEL(attention_many_128, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 1, 2, 2>(a); }
-KERNEL(attention_few_64, WARP, AttentionArgs) { attention_mma<1, 1, 1, 1>(a); }
-KERNEL(attention_few_128, WARP, AttentionArgs) { attention_mma<1, 1, 1, 2>(a); }
+KERNEL(attention_many_64, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 2, 2, 1, 2>(a); }
+KERNEL(attention_many_128, MANY_WARPS * WARP, AttentionArgs) { attention_mma<MANY_WARPS, 1, 2, 2, 2>(a); }
+KERNEL(attention_few_64, WARP, AttentionArgs) { attention_mma<1, 1, 1, 1, 3>(a); }
+KERNEL(attention_few_128, WARP, AttentionArgs) { attention_mma<1, 1, 1, 2, 2>(a); }
 
 // Joins what a row's blocks left: a block a tile, some heads, and a row of the tile; a thread a dimension of a head.
 KERNEL(attention_join, DIM_MAX, AttentionArgs) {
   Tile tile = a.tiles[blockIdx.x];
   u32 row = blockIdx.z, head = blockIdx.y * (DIM_MAX / a.dim) + threadIdx.x / a.dim, d = threadIdx.x % a.dim;
   if (row >= tile.count || threadIdx.x / a.dim >= DIM_MAX / a.dim || head >= a.heads) return;
-  u32 position = tile.position + row, count = position / CHUNK - first_visible(position, a.window) / CHUNK + 1;
-  u64 pair = ((u64)blockIdx.x * gridDim.z + row) * a.heads + head;
-  const float* partial = a.partials + pair * a.segments * (2 + a.dim);
-  Softmax softmax = {-infinity(), 0.0f};
+  u32 position = tile.position + row, first = first_visible(position, a.window) / CHUNK;
+  u32 rows = gridDim.x * gridDim.z, count = position / CHUNK - first + 1;
+  const float* partial = partial_of(a, tile, first, blockIdx.x * gridDim.z + row, rows, head);
+  u64 stride = (u64)rows * a.heads * (2 + a.dim);
+  Softmax softmax = {LOWEST, 0.0f};
   float total = 0.0f;
-#pragma unroll 4
-  for (u32 s = 0; s < count; s++, partial += 2 + a.dim) {
+#pragma unroll 8
+  for (u32 s = 0; s < count; s++, partial += stride) {
     float before, now;
     join(softmax, partial[0], partial[1], before, now);
     total = fmaf(partial[2 + d], now, total * before);
@@ -348,6 +396,8 @@ KERNEL(attention_join, DIM_MAX, AttentionArgs) {
 }
 
 #undef CHUNK
-#undef RING
 #undef MANY_WARPS
+#undef RAISE
+#undef LOWEST
+#undef ONES
 #undef LOG2_E

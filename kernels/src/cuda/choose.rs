@@ -114,8 +114,8 @@ pub(super) const PARTIALS_BYTES_MAX: usize = 256 << 20;
 
 /// Positions of a chunk of keys in fast precision, which has its own maximum and sum.
 pub(super) const CHUNK: usize = 256;
-/// Stages of the ring of keys and values.
-const STAGES: u32 = 4;
+/// Stages, each with the keys and values of a segment, of a single row and of many rows, by [`tiling`].
+const STAGES: [[u32; 2]; 2] = [[3, 2], [2, 2]];
 
 /// Rows of a sequence that follow each other are many from here on.
 pub(super) const MANY_ROWS: usize = 16;
@@ -163,22 +163,24 @@ pub(super) fn attention_fast(
     let columns = columns(heads, kv_heads);
     let blocks = u64::from(tiles) * u64::from(columns);
     let tiling = tiling(dim as usize);
-    // So many blocks of a multiprocessor are busy at once; a join costs as much as a few chunks of a single row.
-    let (op, resident, least) = if many { (ATTENTION_MANY, 2, 2) } else { (ATTENTION_FEW, 6, 3) };
+    // So many blocks of a multiprocessor are busy at once.
+    let (op, resident) = if many { (ATTENTION_MANY, 2) } else { (ATTENTION_FEW, 4) };
     let wanted = u64::from(multiprocessors) * resident;
     let parts = wanted / blocks.max(1);
     let share = match parts {
-        _ if chunks < least => 0,
-        // A block of many rows has dear queries: no more blocks than are busy.
-        2.. if many => chunks.div_ceil(parts as u32),
+        // A join costs as much as a few chunks.
+        _ if chunks < 3 => 0,
+        // What many rows leave of a chunk is half as much as its keys and values, written and read again: that pays
+        // where most multiprocessors would have nothing to do. No more blocks than are busy, since queries are dear.
+        4.. if many => chunks.div_ceil(parts as u32),
         1.. if !many => 1,
         _ => 0,
     };
     let parts = if share == 0 { 1 } else { chunks.div_ceil(share) };
-    let ring = STAGES * SEGMENT as u32 * (64 << tiling) * 2;
-    // The outputs of a block that joins.
+    let ring = STAGES[many as usize][tiling] * 2 * SEGMENT as u32 * (64 << tiling) * 2;
+    // A block that joins has the outputs, maxima and sums so far; the last two in each lane of four.
     let pairs = if many { TILE_ROWS[tiling] as u32 * HEADS } else { HEADS };
-    let shared = ring + if share == 0 { pairs * (64 << tiling) * 4 } else { 0 };
+    let shared = ring + if share == 0 { pairs * ((64 << tiling) + 4 * 2) * 4 } else { 0 };
     (Choice { op: op[tiling], grid: [tiles, columns, parts], shared }, share)
 }
 
@@ -378,14 +380,14 @@ mod tests {
         assert_eq!(attention_exact(132, 3, [64, 2, 128], 5).0.grid, [3, 8, 5]);
         assert!(attention_exact(132, 1, [8, 1, 128], 1).0.shared <= 48 << 10);
         let few = |n, chunks| attention_fast(132, false, n, [64, 8, 64], chunks);
-        // A window is walked by one block, whatever is beside it; so are many rows.
+        // A window is walked by one block, whatever is beside it.
         assert_eq!([few(1, 2).1, few(64, 2).1, few(100, 32).1], [0; 3]);
         assert_eq!((few(1, 32).1, few(1, 32).0.grid), (1, [1, 8, 32]));
         assert_eq!((few(64, 32).1, few(64, 32).0.grid), (1, [64, 8, 32]));
         let many = |n, chunks| attention_fast(132, true, n, [64, 8, 64], chunks);
-        assert_eq!([many(1, 1).1, many(64, 32).1, many(17, 32).1], [0; 3]);
+        assert_eq!([many(1, 2).1, many(64, 32).1, many(9, 32).1], [0; 3]);
         assert_eq!((many(4, 32).1, many(4, 32).0.grid), (4, [4, 8, 8]));
-        assert_eq!((many(16, 32).1, many(16, 32).0.grid), (16, [16, 8, 2]));
+        assert_eq!((many(8, 32).1, many(8, 32).0.grid), (8, [8, 8, 4]));
         for (many, dim) in [(false, 64), (false, 128), (true, 64), (true, 128)] {
             // As much as a block can have on every device from 8.0 on.
             let shared = attention_fast(132, many, 1, [8, 1, dim], 1).0.shared;

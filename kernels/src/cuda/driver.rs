@@ -21,6 +21,8 @@ use crate::KernelError;
 
 const DYNAMIC_SHARED: sys::CUfunction_attribute =
     sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+const CARVEOUT: sys::CUfunction_attribute =
+    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
 const SHARED_OPTIN: sys::CUdevice_attribute =
     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 
@@ -152,6 +154,9 @@ impl Driver {
                 let function = unsafe { result::module::get_function(module, name) }.map_err(&load)?;
                 // SAFETY: the function was just found; no kernel has shared memory beside the dynamic one.
                 unsafe { result::function::set_function_attribute(function, DYNAMIC_SHARED, shared) }.map_err(&load)?;
+                // As many blocks as registers allow, and a multiprocessor is not cut anew between kernels.
+                // SAFETY: the function was just found; it is a hint, in hundredths of what the device has at most.
+                unsafe { result::function::set_function_attribute(function, CARVEOUT, 100) }.map_err(&load)?;
                 self.functions.insert(kernel.name, function);
             }
         }

@@ -367,6 +367,7 @@ impl Cuda {
         need("a row of attention's input", qkv.cols(), (heads + 2 * kv_heads) * dim)?;
         check("multiple of the kv heads in query heads", heads % kv_heads.max(1), 1)?;
         check("dimension of a head", dim.saturating_sub(1), DIM_MAX)?;
+        check("multiple of two in the dimension of a head", dim % 2, 1)?;
         let sight = Sight::Window(window);
         self.inputs.check_tables(&kv.shape, layer, sight)?;
         out.resize(qkv.len())?;

@@ -166,6 +166,22 @@ pub(crate) fn attends_far_beyond_the_original_context<B: Tested>(make: &Make<B>)
     Sequence::new([8, 1, 64], Some(20), 65_530, 40).check(make, 1);
 }
 
+/// Pasts of several chunks and segments: all rows at once, in steps whose rows share out a past, and one by one.
+pub(crate) fn attends_over_long_pasts<B: Tested>(make: &Make<B>) {
+    for (shape, window) in [([3, 1, 30], None), ([2, 1, 72], Some(300))] {
+        let sequence = Sequence::new(shape, window, 0, 530);
+        let got = sequence.run(make, 530);
+        let expected = sequence.expected(make.keys, make.attention, &got.qkv);
+        let [heads, _, dim] = shape;
+        let tolerance = tolerances::attend(make.attention);
+        close(&sequence.what(&make.name), heads * dim, &expected, &got.out, tolerance).unwrap();
+        for chunk in [100, 1] {
+            let what = format!("{}, {chunk} rows at once", sequence.what(&make.name));
+            same(&what, heads * dim, &got.out, &sequence.run(make, chunk).out).unwrap();
+        }
+    }
+}
+
 pub(crate) fn attends_to_the_sink_alone<B: Tested>(make: &Make<B>) {
     let mut sequence = Sequence::new([2, 1, 16], None, 0, 20);
     // The first head's sink takes nearly everything, the second's takes nothing.

@@ -212,6 +212,7 @@ conformance!(
     attention::attends_at_window_edges,
     attention::attends_with_any_heads,
     attention::attends_far_beyond_the_original_context,
+    attention::attends_over_long_pasts,
     attention::attends_to_the_sink_alone,
     attention::copies_blocks,
     experts::routes,
