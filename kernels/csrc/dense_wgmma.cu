@@ -1,220 +1,324 @@
 // Dense matrices on Hopper (sm_90a), fast precision: x: [n, cols] -> [n, rows], x W^T + b, by products of warpgroups.
 //
-// Weights: as dense.cu says; a lane's 16 bytes are wgmma's A, so they go from a ring of bulk copies to registers as they
-// are. Weights are wgmma's M, 64 rows a warpgroup; tokens its N.
-// Tokens: x rounded to bf16, [tile of 8 tokens][column tile of 16][2][8 tokens][8 columns], as wgmma reads B (see
-// experts_wgmma.cu). Columns beyond the last are zero, tokens beyond the last are whatever was there.
-// - dense_wgmma_8 (up to 8 tokens): a block rounds them itself, all columns at once, while the first weights come.
-// - dense_wgmma_128 (many): dense_pieces has rounded them before, and they come with the weights.
+// Weights: as dense.cu says; a lane's 16 bytes are wgmma's A, so they go from a ring of bulk copies to registers as
+// they are. Weights are wgmma's M, 64 rows a warpgroup; tokens its N.
+// Tokens: x rounded to bf16, [group of tokens][column tile of 16][tile of 8 tokens][2][8 tokens][8 columns], as wgmma
+// reads B (see experts_wgmma.cu). Columns beyond the last are zero, tokens beyond the last are whatever was there.
+// - dense_wgmma_8 (up to 8 tokens): a block rounds them itself while the first weights come.
+// - dense_wgmma_32, _64, _128, _256 (more): dense_pieces has rounded them before, in groups of as many, and they come
+//   with the weights. What reaches a multiprocessor bounds them: src/cuda/choose.rs takes the one that reads least.
 //
-// Order: that of dense.cu: 8 segments of column tiles, each in one sum of the tensor core from zero; segments added
-// ascending, then the bias. The same for both.
+// Order: two halves of the column tiles, each in one sum of the tensor core from zero; the halves added, then the bias.
+// The same for all. Two numbers add to the same either way, so a half's sums wait for those of the other: in shared
+// memory if a block has both, in global memory if two blocks share a unit of work, whichever is done first.
 #include "ptx_sm90.cuh"
 
 #include "ring.cuh"
 
-#define DENSE_SEGMENTS 8
-
 struct DenseArgs {
-  const float* x;        // [n, cols]; of dense_wgmma_128 its pieces
+  const float* x;        // [n, cols]; of more than 8 tokens their pieces
   const uint4* weights;  // [row tiles, column tiles, 32]
   const float* bias;     // [row tiles * 16]
   float* out;            // [n, rows]
+  u32* tickets;          // DENSE_TICKETS, even; behind them sums that wait, [row tile of a unit][2][TOKENS / 2][32]
   u32 n, rows, cols;
-  u32 add;  // 1: out += result
+  u32 add;    // 1: out += result
+  u32 parts;  // 2: a block has one half of one unit's columns
+  u32 unused;
 };
+
+#define DENSE_TICKETS 1024  // as in src/cuda/choose.rs
 
 // Rounding ----------------------------------------------------------------------------------------------------------
 
+// Eight numbers as bf16.
+DEVICE uint4 round_eight(const uint4& low, const uint4& high) {
+  return {narrow2(float_of(low.x), float_of(low.y)), narrow2(float_of(low.z), float_of(low.w)),
+          narrow2(float_of(high.x), float_of(high.y)), narrow2(float_of(high.z), float_of(high.w))};
+}
+
 // Eight columns of a token from `at` on.
 DEVICE uint4 round_piece(const float* x, u32 at, u32 cols) {
-  float values[8];
-  if (cols % 4 == 0 && at + 8 <= cols) {
-    uint4 low = *(const uint4*)(x + at), high = *(const uint4*)(x + at + 4);
-    u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (cols % 4 == 0 && at + 8 <= cols) return round_eight(*(const uint4*)(x + at), *(const uint4*)(x + at + 4));
+  u32 bits[8];
 #pragma unroll
-    for (u32 i = 0; i < 8; i++) values[i] = float_of(bits[i]);
-  } else {
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) values[i] = at + i < cols ? x[at + i] : 0.0f;
-  }
-  return {narrow2(values[0], values[1]), narrow2(values[2], values[3]), narrow2(values[4], values[5]),
-          narrow2(values[6], values[7])};
+  for (u32 i = 0; i < 8; i++) bits[i] = at + i < cols ? bits_of(x[at + i]) : 0;
+  return round_eight({bits[0], bits[1], bits[2], bits[3]}, {bits[4], bits[5], bits[6], bits[7]});
 }
 
 #define PIECES_THREADS 128
 
 struct PiecesArgs {
   const float* x;  // [n, cols]
-  uint4* pieces;   // [token tiles, column tiles, 2, 8]
-  u32 n, cols;
+  uint4* pieces;   // [groups, column tiles, group / 8, 2, 8]
+  u32 n, cols, group, unused;
 };
 
-// A thread eight columns of a token.
+// A block 8 tokens and 16 pieces of each, a thread a piece: so that a warp reads and writes 128 bytes together.
 KERNEL(dense_pieces, PIECES_THREADS, PiecesArgs) {
-  u32 across = (a.cols + 15) / 16 * 2;
-  u64 i = (u64)blockIdx.x * PIECES_THREADS + threadIdx.x;
-  u32 token = (u32)(i / across), piece = (u32)(i % across);
-  if (token >= a.n) return;
-  a.pieces[((u64)(token / 8) * across + piece) * 8 + token % 8] =
-      round_piece(a.x + (u64)token * a.cols, piece * 8, a.cols);
+  u32 across = (a.cols + 15) / 16;
+  u32 token = blockIdx.y * 8 + threadIdx.x % 8, piece = blockIdx.x * (PIECES_THREADS / 8) + threadIdx.x / 8;
+  if (token >= a.n || piece >= 2 * across) return;
+  u64 tile = ((u64)(token / a.group) * across + piece / 2) * (a.group / 8) + token % a.group / 8;
+  a.pieces[tile * 16 + piece % 2 * 8 + token % 8] = round_piece(a.x + (u64)token * a.cols, piece * 8, a.cols);
 }
 
 // Shared memory -----------------------------------------------------------------------------------------------------
 
 // As in src/cuda/choose.rs.
-template <u32 WARPGROUPS, u32 COPIERS_, u32 TOKENS_, u32 TILES_, u32 STAGES_>
+template <u32 WARPGROUPS, u32 TOKENS_, u32 TILES_, u32 STAGES_>
 struct DenseRing {
+  // Column tiles of a stage are TILES.
   static const u32 TOKENS = TOKENS_, TILES = TILES_, STAGES = STAGES_;
-  // Warps of products, a row tile each; warps that copy.
-  static const u32 WARPS = WARPGROUPS * 4, COPIERS = COPIERS_, THREADS = (WARPS + COPIERS) * WARP;
-  // Few tokens lie behind the stages, all columns of them; many come with the weights.
+  // Few tokens lie behind all else, all columns of them; many come with the weights.
   static const bool RESIDENT = TOKENS == 8;
-  static const u32 PIECES = WARPS * TILES * 512, STAGE = PIECES + (RESIDENT ? 0 : TOKENS * TILES * 32);
-  static const u32 START = RING_BARRIERS, TOKENS_AT = START + STAGES * STAGE;
+  // Warps of products, a row tile each, and one that copies; among 256 tokens a warpgroup of which one copies, since
+  // warpgroups alone hand registers over to others.
+  static const bool HANDS_OVER = TOKENS == 256;
+  static const u32 WARPS = WARPGROUPS * 4, THREADS = (WARPS + (HANDS_OVER ? 4 : 1)) * WARP;
+  // Bytes of a column tile's tokens, and where a stage has them.
+  static const u32 COLUMN = RESIDENT ? 0 : TOKENS * 32, PIECES = WARPS * TILES * 512, STAGE = PIECES + TILES * COLUMN;
+  // A half's sums while the other's are made.
+  static const u32 SUMS_AT = RING_BARRIERS + STAGES * STAGE, TOKENS_AT = SUMS_AT + WARPS * TOKENS * 64;
 };
 
-typedef DenseRing<1, 1, 8, 8, 6> DenseRing8;
-typedef DenseRing<2, 4, 128, 8, 3> DenseRing128;
+typedef DenseRing<1, 8, 8, 8> DenseRing8;
+typedef DenseRing<1, 32, 8, 8> DenseRing32;
+typedef DenseRing<1, 64, 8, 6> DenseRing64;
+typedef DenseRing<2, 128, 4, 5> DenseRing128;
+typedef DenseRing<2, 256, 2, 4> DenseRing256;
+
+// Units -------------------------------------------------------------------------------------------------------------
+
+// A unit is a stretch of WARPS row tiles and a group of TOKENS tokens, or a half of its columns. Stretches first, so
+// that those who work at once read the same tokens.
+template <class R>
+struct Unit {
+  u32 tile, group;
+  // The halves that the block has of it.
+  u32 half, end;
+
+  DEVICE Unit(const DenseArgs& a, u32 i, u32 stretches)
+      : tile(i / a.parts % stretches * R::WARPS),
+        group(i / a.parts / stretches),
+        half(i % a.parts),
+        end(a.parts == 1 ? 2 : half + 1) {}
+};
+
+// Where a half of the column tiles begins, and the one before ends.
+DEVICE u32 half_start(u32 across, u32 half) { return least(half * ((across + 1) / 2), across); }
 
 // Copying -----------------------------------------------------------------------------------------------------------
 
-// The weights and tokens of a unit, a stage after the other. Each lane of the copying warps has one part, or none.
+// The weights and tokens of a half of a unit, a stage after the other. A lane of the warp has one part, or none.
 template <class R>
-DEVICE void copy_unit(const DenseArgs& a, u32 across, u32 row_tile, u32 first, u8* smem, Turn<R::STAGES>& turn) {
-  static_assert(R::WARPS + R::TOKENS / 8 <= R::COPIERS * WARP, "a lane has one part at most");
-  u32 row_tiles = least((a.rows + 15) / 16 - row_tile, R::WARPS);
-  u32 token_tiles = R::RESIDENT ? 0 : (least(a.n - first, R::TOKENS) + 7) / 8;
-  u32 part = lane_id() * R::COPIERS + warp_id() - R::WARPS;
+DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, u8* smem, Turn<R::STAGES>& turn) {
+  static_assert(R::WARPS < WARP, "a lane has one part at most");
+  u32 across = (a.cols + 15) / 16, row_tiles = least((a.rows + 15) / 16 - unit.tile, R::WARPS), lane = lane_id();
   // Where a part goes in a stage, where it comes from, and its bytes of a column tile.
   u32 to = 0, bytes = 0;
   const u8* from = nullptr;
-  if (part < row_tiles) {
+  if (lane < row_tiles) {
     bytes = 512;
-    from = (const u8*)a.weights + (u64)(row_tile + part) * across * bytes;
-    to = part * R::TILES * bytes;
-  } else if (part >= R::WARPS && part - R::WARPS < token_tiles) {
-    bytes = 256;
-    from = (const u8*)a.x + (u64)(first / 8 + part - R::WARPS) * across * bytes;
-    to = R::PIECES + (part - R::WARPS) * R::TILES * bytes;
+    from = (const u8*)a.weights + (u64)(unit.tile + lane) * across * bytes;
+    to = lane * R::TILES * bytes;
+  } else if (lane == R::WARPS) {
+    bytes = R::COLUMN;
+    from = (const u8*)a.x + (u64)unit.group * across * bytes;
+    to = R::PIECES;
   }
-  u32 all = warp_sum(bytes);
-  for (u32 tile = 0; tile < across; tile += R::TILES) {
-    u32 count = least(across - tile, R::TILES);
+  u32 end = half_start(across, half + 1);
+  for (u32 tile = half_start(across, half); tile < end; tile += R::TILES) {
+    u32 count = least(end - tile, R::TILES);
     u64* full = turn.full(smem);
     barrier_wait(turn.empty(smem), turn.parity ^ 1);
-    if (lane_id() == 0) barrier_arrive_expecting(full, count * all);
+    if (lane == 0) barrier_arrive_expecting(full, count * (row_tiles * 512 + R::COLUMN));
     __syncwarp();
     if (bytes != 0)
-      bulk_copy(smem + R::START + turn.stage * R::STAGE + to, from + (u64)tile * bytes, count * bytes, full);
+      bulk_copy(smem + RING_BARRIERS + turn.stage * R::STAGE + to, from + (u64)tile * bytes, count * bytes, full);
     turn.advance();
   }
 }
 
+#define HOLD_AT_ONCE 8  // pieces of a thread that are asked for at once
+
+// Rounds the tokens' column tiles from `begin` to `end`, by the threads of a warpgroup.
+template <class R>
+DEVICE void hold_tokens(const DenseArgs& a, u32 begin, u32 end, u8* smem) {
+  const u32 threads = R::WARPS * WARP;
+  uint4* held = (uint4*)(smem + R::TOKENS_AT);
+  u32 all = a.n * (end - begin) * 2;
+  if (a.cols % 16 != 0) {
+    for (u32 i = threadIdx.x; i < all; i += threads)
+      held[i / a.n * 8 + i % a.n] = round_piece(a.x + (u64)(i % a.n) * a.cols, begin * 16 + i / a.n * 8, a.cols);
+  } else {
+    for (u32 first = threadIdx.x; first < all; first += HOLD_AT_ONCE * threads) {
+      uint4 low[HOLD_AT_ONCE], high[HOLD_AT_ONCE];
+      // Beyond the last piece it is the last one again: loads that depend on nothing are under way together.
+#pragma unroll
+      for (u32 j = 0; j < HOLD_AT_ONCE; j++) {
+        u32 i = least(first + j * threads, all - 1);
+        const uint4* x = (const uint4*)(a.x + (u64)(i % a.n) * a.cols + begin * 16 + i / a.n * 8);
+        low[j] = x[0], high[j] = x[1];
+      }
+#pragma unroll
+      for (u32 j = 0; j < HOLD_AT_ONCE; j++) {
+        u32 i = least(first + j * threads, all - 1);
+        held[i / a.n * 8 + i % a.n] = round_eight(low[j], high[j]);
+      }
+    }
+  }
+  fence_async();
+  warpgroup_sync();
+}
+
 // Products ----------------------------------------------------------------------------------------------------------
 
-DEVICE u32 segment_start(u32 tiles, u32 segment) { return segment * tiles / DENSE_SEGMENTS; }
-
-// COUNT column tiles from `tile` of the stage on, added to sums or, at a segment's beginning, in their place.
+// COUNT column tiles from `tile` of the stage on, whose tokens begin at `pieces`, added to sums.
 template <class R, u32 COUNT>
-DEVICE void multiply_tiles(u8* smem, u32 stage, u32 tile, u32 pieces, bool begins, float (&sums)[R::TOKENS / 2]) {
+DEVICE void multiply_tiles(const u8* stage, u32 tile, u32 pieces, float (&sums)[R::TOKENS / 2]) {
   u32 left[COUNT][4];
 #pragma unroll
   for (u32 i = 0; i < COUNT; i++) {
-    uint4 words = ((const uint4*)(smem + stage + (warp_id() * R::TILES + tile + i) * 512))[lane_id()];
+    uint4 words = ((const uint4*)(stage + (warp_id() * R::TILES + tile + i) * 512))[lane_id()];
     left[i][0] = words.x, left[i][1] = words.y, left[i][2] = words.z, left[i][3] = words.w;
   }
   wgmma_fence(left);
 #pragma unroll
   for (u32 i = 0; i < COUNT; i++)
-    wgmma<R::TOKENS>(sums, left[i], matrix_descriptor(pieces + 256 * i, 128, R::TILES * 256), i > 0 || !begins);
+    wgmma<R::TOKENS>(sums, left[i], matrix_descriptor(pieces + (tile + i) * R::TOKENS * 32, 128, 256), true);
   wgmma_commit();
   wgmma_wait_for(sums);
 }
 
-// The sums of a unit: a warp has row tile row_tile + warp.
+// The sums of column tiles from `begin` to `end`; a warp has a row tile. Resident tokens begin at `held`.
 template <class R>
-DEVICE void multiply_unit(u32 across, u8* smem, Turn<R::STAGES>& turn, float (&total)[R::TOKENS / 2]) {
-  float sums[R::TOKENS / 2];
-#pragma unroll
-  for (u32 i = 0; i < R::TOKENS / 2; i++) total[i] = 0.0f;
-  u32 tile = 0, stage = 0;
-  for (u32 segment = 0; segment < DENSE_SEGMENTS; segment++) {
-    u32 begin = tile, end = segment_start(across, segment + 1);
-    while (tile < end) {
-      u32 within = tile % R::TILES;
-      if (within == 0) {
+DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES>& turn,
+                          float (&sums)[R::TOKENS / 2]) {
+  wgmma_zero(sums);
+  for (u32 tile = begin; tile < end; tile += R::TILES) {
 #ifndef PLANT_WAIT
-        barrier_wait(turn.full(smem), turn.parity);
+    barrier_wait(turn.full(smem), turn.parity);
 #endif
-        stage = R::START + turn.stage * R::STAGE;
-      }
-      u32 pieces = shared_address(smem) + (R::RESIDENT ? R::TOKENS_AT + tile * 256 : stage + R::PIECES + within * 256);
-      bool four = least(end - tile, R::TILES - within) >= 4;
-      if (four)
-        multiply_tiles<R, 4>(smem, stage, within, pieces, tile == begin, sums);
-      else
-        multiply_tiles<R, 1>(smem, stage, within, pieces, tile == begin, sums);
-      tile += four ? 4 : 1;
-      if (tile % R::TILES == 0 || tile == across) {
-        __syncwarp();
-        if (lane_id() == 0) barrier_arrive(turn.empty(smem));
-        turn.advance();
-      }
+    const u8* stage = smem + RING_BARRIERS + turn.stage * R::STAGE;
+    u32 count = least(end - tile, R::TILES);
+    u32 pieces = R::RESIDENT ? held + (tile - begin) * R::TOKENS * 32 : shared_address(stage) + R::PIECES;
+    if (count == R::TILES) {
+      multiply_tiles<R, R::TILES>(stage, 0, pieces, sums);
+    } else {
+      for (u32 i = 0; i < count; i++) multiply_tiles<R, 1>(stage, i, pieces, sums);
     }
-    if (begin == end) continue;
-#pragma unroll
-    for (u32 i = 0; i < R::TOKENS / 2; i++) total[i] += sums[i];
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(turn.empty(smem));
+    turn.advance();
   }
 }
 
-// Bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of token 8n + 2t + i % 2.
+// To where they wait for those of the other half.
+template <u32 N>
+DEVICE void leave(float* waiting, const float (&sums)[N]) {
+#pragma unroll
+  for (u32 i = 0; i < N; i++) waiting[i * WARP] = sums[i];
+}
+
+// Whether a warp whose sums lie in global memory is the second of the two that meet there, and may read those of the
+// first. A ticket is even before and after, so none is set back.
+DEVICE bool comes_second(u32* ticket) {
+  // What the lanes have written is there before the ticket is drawn, and what they read is read after it was.
+  __syncwarp();
+  __threadfence();
+  u32 drawn = lane_id() == 0 ? atomicAdd(ticket, 1u) : 0;
+  drawn = __shfl_sync(FULL, drawn, 0);
+  __syncwarp();
+  __threadfence();
+  return drawn % 2 == 1;
+}
+
+// The other half's sums, bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of token 8n + 2t + i % 2.
 template <class R>
-DEVICE void put_unit(const DenseArgs& a, u32 row_tile, u32 first, float (&sums)[R::TOKENS / 2]) {
-  u32 t = lane_id() % 4, g = lane_id() / 4;
+DEVICE void put_unit(const DenseArgs& a, const Unit<R>& unit, const volatile float* waiting,
+                     const float (&sums)[R::TOKENS / 2]) {
+  const u32 part = R::TOKENS < 32 ? R::TOKENS / 2 : 16;
+  u32 t = lane_id() % 4, g = lane_id() / 4, row = (unit.tile + warp_id()) * 16 + g;
+  if (row >= a.rows) return;
+  bool both = row + 8 < a.rows;
+  float bias[2] = {a.bias[row], a.bias[row + 8]};
 #pragma unroll
-  for (u32 i = 0; i < R::TOKENS / 2; i++) {
-    u32 row = (row_tile + warp_id()) * 16 + g + i % 4 / 2 * 8, token = first + i / 4 * 8 + 2 * t + i % 2;
-    if (row >= a.rows || token >= a.n) continue;
-    float* out = a.out + (u64)token * a.rows + row;
-    float result = sums[i] + a.bias[row];
-    *out = a.add ? *out + result : result;
+  for (u32 from = 0; from < R::TOKENS / 2; from += part) {
+    u32 first = unit.group * R::TOKENS + from * 2 + 2 * t;
+    float* out = a.out + (u64)first * a.rows + row;
+    // All that is added to is asked for at once, not number by number behind the writes.
+    float half[part], before[part];
+#pragma unroll
+    for (u32 i = 0; i < part; i++) {
+      u32 token = i / 4 * 8 + i % 2;
+      bool asked = a.add && first + token < a.n && (i % 4 < 2 || both);
+      half[i] = waiting[(from + i) * WARP];
+      before[i] = asked ? out[(u64)token * a.rows + i % 4 / 2 * 8] : 0.0f;
+    }
+#pragma unroll
+    for (u32 i = 0; i < part; i++) {
+      u32 token = i / 4 * 8 + i % 2;
+      float result = sums[from + i] + half[i] + bias[i % 4 / 2];
+      if (first + token < a.n && (i % 4 < 2 || both))
+        out[(u64)token * a.rows + i % 4 / 2 * 8] = a.add ? before[i] + result : result;
+    }
   }
 }
 
-// Units are stretches of rows; with many tokens, all of a chunk of tokens and then all of the next.
+// What the warps of products do.
+template <class R>
+DEVICE void multiply_units(const DenseArgs& a, u32 stretches, u32 units, u8* smem, Turn<R::STAGES>& turn) {
+  const u32 count = R::TOKENS / 2;
+  u32 across = (a.cols + 15) / 16, held = shared_address(smem) + R::TOKENS_AT;
+  float sums[count];
+  for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+    Unit<R> unit(a, i, stretches);
+    if (R::RESIDENT && i == blockIdx.x)
+      hold_tokens<R>(a, half_start(across, unit.half), half_start(across, unit.end), smem);
+    u32 place = a.parts == 1 ? warp_id() : i / 2 * R::WARPS + warp_id();
+    float* waiting = a.parts == 1 ? (float*)(smem + R::SUMS_AT) : (float*)(a.tickets + DENSE_TICKETS);
+    waiting += (u64)place * a.parts * count * WARP + lane_id();
+    for (u32 half = unit.half; half < unit.end; half++) {
+      u32 begin = half_start(across, half), from = half == unit.half ? 0 : begin;
+      multiply_half<R>(begin, half_start(across, half + 1), held + from * R::TOKENS * 32, smem, turn, sums);
+      if (half == 0 || a.parts == 2) leave(waiting + unit.half * count * WARP, sums);
+    }
+    if (a.parts == 2) {
+      if (!comes_second(a.tickets + place)) continue;
+      waiting += (unit.half ^ 1) * count * WARP;
+    }
+    put_unit<R>(a, unit, waiting, sums);
+  }
+}
+
 template <class R>
 DEVICE void dense_wgmma(const DenseArgs& a) {
   SHARED(smem);
-  u32 across = (a.cols + 15) / 16, stretches = ((a.rows + 15) / 16 + R::WARPS - 1) / R::WARPS;
-  u32 chunks = (a.n + R::TOKENS - 1) / R::TOKENS;  // one, where tokens are resident
-  bool copies = warp_id() >= R::WARPS;
+  u32 stretches = ((a.rows + 15) / 16 + R::WARPS - 1) / R::WARPS;
+  u32 units = stretches * ((a.n + R::TOKENS - 1) / R::TOKENS) * a.parts;
   Turn<R::STAGES> turn = {0, 0};
-  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, R::COPIERS, R::WARPS);
+  if (threadIdx.x == 0) make_ring<R::STAGES>(smem, 1, R::WARPS);
   __syncthreads();
-  if (copies) {
-    for (u32 i = blockIdx.x; i < stretches * chunks; i += gridDim.x)
-      copy_unit<R>(a, across, i % stretches * R::WARPS, i / stretches * R::TOKENS, smem, turn);
+  if (warp_id() < R::WARPS) {
+    if (R::HANDS_OVER) take_registers<232>();
+    multiply_units<R>(a, stretches, units, smem, turn);
     return;
   }
-  if (R::RESIDENT) {
-    for (u32 i = threadIdx.x; i < across * 2 * 8; i += R::WARPS * WARP) {
-      u32 token = i % 8;
-      if (token < a.n)
-        ((uint4*)(smem + R::TOKENS_AT))[i] = round_piece(a.x + (u64)token * a.cols, i / 8 * 8, a.cols);
-    }
-    fence_async();
-    warpgroup_sync();
-  }
-  float sums[R::TOKENS / 2];
-  for (u32 i = blockIdx.x; i < stretches * chunks; i += gridDim.x) {
-    multiply_unit<R>(across, smem, turn, sums);
-    put_unit<R>(a, i % stretches * R::WARPS, i / stretches * R::TOKENS, sums);
+  if (R::HANDS_OVER) keep_registers<40>();
+  if (warp_id() > R::WARPS) return;
+  for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
+    Unit<R> unit(a, i, stretches);
+    for (u32 half = unit.half; half < unit.end; half++) copy_half<R>(a, unit, half, smem, turn);
   }
 }
 
 KERNEL(dense_wgmma_8, DenseRing8::THREADS, DenseArgs) { dense_wgmma<DenseRing8>(a); }
+KERNEL(dense_wgmma_32, DenseRing32::THREADS, DenseArgs) { dense_wgmma<DenseRing32>(a); }
+KERNEL(dense_wgmma_64, DenseRing64::THREADS, DenseArgs) { dense_wgmma<DenseRing64>(a); }
 KERNEL(dense_wgmma_128, DenseRing128::THREADS, DenseArgs) { dense_wgmma<DenseRing128>(a); }
+KERNEL(dense_wgmma_256, DenseRing256::THREADS, DenseArgs) { dense_wgmma<DenseRing256>(a); }
 
-#undef DENSE_SEGMENTS
+#undef DENSE_TICKETS
 #undef PIECES_THREADS
+#undef HOLD_AT_ONCE

@@ -1,13 +1,12 @@
 //! Which kernel an op takes and how it is cut into blocks: pure functions of shapes.
 //!
-//! A choice never changes bits: the kernels of an op add in the same order, and blocks share no sum. In fast precision
-//! every token count takes `mma`, in exact none does.
+//! A choice never changes bits: the kernels of an op add in the same order, however blocks share a sum. In fast
+//! precision every token count takes `mma`, in exact none does.
 
 use super::ops::{
     ATTENTION_F32, ATTENTION_FEW, ATTENTION_MANY, ATTENTION_SEGMENTS_F32, AttentionArgs, DENSE_F32, DENSE_MMA_8,
-    DENSE_MMA_64, DENSE_WGMMA_8, DENSE_WGMMA_128, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, EXPERTS_WGMMA,
-    ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op, RECEIVE, RECEIVE_FEW, ROUTE_FEW, ROUTE_MANY, ReceiveArgs,
-    RouteArgs,
+    DENSE_MMA_64, DENSE_WGMMA, DOWN_BF16, DOWN_F32, DOWN_WGMMA, DenseArgs, DenseWgmmaArgs, EXPERTS_WGMMA, ExpertArgs,
+    GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, Op, RECEIVE, RECEIVE_FEW, ROUTE_FEW, ROUTE_MANY, ReceiveArgs, RouteArgs,
 };
 use crate::{Precision, SEGMENT};
 
@@ -45,29 +44,84 @@ pub(super) fn dense(widened: bool, n: u32, rows: u32) -> Choice<DenseArgs> {
 
 /// A dense kernel on Hopper, as `csrc/dense_wgmma.cu` has it; a multiprocessor holds one block.
 struct DenseRing {
-    /// Tokens of a block.
+    /// Tokens of a block. Eight stay with it, all columns of them.
     tokens: u32,
     /// Row tiles of a block.
     tiles: u32,
-    /// Barriers and stages.
-    shared: u32,
+    /// Column tiles of a stage.
+    columns: u32,
+    stages: u32,
 }
 
-const DENSE_FEW: DenseRing = DenseRing { tokens: 8, tiles: 4, shared: 128 + 6 * 4 * 8 * 512 };
-const DENSE_MANY: DenseRing = DenseRing { tokens: 128, tiles: 8, shared: 128 + 3 * (8 * 8 * 512 + 128 * 8 * 32) };
+const DENSE_RINGS: [DenseRing; 5] = [
+    DenseRing { tokens: 8, tiles: 4, columns: 8, stages: 8 },
+    DenseRing { tokens: 32, tiles: 4, columns: 8, stages: 8 },
+    DenseRing { tokens: 64, tiles: 4, columns: 8, stages: 6 },
+    DenseRing { tokens: 128, tiles: 8, columns: 4, stages: 5 },
+    DenseRing { tokens: 256, tiles: 8, columns: 2, stages: 4 },
+];
 
-/// A dense matrix `[rows, cols]` for `n` tokens on Hopper. `true`: of tokens that `dense_pieces` has rounded.
-pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> (Choice<DenseArgs>, bool) {
-    // Few tokens stay with a block, all columns of them.
-    let resident = u64::from(DENSE_FEW.shared) + u64::from(cols.div_ceil(TILE)) * 256;
-    let few = n <= DENSE_FEW.tokens && resident <= u64::from(SHARED_MAX);
-    let (op, ring, shared) = if few {
-        (DENSE_WGMMA_8, DENSE_FEW, resident as u32)
-    } else {
-        (DENSE_WGMMA_128, DENSE_MANY, DENSE_MANY.shared)
+impl DenseRing {
+    const fn resident(&self) -> bool {
+        self.tokens == NARROW
+    }
+
+    /// Bytes of a column tile that come through the ring.
+    const fn column(&self) -> u32 {
+        self.tiles * 512 + if self.resident() { 0 } else { self.tokens * 32 }
+    }
+
+    /// Bytes of a block's sums.
+    const fn sums(&self) -> u32 {
+        self.tiles * TILE * self.tokens * 4
+    }
+
+    /// Barriers, stages, sums that wait, and `across` column tiles of resident tokens.
+    fn shared(&self, across: u32) -> u64 {
+        let resident = if self.resident() { u64::from(across) * 256 } else { 0 };
+        u64::from(128 + self.stages * self.columns * self.column() + self.sums()) + resident
+    }
+}
+
+/// Row tiles whose sums can wait in global memory, and bytes of these sums.
+const DENSE_TICKETS: u32 = 1024;
+const DENSE_SUMS: u32 = 12 << 20;
+/// What halves of dense matrices need to meet: a ticket a row tile, and sums.
+pub(super) const HALVES_BYTES: usize = (DENSE_TICKETS * 4 + DENSE_SUMS) as usize;
+
+/// How a dense matrix is multiplied on Hopper.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DenseWgmma {
+    pub(super) choice: Choice<DenseWgmmaArgs>,
+    /// Tokens of a group of pieces that `dense_pieces` makes before; `None`: the kernel takes tokens as they are.
+    pub(super) group: Option<u32>,
+    /// Blocks that share a unit: 2 if each has a half of the columns.
+    pub(super) parts: u32,
+}
+
+/// A dense matrix `[rows, cols]` for `n` tokens on Hopper: by the kernel whose busiest multiprocessor reads least.
+pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> DenseWgmma {
+    let across = cols.div_ceil(TILE);
+    let plan = |ring: &DenseRing, op, parts| {
+        let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
+        let (blocks, columns) = (units * u64::from(parts), across.div_ceil(parts));
+        let shared = ring.shared(columns);
+        // Halves are for blocks that are all there at once, and have room to meet.
+        let meet = blocks <= u64::from(multiprocessors)
+            && units * u64::from(ring.tiles) <= u64::from(DENSE_TICKETS)
+            && blocks * u64::from(ring.sums()) <= u64::from(DENSE_SUMS);
+        let fits = shared <= u64::from(SHARED_MAX) && (!ring.resident() || n <= ring.tokens) && (parts == 1 || meet);
+        let turns = blocks.div_ceil(u64::from(multiprocessors.max(1)));
+        let meeting = if parts == 2 { 2 * u64::from(ring.sums()) } else { 0 };
+        let bytes = turns * u64::from(columns) * u64::from(ring.column()) + meeting;
+        let choice = Choice { op, grid: [blocks.min(u64::from(multiprocessors)) as u32, 1, 1], shared: shared as u32 };
+        let group = (!ring.resident()).then_some(ring.tokens);
+        fits.then_some((bytes, DenseWgmma { choice, group, parts }))
     };
-    let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
-    (Choice { op, grid: [units.min(u64::from(multiprocessors)) as u32, 1, 1], shared }, !few)
+    // Of those that are alike the widest, which reads the least in all.
+    let rings = DENSE_RINGS.iter().zip(DENSE_WGMMA).rev();
+    let plans = rings.flat_map(|(ring, op)| [1, 2].map(|parts| plan(ring, op, parts))).flatten();
+    plans.min_by_key(|&(bytes, _)| bytes).expect("all rings but the first fit any matrix").1
 }
 
 /// Rows that take the narrow router at most: its blocks read the matrix once for every 8, the wide one's once for every 64,
@@ -426,21 +480,59 @@ mod tests {
     }
 
     #[test]
-    fn dense_matrices_on_hopper_have_a_block_for_each_multiprocessor_at_most() {
-        for (n, rows, cols, name, blocks) in [
-            (1, 5120, 2880, "dense_wgmma_8", 80),
-            (8, 2880, 4096, "dense_wgmma_8", 45),
-            (8, 201_088, 2880, "dense_wgmma_8", 132),
-            (9, 5120, 2880, "dense_wgmma_128", 40),
-            (129, 5120, 2880, "dense_wgmma_128", 80),
-            (8192, 5120, 2880, "dense_wgmma_128", 132),
+    fn dense_matrices_on_hopper_take_what_has_the_least_to_read() {
+        for (n, rows, cols, name, blocks, parts) in [
+            (1, 5120, 2880, "dense_wgmma_8", 80, 1),
+            (8, 2880, 4096, "dense_wgmma_8", 90, 2),
+            (8, 201_088, 2880, "dense_wgmma_8", 132, 1),
+            (9, 5120, 2880, "dense_wgmma_32", 80, 1),
+            (32, 2880, 4096, "dense_wgmma_32", 90, 2),
+            (64, 5120, 2880, "dense_wgmma_64", 80, 1),
+            (64, 2880, 4096, "dense_wgmma_64", 90, 2),
+            (128, 5120, 2880, "dense_wgmma_128", 80, 2),
+            (128, 2880, 4096, "dense_wgmma_64", 90, 1),
+            (256, 5120, 2880, "dense_wgmma_256", 80, 2),
+            (2048, 2880, 4096, "dense_wgmma_256", 132, 1),
+            (8192, 5120, 2880, "dense_wgmma_256", 132, 1),
+            (8192, 2880, 4096, "dense_wgmma_256", 132, 1),
             // More columns than there is room for.
-            (1, 64, 1 << 20, "dense_wgmma_128", 1),
+            (1, 64, 1 << 20, "dense_wgmma_32", 2, 2),
         ] {
-            let (choice, pieces) = dense_wgmma(n, rows, cols, 132);
-            assert_eq!((choice.op.kernel.name, choice.grid), (name, [blocks, 1, 1]), "{n} {rows} {cols}");
-            assert_eq!(pieces, name == "dense_wgmma_128");
-            assert!(choice.shared <= SHARED_MAX, "{n} {rows} {cols}: {choice:?}");
+            let DenseWgmma { choice, group, parts: got } = dense_wgmma(n, rows, cols, 132);
+            let what = format!("{n} {rows} {cols}: {choice:?}");
+            assert_eq!((choice.op.kernel.name, choice.grid, got), (name, [blocks, 1, 1], parts), "{what}");
+            assert_eq!(group.is_none(), name == "dense_wgmma_8", "{what}");
+        }
+    }
+
+    #[test]
+    fn conformance_multiplies_by_every_dense_kernel_on_hopper() {
+        let taken = |rows, cols, counts: [u32; 5]| {
+            counts.map(|n| dense_wgmma(n, rows, cols, 16)).map(|plan| (plan.group.unwrap_or(8), plan.parts))
+        };
+        assert_eq!(taken(1000, 70, [3, 20, 64, 100, 300]), [(8, 1), (32, 1), (64, 1), (128, 1), (256, 1)]);
+        assert_eq!(taken(70, 1002, [3, 20, 200, 300, 600]), [(8, 2), (32, 2), (64, 2), (64, 1), (128, 2)]);
+    }
+
+    #[test]
+    fn halves_of_dense_matrices_have_room_and_a_block_each() {
+        for n in (1..40).chain((40..10_000).step_by(61)) {
+            for (rows, cols) in
+                [(1, 1), (16, 100), (5120, 2880), (2880, 4096), (201_088, 2880), (1 << 20, 16), (48, 1 << 20)]
+            {
+                for multiprocessors in [1, 16, 132, 1 << 20] {
+                    let DenseWgmma { choice, parts, .. } = dense_wgmma(n, rows, cols, multiprocessors);
+                    assert!(choice.shared <= SHARED_MAX && choice.grid[0] >= 1 && choice.grid[0] <= multiprocessors);
+                    let ring =
+                        DENSE_RINGS.iter().zip(DENSE_WGMMA).find(|(_, op)| op.kernel == choice.op.kernel).unwrap().0;
+                    let units = rows.div_ceil(TILE * ring.tiles) * n.div_ceil(ring.tokens);
+                    if parts == 2 {
+                        assert_eq!(choice.grid[0], 2 * units, "{n} {rows} {cols}");
+                        let bytes = DENSE_TICKETS * 4 + choice.grid[0] * ring.sums();
+                        assert!(units * ring.tiles <= DENSE_TICKETS && bytes as usize <= HALVES_BYTES);
+                    }
+                }
+            }
         }
     }
 

@@ -52,12 +52,12 @@ pub use scratch::{ScratchShape, arena_bytes, scratch_bytes};
 pub use sequence::{Node, Sequence};
 pub use slots::{Look, Outgoing, Port, SLOT_HEADER, Slot};
 
-use self::choose::{DIM_MAX, PARTIALS_BYTES_MAX, TILE_ROWS};
+use self::choose::{DIM_MAX, DenseWgmma, HALVES_BYTES, PARTIALS_BYTES_MAX, TILE_ROWS};
 use self::device::{Buffer, Memory, bytes_of};
 use self::inputs::{Inputs, Late, Sight};
 use self::ops::{
-    ATTENTION_JOIN, ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, EMBED, EmbedArgs, GATHER, GatherArgs, Op,
-    PiecesArgs, RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, RouteArgs, TOP_K, TopKArgs,
+    ATTENTION_JOIN, ATTENTION_MERGE, AttentionArgs, DENSE_PIECES, DenseArgs, DenseWgmmaArgs, EMBED, EmbedArgs, GATHER,
+    GatherArgs, Op, PiecesArgs, RMS_NORM, ROPE_BF16, ROPE_F32, RmsNormArgs, RopeArgs, RouteArgs, TOP_K, TopKArgs,
 };
 use self::pack::DenseLayout;
 use self::sample::Drawn;
@@ -96,6 +96,8 @@ pub struct Cuda {
     pieces: Buffer,
     /// Where entries of a dispatch or a combine lie, with several ranks.
     entries: Buffer,
+    /// Where halves of its sums meet there.
+    halves: Buffer,
     /// Who packs weights; nobody until the first are packed.
     packers: OnceLock<Threads>,
     /// What was sampled in this step.
@@ -129,6 +131,7 @@ impl Cuda {
             weights: nothing(),
             pieces: nothing(),
             entries: nothing(),
+            halves: nothing(),
             packers: OnceLock::new(),
             drawn: Vec::new(),
             landings: Vec::new(),
@@ -149,7 +152,8 @@ impl Cuda {
         self.tickets.reserve(shape.router_tickets())?;
         self.partials.reserve(shape.partials())?;
         self.entries.reserve(shape.entries())?;
-        self.weights.reserve(shape.weights())
+        self.weights.reserve(shape.weights())?;
+        if self.family() == Family::Wgmma { self.halves.reserve_exactly(HALVES_BYTES) } else { Ok(()) }
     }
 
     /// Takes `bytes` of the device at once, from which all further memory comes as long as it suffices: weights, KV, buffers
@@ -279,7 +283,7 @@ impl Cuda {
     fn project_to(&mut self, widened: bool, x: &Rows, weight: &Dense, out: u64, add: bool) -> Result<(), KernelError> {
         need("a row of a projection's input", x.cols() * 4, weight.cols * 4)?;
         let layout = DenseLayout::new(weight.rows, weight.cols);
-        let mut args = DenseArgs {
+        let args = DenseArgs {
             x: x.address(),
             weights: weight.buffer.address() + layout.weights.start as u64,
             bias: weight.buffer.address() + layout.bias.start as u64,
@@ -294,14 +298,18 @@ impl Cuda {
             return self.launch(&choice.op, choice.grid, choice.shared, &args);
         }
         let multiprocessors = self.memory.queue.device().multiprocessors();
-        let (choice, pieces) = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
-        if pieces {
-            let across = weight.cols.div_ceil(16) * 2;
-            self.pieces.reserve_exactly(x.len().next_multiple_of(8) * across * 16)?;
-            let round = PiecesArgs { x: x.address(), pieces: self.pieces.address_mut(), n: args.n, cols: args.cols };
-            self.launch(&DENSE_PIECES, [(x.len() * across).div_ceil(128) as u32, 1, 1], 0, &round)?;
-            args.x = self.pieces.address();
+        let DenseWgmma { choice, group, parts } = choose::dense_wgmma(args.n, args.rows, args.cols, multiprocessors);
+        self.halves.reserve_exactly(if parts == 2 { HALVES_BYTES } else { 0 })?;
+        let DenseArgs { mut x, weights, bias, out, n, rows, cols, add } = args;
+        if let Some(group) = group {
+            let across = weight.cols.div_ceil(16);
+            self.pieces.reserve_exactly(n.next_multiple_of(group) as usize * across * 32)?;
+            let round = PiecesArgs { x, pieces: self.pieces.address_mut(), n, cols, group, unused: 0 };
+            self.launch(&DENSE_PIECES, [across.div_ceil(8) as u32, n.div_ceil(8), 1], 0, &round)?;
+            x = self.pieces.address();
         }
+        let tickets = self.halves.address();
+        let args = DenseWgmmaArgs { x, weights, bias, out, tickets, n, rows, cols, add, parts, unused: 0 };
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 

@@ -65,7 +65,12 @@ args! {
     /// dense.cu
     DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
     /// dense_wgmma.cu
-    PiecesArgs { x: u64, pieces: u64, n: u32, cols: u32 }
+    DenseWgmmaArgs {
+        x: u64, weights: u64, bias: u64, out: u64, tickets: u64, n: u32, rows: u32, cols: u32, add: u32, parts: u32,
+        unused: u32,
+    }
+    /// dense_wgmma.cu
+    PiecesArgs { x: u64, pieces: u64, n: u32, cols: u32, group: u32, unused: u32 }
     /// router.cu
     TopKArgs { logits: u64, experts: u64, weights: u64, experts_count: u32, top_k: u32 }
     /// router.cu
@@ -154,8 +159,14 @@ pub(super) const GATE_UP_BF16: Op<ExpertArgs> = Op::new("gate_up_bf16", "experts
 pub(super) const DOWN_F32: Op<ExpertArgs> = Op::new("down_f32", "experts.cu", 128);
 pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 128);
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
-pub(super) const DENSE_WGMMA_8: Op<DenseArgs> = Op::new("dense_wgmma_8", "dense_wgmma.cu", 160);
-pub(super) const DENSE_WGMMA_128: Op<DenseArgs> = Op::new("dense_wgmma_128", "dense_wgmma.cu", 384);
+/// For 8, 32, 64, 128 and 256 tokens at once.
+pub(super) const DENSE_WGMMA: [Op<DenseWgmmaArgs>; 5] = [
+    Op::new("dense_wgmma_8", "dense_wgmma.cu", 160),
+    Op::new("dense_wgmma_32", "dense_wgmma.cu", 160),
+    Op::new("dense_wgmma_64", "dense_wgmma.cu", 160),
+    Op::new("dense_wgmma_128", "dense_wgmma.cu", 288),
+    Op::new("dense_wgmma_256", "dense_wgmma.cu", 384),
+];
 /// Both matrices of the experts, for 8, 16, 32 and 64 items at once.
 pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
     Op::new("experts_wgmma_8", "experts_wgmma.cu", 160),
@@ -178,7 +189,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 51] = [
+pub const KERNELS: [Kernel; 54] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -212,8 +223,11 @@ pub const KERNELS: [Kernel; 51] = [
     DOWN_F32.kernel,
     DOWN_BF16.kernel,
     DENSE_PIECES.kernel,
-    DENSE_WGMMA_8.kernel,
-    DENSE_WGMMA_128.kernel,
+    DENSE_WGMMA[0].kernel,
+    DENSE_WGMMA[1].kernel,
+    DENSE_WGMMA[2].kernel,
+    DENSE_WGMMA[3].kernel,
+    DENSE_WGMMA[4].kernel,
     EXPERTS_WGMMA[0].kernel,
     EXPERTS_WGMMA[1].kernel,
     EXPERTS_WGMMA[2].kernel,

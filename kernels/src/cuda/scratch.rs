@@ -1,7 +1,7 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
 use super::arena::ALIGNMENT;
-use super::choose::{PARTIALS_BYTES_MAX, route_chunks};
+use super::choose::{HALVES_BYTES, PARTIALS_BYTES_MAX, route_chunks};
 use super::device::grown;
 use super::exchange::entries_bytes;
 use super::inputs::STRIDE;
@@ -84,9 +84,9 @@ impl ScratchShape {
         self.rows.saturating_mul(row).min(PARTIALS_BYTES_MAX)
     }
 
-    /// Bytes of rounded rows before a projection.
+    /// Bytes of rounded rows before a projection, in groups of up to 256.
     pub(super) fn pieces(&self) -> usize {
-        self.rows.next_multiple_of(8) * self.projected.next_multiple_of(16) * 2
+        self.rows.next_multiple_of(256) * self.projected.next_multiple_of(16) * 2
     }
 
     /// Bytes of what is kept of rows that are drawn from.
@@ -115,7 +115,7 @@ pub fn scratch_bytes(shape: &ScratchShape) -> u64 {
     let reserved: u64 = reserved.into_iter().map(|bytes| aligned(grown(bytes))).sum();
     // Every launch of draws has two buffers for what was drawn.
     let drawn = shape.sampled * (DRAWN + shape.logprobs.min(shape.vocab) * TOP + 2 * ALIGNMENT);
-    reserved + drawn as u64 + aligned(status::BYTES) + aligned(shape.token_slots * 4)
+    reserved + drawn as u64 + aligned(HALVES_BYTES) + aligned(status::BYTES) + aligned(shape.token_slots * 4)
 }
 
 /// Bytes of device memory that hold `bytes` in `buffers` buffers, each of which begins on a border.
@@ -159,7 +159,8 @@ mod tests {
     fn a_small_share_of_a_device_is_scratch() {
         let bytes = scratch_bytes(&large());
         assert!((340 << 20..420 << 20).contains(&bytes), "{bytes}");
-        assert!(scratch_bytes(&ScratchShape::default()) < DRAWS_BYTES as u64 * 5 / 4 + (64 << 10));
+        let least = DRAWS_BYTES * 5 / 4 + HALVES_BYTES + (64 << 10);
+        assert!(scratch_bytes(&ScratchShape::default()) < least as u64);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The numeric contract, bit for bit: a row's result depends on the row, its prefix and the weights, never on how
 //! many rows there are, how a sequence is cut into steps, how many threads work or which instructions they use.
 
-use phalanx_kernels::cuda::Emulated;
+use phalanx_kernels::cuda::Family;
 use phalanx_kernels::{Backend, DenseFormat, DenseUse, ExpertShape, HostParts, Isa, Precision, Stack};
 
 use crate::attention::Sequence;
@@ -10,7 +10,7 @@ use crate::data::{Expert, Random};
 use crate::experts::{records, work};
 use crate::layer::{Layers, Row, VOCAB};
 use crate::rows::COUNTS;
-use crate::{HOPPER, KINDS, Make, Tested, cudas, make_cpu, make_cuda, references};
+use crate::{KINDS, Make, Tested, cudas, gpus, make_cpu, references};
 
 fn token(sequence: u32, position: u32) -> u32 {
     (position * 37 + sequence * 11 + 5) % VOCAB as u32
@@ -148,24 +148,34 @@ fn exact_attention_and_experts_are_the_same_on_cpus_and_on_cuda() {
     }
 }
 
-/// Both families of CUDA kernels add a dense matrix's products in one order; a tensor core's own rounding is not emulated.
+/// Hopper's dense kernels, for few rows and for many, whole or in halves that meet, add in one order. Which kernels these
+/// shapes take is said beside `choose::dense_wgmma`.
 #[test]
-fn dense_matrices_are_added_in_one_order_by_both_families() {
-    let (rows, cols) = (70, 1002);
-    let mut random = Random(82);
-    let (weight, values) = (random.tensor(rows * cols, 1.0), random.numbers(20 * cols));
-    let project = |device, count: usize| {
-        let make = make_cuda(device, Precision::Fast);
-        let mut b = make.backend();
-        let stack = [Stack { weight: weight.source(), bias: None }];
-        let dense = b.dense(DenseUse::Projection, cols, &stack).unwrap();
-        let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
-        b.write(&mut x, &values[..count * cols]);
-        b.project(&x, &dense, &mut out);
-        b.read(&out)
-    };
-    for count in [1, 20] {
-        let [mma, wgmma] = [Emulated::default(), HOPPER].map(|device| project(device, count));
-        same(&format!("{count} rows"), rows, &mma, &wgmma).unwrap();
+fn dense_matrices_on_hopper_are_added_in_one_order_on_cuda() {
+    let small: &[(usize, usize, &[usize])] = &[(1000, 70, &[3, 20, 64, 100, 300]), (70, 1002, &[3, 20, 200, 300, 600])];
+    let published: &[(usize, usize, &[usize])] =
+        &[(5120, 2880, &[1, 64, 128, 256, 512]), (2880, 4096, &[8, 9, 64, 128, 256])];
+    let on_gpu = gpus().is_some();
+    for make in cudas().iter().filter(|make| make.backend().family() == Family::Wgmma) {
+        for &(rows, cols, counts) in small.iter().chain(if on_gpu { published } else { &[] }) {
+            let mut b = make.backend();
+            let mut random = Random(82);
+            let (weight, bias) = (random.tensor(rows * cols, 1.0), random.tensor(rows, 1.0));
+            let values = random.numbers(counts[counts.len() - 1] * cols);
+            let dense = b
+                .dense(DenseUse::Projection, cols, &[Stack { weight: weight.source(), bias: Some(bias.source()) }])
+                .unwrap();
+            let mut project = |count: usize| {
+                let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
+                b.write(&mut x, &values[..count * cols]);
+                b.project(&x, &dense, &mut out);
+                b.read(&out)
+            };
+            let all = project(counts[counts.len() - 1]);
+            for &count in counts {
+                let what = format!("{}, {count} rows of [{rows}, {cols}]", make.name);
+                same(&what, rows, &all[..count * rows], &project(count)).unwrap();
+            }
+        }
     }
 }
