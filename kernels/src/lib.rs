@@ -37,4 +37,4 @@ pub use backend::{
 };
 
 /// Changes whenever the bits of any op change: part of every worker's numerics id.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;

@@ -1,7 +1,7 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
 use super::arena::ALIGNMENT;
-use super::choose::{PARTIALS_BYTES_MAX, route_chunks};
+use super::choose::{PARTIALS_BYTES_MAX, route_chunks, route_sums};
 use super::device::grown;
 use super::inputs::STRIDE;
 use super::sample::{DRAW, DRAWN, DRAWS_BYTES, EDIT, ROWS, TOP, rows_bytes};
@@ -61,8 +61,8 @@ impl ScratchShape {
     }
 
     /// Bytes of router logits.
-    pub(super) const fn router_logits(&self) -> usize {
-        self.rows * self.experts * 4
+    pub(super) fn router_logits(&self) -> usize {
+        route_sums(self.rows) * self.experts * 4
     }
 
     /// Bytes of the router's tickets.
