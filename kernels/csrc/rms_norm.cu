@@ -5,7 +5,7 @@
 #include "common.cuh"
 
 #define NORM_THREADS 128
-// Columns of a thread that it keeps, with their weights, all loaded before the first is used; wider rows are read twice.
+// Columns that a thread keeps, with their weights, all loaded before the first is used; more are read twice.
 #define NORM_KEPT 24
 
 struct RmsNormArgs {

@@ -2,8 +2,8 @@
 // memory. qkv: [T, Nq*D + 2*Nkv*D]. Blocks of a row in x, of its units in y; a thread owns the pairs it rotates, so
 // nothing is shared.
 //
-// A unit is what a thread loads at once, before it stores any: four pairs where halves of heads are whole fours (16 bytes
-// of each half, of the cosines and of the sines), or four values; elsewhere one.
+// A unit is what a thread loads at once, before it stores any: four pairs where halves of heads are whole fours (16
+// bytes of each half, of the cosines and of the sines), or four values; elsewhere one.
 //
 // a' = fma(a, cos, -(b sin)), b' = fma(b, cos, a sin), with cosines and sines made on the host.
 // KV memory of a layer: [block][kv head], there keys [16][D] and then values [16][D].

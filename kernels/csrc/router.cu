@@ -5,23 +5,27 @@
 // packed as dense.cu has it, of whole column tiles. Their products are those of f32 rows: a number is the sum of three
 // bf16 exactly, each the leading 8 bits of what those before leave, and a product of two bf16 is exact.
 //
-// Order: four column tiles are a stage, and the stages are cut into 16 segments fixed by the number of columns. In a
-// segment each of the three parts has a sum from zero, column tiles ascending by mma; they are added as (third + second)
-// + first. The segments are added ascending, then the bias. Both kernels add so:
-// - route_few: a warp a segment of one row tile, up to 8 tokens a block.
+// Order: four column tiles are a stage, and the stages are cut into 32 segments fixed by the number of columns. In a
+// segment each of the three parts has a sum from zero, column tiles ascending by mma; they are added as (third +
+// second) + first. Eight segments are a group; a group's segments are added ascending from zero, then the groups, then
+// the bias.
+// Both kernels add so:
+// - route_few: a block a group of one row tile, a warp a segment, up to 8 tokens; groups lie apart until the choice.
 // - route_many: 64 tokens a block, split once and staged in shared memory for 8 row tiles; segments in turn.
 // The last block of a chunk of tokens to be done, by a ticket, chooses for them, a warp a token.
 #include "ptx.cuh"
 
-#define ROUTE_WARPS 16
-#define ROUTE_SEGMENTS 16
-#define ROUTE_STAGE 4    // column tiles
-#define ROUTE_BATCH 12   // column tiles that route_few loads at once
-#define ROUTE_FEW 8      // tokens of a block of route_few
-#define ROUTE_MANY 64    // of route_many
-#define ROUTE_TILES 8    // row tiles of route_many
+#define ROUTE_GROUPS 4
+#define ROUTE_SEGMENTS 8  // of a group
+#define ROUTE_STAGE 4     // column tiles
+#define ROUTE_BATCH 8     // column tiles that route_few loads at once
+#define ROUTE_FEW 8       // tokens of a block of route_few
+#define ROUTE_MANY 64     // of route_many
+#define ROUTE_TILES 8     // row tiles of route_many
+#define ROUTE_FEW_THREADS (ROUTE_SEGMENTS * WARP)
+#define ROUTE_MANY_THREADS (2 * ROUTE_TILES * WARP)
 #define ROUTE_STRIDE (ROUTE_STAGE * 16 + 8)  // an odd number of 16 bytes: no bank conflicts
-#define ROUTE_KEPT 4     // logits that a lane keeps; further ones are read again for each choice
+#define ROUTE_KEPT 4      // logits that a lane keeps; further ones are read again for each choice
 
 struct TopKArgs {
   const float* logits;
@@ -34,7 +38,7 @@ struct RouteArgs {
   const float* x;        // [n, cols]
   const uint4* matrix;   // [row tiles, column tiles, 32]
   const float* bias;     // [row tiles * 16]
-  float* logits;         // [n, E]
+  float* logits;         // [groups, n, E] of route_few, [n, E] of route_many; without the bias
   u32* tickets;          // of each chunk of tokens; zero before and after
   u32* experts;          // [n, K]
   float* weights;        // [n, K]
@@ -47,11 +51,12 @@ DEVICE u32 key_of(float logit) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Chooses for a row; a warp's work.
-DEVICE void choose(const float* logits, u32 count, u32 top_k, u32* experts, float* weights) {
+// Chooses among count logits, which logit_of(expert) gives; a warp's work.
+template <class F>
+DEVICE void choose(const F& logit_of, u32 count, u32 top_k, u32* experts, float* weights) {
   float kept[ROUTE_KEPT];
 #pragma unroll
-  for (u32 i = 0; i < ROUTE_KEPT; i++) kept[i] = lane_id() + i * WARP < count ? logits[lane_id() + i * WARP] : 0.0f;
+  for (u32 i = 0; i < ROUTE_KEPT; i++) kept[i] = lane_id() + i * WARP < count ? logit_of(lane_id() + i * WARP) : 0.0f;
   u32 last_key = FULL, last = 0;
   float largest = 0.0f, sum = 0.0f, own = 0.0f;
   for (u32 k = 0; k < top_k; k++) {
@@ -69,7 +74,7 @@ DEVICE void choose(const float* logits, u32 count, u32 top_k, u32* experts, floa
 #pragma unroll
     for (u32 i = 0; i < ROUTE_KEPT; i++)
       if (lane_id() + i * WARP < count) consider(lane_id() + i * WARP, kept[i]);
-    for (u32 e = lane_id() + ROUTE_KEPT * WARP; e < count; e += WARP) consider(e, logits[e]);
+    for (u32 e = lane_id() + ROUTE_KEPT * WARP; e < count; e += WARP) consider(e, logit_of(e));
     last_key = __reduce_max_sync(FULL, key);
     last = __reduce_min_sync(FULL, key == last_key ? expert : FULL);
     logit = __shfl_sync(FULL, logit, last % WARP);
@@ -87,13 +92,14 @@ DEVICE void choose(const float* logits, u32 count, u32 top_k, u32* experts, floa
 
 KERNEL(top_k, WARP, TopKArgs) {
   u64 row = blockIdx.x;
-  choose(a.logits + row * a.experts_count, a.experts_count, a.top_k, a.experts + row * a.top_k,
+  const float* logits = a.logits + row * a.experts_count;
+  choose([&](u32 e) { return logits[e]; }, a.experts_count, a.top_k, a.experts + row * a.top_k,
          a.weights + row * a.top_k);
 }
 
 // The stage at which a segment starts.
 DEVICE u32 route_start(u32 tiles, u32 segment) {
-  return segment * ((tiles + ROUTE_STAGE - 1) / ROUTE_STAGE) / ROUTE_SEGMENTS;
+  return segment * ((tiles + ROUTE_STAGE - 1) / ROUTE_STAGE) / (ROUTE_GROUPS * ROUTE_SEGMENTS);
 }
 
 // Two numbers as three times two bf16.
@@ -107,29 +113,39 @@ DEVICE void split(float low, float high, u32 (&parts)[3]) {
   }
 }
 
-DEVICE void put_logit(const RouteArgs& a, u32 token, u32 row, float sum) {
-  if (token < a.n && row < a.experts_count) a.logits[(u64)token * a.experts_count + row] = sum + a.bias[row];
+// Where a logit's sum is; there is none for what pads tiles.
+DEVICE float* sum_of(const RouteArgs& a, u32 group, u32 token, u32 row) {
+  bool inside = token < a.n && row < a.experts_count;
+  return inside ? a.logits + ((u64)group * a.n + token) * a.experts_count + row : nullptr;
 }
 
-// Chooses for a block's tokens if it is the last one of them: then it sees what the others wrote.
+// Chooses for a block's tokens, whose sums are in so many parts, if it is the last one of them: then it sees what the
+// others wrote.
+template <u32 PARTS>
 DEVICE void choose_if_last(const RouteArgs& a, u32 first, u32 tokens, u32* is_last) {
   __syncthreads();
   if (threadIdx.x == 0) {
     u32* ticket = a.tickets + blockIdx.y;
     // Of all that the barrier puts before it.
     __threadfence();
-    *is_last = atomicAdd(ticket, 1) == gridDim.x - 1;
+    *is_last = atomicAdd(ticket, 1) == gridDim.x * gridDim.z - 1;
     if (*is_last) *ticket = 0;
     __threadfence();
   }
   __syncthreads();
   if (!*is_last) return;
-  for (u32 token = first + warp_id(); token < least(first + tokens, a.n); token += ROUTE_WARPS)
-    choose(a.logits + (u64)token * a.experts_count, a.experts_count, a.top_k, a.experts + (u64)token * a.top_k,
-           a.weights + (u64)token * a.top_k);
+  for (u32 token = first + warp_id(); token < least(first + tokens, a.n); token += blockDim.x / WARP) {
+    auto logit_of = [&](u32 expert) {
+      float sum = 0.0f;
+#pragma unroll
+      for (u32 part = 0; part < PARTS; part++) sum += *sum_of(a, part, token, expert);
+      return sum + a.bias[expert];
+    };
+    choose(logit_of, a.experts_count, a.top_k, a.experts + (u64)token * a.top_k, a.weights + (u64)token * a.top_k);
+  }
 }
 
-KERNEL(route_few, ROUTE_WARPS * WARP, RouteArgs) {
+KERNEL(route_few, ROUTE_FEW_THREADS, RouteArgs) {
   SHARED(smem);
   u32* is_last = (u32*)smem;
   float* partials = (float*)(smem + 16);  // [segment][ROUTE_FEW][16]
@@ -138,9 +154,10 @@ KERNEL(route_few, ROUTE_WARPS * WARP, RouteArgs) {
   // A token beyond the last reads the last one's numbers; its results are dropped.
   const float* x = a.x + (u64)least(first + g, a.n - 1) * a.cols + 2 * t;
   const uint4* matrix = a.matrix + (u64)blockIdx.x * tiles * WARP + lane_id();
-  u32 end = least(route_start(tiles, warp_id() + 1) * ROUTE_STAGE, tiles);
+  u32 segment = blockIdx.z * ROUTE_SEGMENTS + warp_id();
+  u32 end = least(route_start(tiles, segment + 1) * ROUTE_STAGE, tiles);
   float c[3][4] = {};
-  for (u32 from = route_start(tiles, warp_id()) * ROUTE_STAGE; from < end; from += ROUTE_BATCH) {
+  for (u32 from = route_start(tiles, segment) * ROUTE_STAGE; from < end; from += ROUTE_BATCH) {
     uint4 w[ROUTE_BATCH] = {};
     Several<float, 2> left[ROUTE_BATCH] = {}, right[ROUTE_BATCH] = {};
 #pragma unroll
@@ -170,9 +187,10 @@ KERNEL(route_few, ROUTE_WARPS * WARP, RouteArgs) {
     float sum = 0.0f;
 #pragma unroll
     for (u32 s = 0; s < ROUTE_SEGMENTS; s++) sum += partials[(s * ROUTE_FEW + token) * 16 + row];
-    put_logit(a, first + token, blockIdx.x * 16 + row, sum);
+    float* to = sum_of(a, blockIdx.z, first + token, blockIdx.x * 16 + row);
+    if (to) *to = sum;
   }
-  choose_if_last(a, first, ROUTE_FEW, is_last);
+  choose_if_last<ROUTE_GROUPS>(a, first, ROUTE_FEW, is_last);
 }
 
 // Numbers of a stage that a thread of route_many loads and splits.
@@ -181,7 +199,7 @@ struct Quarters {
 };
 
 // The token and the column, within a block's and a stage's, of one of a thread's four numbers in a row.
-DEVICE u32 token_of(u32 i) { return (i * ROUTE_WARPS * WARP + threadIdx.x) / (ROUTE_STAGE * 4); }
+DEVICE u32 token_of(u32 i) { return (i * ROUTE_MANY_THREADS + threadIdx.x) / (ROUTE_STAGE * 4); }
 DEVICE u32 column_of() { return threadIdx.x % (ROUTE_STAGE * 4) * 4; }
 
 DEVICE Quarters load_stage(const RouteArgs& a, u32 first, u32 stage) {
@@ -208,11 +226,13 @@ DEVICE void put_stage(u16* staged, const Quarters& x) {
   }
 }
 
-KERNEL(route_many, ROUTE_WARPS * WARP, RouteArgs) {
+KERNEL(route_many, ROUTE_MANY_THREADS, RouteArgs) {
   SHARED(smem);
   u32* is_last = (u32*)smem;
   u16* staged = (u16*)(smem + 16);  // [2][3][ROUTE_MANY][ROUTE_STRIDE]
   const u32 buffer = 3 * ROUTE_MANY * ROUTE_STRIDE;
+  // [n_tiles * 4][thread], each thread's own: what registers have no room for.
+  float* totals = (float*)(staged + 2 * buffer) + threadIdx.x;
   // A warp has a row tile and half of the tokens; one beyond the matrix only stages.
   const u32 n_tiles = ROUTE_MANY / 2 / 8;
   u32 tiles = a.cols / 16, row_tiles = (a.experts_count + 15) / 16, first = blockIdx.y * ROUTE_MANY;
@@ -231,44 +251,57 @@ KERNEL(route_many, ROUTE_WARPS * WARP, RouteArgs) {
   put_stage(staged, load_stage(a, first, 0));
   Quarters next = load_stage(a, first, 1);
   __syncthreads();
-  float total[n_tiles][4] = {};
   u32 stage = 0;
-  for (u32 segment = 0; segment < ROUTE_SEGMENTS; segment++) {
-    float c[3][n_tiles][4] = {};
-    for (; stage < route_start(tiles, segment + 1); stage++) {
-      put_stage(staged + (stage + 1) % 2 * buffer, next);
-      next = load_stage(a, first, stage + 2);
-      if (inside) {
+#pragma unroll 1
+  for (u32 group = 0; group < ROUTE_GROUPS; group++) {
+    float sums[n_tiles][4] = {};
+#pragma unroll 1
+    for (u32 segment = 0; segment < ROUTE_SEGMENTS; segment++) {
+      float c[3][n_tiles][4] = {};
+      for (; stage < route_start(tiles, group * ROUTE_SEGMENTS + segment + 1); stage++) {
+        put_stage(staged + (stage + 1) % 2 * buffer, next);
+        next = load_stage(a, first, stage + 2);
+        if (inside) {
 #pragma unroll
-        for (u32 k = 0; k < ROUTE_STAGE; k++) {
-          if (stage * ROUTE_STAGE + k >= tiles) continue;
-          u32 words[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
+          for (u32 k = 0; k < ROUTE_STAGE; k++) {
+            if (stage * ROUTE_STAGE + k >= tiles) continue;
+            u32 words[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
 #pragma unroll
-          for (u32 n = 0; n < n_tiles; n += 2) {
+            for (u32 n = 0; n < n_tiles; n += 2) {
 #pragma unroll
-            for (u32 part = 0; part < 3; part++) {
-              // Matrices: columns 0..8 and 8..16 of tokens 8n.., then of the next eight.
-              u32 token = half + (n + matrix / 2) * 8 + lane_id() % 8, b[4];
-              ldmatrix_x4(b, staged + stage % 2 * buffer + (part * ROUTE_MANY + token) * ROUTE_STRIDE + k * 16 +
-                                 matrix % 2 * 8);
-              mma_bf16(c[part][n], words, b[0], b[1]);
-              mma_bf16(c[part][n + 1], words, b[2], b[3]);
+              for (u32 part = 0; part < 3; part++) {
+                // Matrices: columns 0..8 and 8..16 of tokens 8n.., then of the next eight.
+                u32 token = half + (n + matrix / 2) * 8 + lane_id() % 8, b[4];
+                ldmatrix_x4(b, staged + stage % 2 * buffer + (part * ROUTE_MANY + token) * ROUTE_STRIDE + k * 16 +
+                                   matrix % 2 * 8);
+                mma_bf16(c[part][n], words, b[0], b[1]);
+                mma_bf16(c[part][n + 1], words, b[2], b[3]);
+              }
             }
           }
+          load_weights(stage + 1);
         }
-        load_weights(stage + 1);
+        __syncthreads();
       }
-      __syncthreads();
+#pragma unroll
+      for (u32 n = 0; n < n_tiles; n++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) sums[n][i] += (c[2][n][i] + c[1][n][i]) + c[0][n][i];
     }
 #pragma unroll
     for (u32 n = 0; n < n_tiles; n++)
 #pragma unroll
-      for (u32 i = 0; i < 4; i++) total[n][i] += (c[2][n][i] + c[1][n][i]) + c[0][n][i];
+      for (u32 i = 0; i < 4; i++) {
+        float* total = totals + (n * 4 + i) * ROUTE_MANY_THREADS;
+        *total = group == 0 ? sums[n][i] : *total + sums[n][i];
+      }
   }
 #pragma unroll
   for (u32 n = 0; n < n_tiles; n++)
 #pragma unroll
-    for (u32 i = 0; i < 4; i++)
-      if (inside) put_logit(a, first + half + n * 8 + 2 * t + i % 2, tile * 16 + g + i / 2 * 8, total[n][i]);
-  choose_if_last(a, first, ROUTE_MANY, is_last);
+    for (u32 i = 0; i < 4; i++) {
+      float* to = sum_of(a, 0, first + half + n * 8 + 2 * t + i % 2, tile * 16 + g + i / 2 * 8);
+      if (inside && to) *to = totals[(n * 4 + i) * ROUTE_MANY_THREADS];
+    }
+  choose_if_last<1>(a, first, ROUTE_MANY, is_last);
 }

@@ -124,23 +124,30 @@ pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) ->
     plans.min_by_key(|&(bytes, _)| bytes).expect("all rings but the first fit any matrix").1
 }
 
-/// Rows that take the narrow router at most: its blocks read the matrix once for every 8, the wide one's once for every 64,
-/// but each of those is as long as for a multiprocessor's share of thousands.
-const ROUTE_FEW_MAX: u32 = 1024;
-/// Shared memory of the routers: what tells the last block, and partial sums of 16 segments, or two stages of 64 columns
-/// with 8 for padding, in three parts.
-const ROUTE_BYTES: [u32; 2] = [16 + 16 * NARROW * TILE * 4, 16 + 2 * 3 * WIDE[0] * (64 + 8) * 2];
+/// Rows that take the narrow router at most. It reads the matrix once for every 8, the wide one once for every 64; but a
+/// block of the wide one takes as long whether there are others or not.
+const ROUTE_FEW_MAX: u32 = 512;
+/// Groups of columns that are blocks of their own in the narrow router.
+const ROUTE_GROUPS: u32 = 4;
+/// Shared memory of the routers: what tells the last block, and partial sums of 8 segments; or two stages of 64 columns
+/// with 8 for padding, in three parts, and a sum of each token and row.
+const ROUTE_BYTES: [u32; 2] = [16 + PARTIALS_BYTES, 16 + 2 * 3 * WIDE[0] * (64 + 8) * 2 + WIDE[0] * WIDE[1] * TILE * 4];
 
 /// The router in fast precision for `n` tokens, which chooses too. Columns are whole tiles; others are no model's, and go
 /// the way of exact precision.
 pub(super) fn route(n: u32, rows: u32, cols: u32) -> Option<Choice<RouteArgs>> {
     let tiles = rows.div_ceil(TILE);
     let choice = if n <= ROUTE_FEW_MAX {
-        Choice { op: ROUTE_FEW, grid: [tiles, n.div_ceil(NARROW), 1], shared: ROUTE_BYTES[0] }
+        Choice { op: ROUTE_FEW, grid: [tiles, n.div_ceil(NARROW), ROUTE_GROUPS], shared: ROUTE_BYTES[0] }
     } else {
         Choice { op: ROUTE_MANY, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: ROUTE_BYTES[1] }
     };
     cols.is_multiple_of(TILE).then_some(choice)
+}
+
+/// Rows of logits, or of their sums, that up to `n` tokens need.
+pub(super) fn route_sums(n: usize) -> usize {
+    n.max(n.min(ROUTE_FEW_MAX as usize) * ROUTE_GROUPS as usize)
 }
 
 /// Chunks of `n` tokens that the router may have, of which each has a ticket.
@@ -412,6 +419,7 @@ mod tests {
             assert!((choice.grid[0] - 1) * tiles * TILE < rows && rows <= choice.grid[0] * tiles * TILE);
             assert!((choice.grid[1] - 1) * tokens < n && n <= choice.grid[1] * tokens);
             assert!(choice.grid[1] as usize <= route_chunks(n as usize), "{n}: a chunk has no ticket");
+            assert!((n * choice.grid[2]) as usize <= route_sums(n as usize), "{n}: a sum has no room");
             // As much as a block can have on every device from 8.0 on.
             assert!(choice.shared <= 99 << 10);
         }

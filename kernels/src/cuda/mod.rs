@@ -82,7 +82,7 @@ pub struct Cuda {
     /// Last sampled token of each slot.
     tokens: Buffer,
     status: Buffer,
-    /// Router logits.
+    /// Router logits, or their sums in parts.
     logits: Buffer,
     /// Of each chunk of tokens how many of the router's blocks are done; zeros between launches.
     tickets: Buffer,
@@ -447,7 +447,7 @@ impl Cuda {
         // Asks for an expert beyond the last if there are fewer than K.
         check("expert", routes.top_k().saturating_sub(1), router.rows)?;
         routes.resize(x.len(), router.rows)?;
-        self.logits.reserve(x.len() * router.rows * 4)?;
+        self.logits.reserve(choose::route_sums(x.len()) * router.rows * 4)?;
         let [n, rows, cols, top_k] = [x.len(), router.rows, router.cols, routes.top_k()].map(|n| n as u32);
         let (logits, experts, weights) = (self.logits.address(), routes.experts(), routes.weights());
         if self.precision == Precision::Fast

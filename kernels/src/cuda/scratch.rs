@@ -1,7 +1,7 @@
 //! How much the backend makes for itself beside what it is asked for: a pure function of the largest step.
 
 use super::arena::ALIGNMENT;
-use super::choose::{HALVES_BYTES, PARTIALS_BYTES_MAX, route_chunks};
+use super::choose::{HALVES_BYTES, PARTIALS_BYTES_MAX, route_chunks, route_sums};
 use super::device::grown;
 use super::exchange::entries_bytes;
 use super::inputs::STRIDE;
@@ -64,8 +64,8 @@ impl ScratchShape {
     }
 
     /// Bytes of router logits.
-    pub(super) const fn router_logits(&self) -> usize {
-        self.rows * self.experts * 4
+    pub(super) fn router_logits(&self) -> usize {
+        route_sums(self.rows) * self.experts * 4
     }
 
     /// Bytes of where a step's entries lie.
