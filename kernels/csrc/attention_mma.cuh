@@ -58,10 +58,12 @@ struct Stream {
       if (step + 1 < last) ahead = table[step + 1];
       u32 start = step * SEGMENT;
       u16* stage = ring + step % STAGES * 2 * PART;
-      if (start >= first && start + SEGMENT <= end && dim == LINE)
-        load_whole(stage, blocks);
+      if (dim != LINE)
+        load_narrow(stage, start);
+      else if (start >= first && start + SEGMENT <= end)
+        load_lines<true>(stage, blocks, start);
       else
-        load_some(stage, start);
+        load_lines<false>(stage, blocks, start);
     }
     copies_commit();
   }
@@ -72,22 +74,25 @@ struct Stream {
     return stage + (mine ^ turn * KEYS % 8 * 8) + turn * KEYS * LINE;
   }
 
-  DEVICE void load_whole(u16* stage, uint4 blocks) {
+  // Zeros where no row of the tile looks, as in load_narrow; WHOLE: some row looks at every key.
+  template <bool WHOLE>
+  DEVICE void load_lines(u16* stage, uint4 blocks, u32 start) {
     u32 names[4] = {blocks.x, blocks.y, blocks.z, blocks.w};
 #pragma unroll
     for (u32 turn = 0; turn < TURNS; turn++) {
-      const u8* from = kv + (u64)names[turn * KEYS / BLOCK_SIZE] * block;
+      u32 position = start + turn * KEYS + threadIdx.x / PIECES;
+      bool there = WHOLE || (position >= first && position < end);
+      const u8* from = kv + (there ? (u64)names[turn * KEYS / BLOCK_SIZE] * block : 0);
 #pragma unroll
       for (u32 part = 0; part < 2; part++) {
         u16* to = place(stage, turn) + part * PART;
         const u8* piece = from + (part * BLOCK_SIZE + turn * KEYS % BLOCK_SIZE) * LINE * sizeof(u16);
-        copy_async(to, piece, true);
+        copy_async(to, piece, there);
       }
     }
   }
 
-  // Zeros where no row of the tile looks.
-  DEVICE void load_some(u16* stage, u32 start) {
+  DEVICE void load_narrow(u16* stage, u32 start) {
     u32 d = threadIdx.x % PIECES * 8;
 #pragma unroll 1
     for (u32 i = 0; i < 2 * TURNS; i++) {
