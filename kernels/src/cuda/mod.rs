@@ -143,7 +143,11 @@ impl Cuda {
         self.logits.reserve(shape.router_logits())?;
         self.partials.reserve(shape.partials())?;
         self.weights.reserve(shape.weights())?;
-        if self.family() == Family::Wgmma { self.halves.reserve_exactly(HALVES_BYTES) } else { Ok(()) }
+        if self.family() == Family::Wgmma {
+            self.pieces.reserve_exactly(shape.pieces())?;
+            self.halves.reserve_exactly(HALVES_BYTES)?;
+        }
+        Ok(())
     }
 
     /// Takes `bytes` of the device at once, from which all further memory comes as long as it suffices: weights, KV, buffers
