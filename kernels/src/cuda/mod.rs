@@ -153,7 +153,11 @@ impl Cuda {
         self.partials.reserve(shape.partials())?;
         self.entries.reserve(shape.entries())?;
         self.weights.reserve(shape.weights())?;
-        if self.family() == Family::Wgmma { self.halves.reserve_exactly(HALVES_BYTES) } else { Ok(()) }
+        if self.family() == Family::Wgmma {
+            self.pieces.reserve_exactly(shape.pieces())?;
+            self.halves.reserve_exactly(HALVES_BYTES)?;
+        }
+        Ok(())
     }
 
     /// Takes `bytes` of the device at once, from which all further memory comes as long as it suffices: weights, KV, buffers

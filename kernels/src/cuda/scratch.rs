@@ -86,7 +86,7 @@ impl ScratchShape {
 
     /// Bytes of rounded rows before a projection, in groups of up to 256.
     pub(super) fn pieces(&self) -> usize {
-        self.rows.next_multiple_of(256) * self.projected.next_multiple_of(16) * 2
+        self.rows.max(1).next_multiple_of(256) * self.projected.next_multiple_of(16) * 2
     }
 
     /// Bytes of what is kept of rows that are drawn from.
