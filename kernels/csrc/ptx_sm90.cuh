@@ -195,6 +195,17 @@ DEVICE void wgmma<32>(float (&d)[16], const u32 (&a)[4], u64 b, bool accumulate)
 }
 
 template <>
+DEVICE void wgmma<48>(float (&d)[24], const u32 (&a)[4], u64 b, bool accumulate) {
+  asm volatile(
+      "{.reg .pred accumulate; setp.ne.b32 accumulate, %29, 0;"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, "
+      "{%24,%25,%26,%27}, %28, accumulate, 1, 1, 0;}"
+      : EACH_16(d, 0), EACH_4(d, 16), EACH_4(d, 20)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)accumulate));
+}
+
+template <>
 DEVICE void wgmma<64>(float (&d)[32], const u32 (&a)[4], u64 b, bool accumulate) {
   asm volatile(
       "{.reg .pred accumulate; setp.ne.b32 accumulate, %37, 0;"

@@ -312,10 +312,11 @@ impl Ring {
     }
 }
 
-const RINGS: [Ring; 5] = [
+const RINGS: [Ring; 6] = [
     Ring { items: 8, tiles: 4, blocks: 6, stages: 5, resident: 4 },
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
+    Ring { items: 48, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
@@ -342,19 +343,22 @@ pub(super) fn experts_wgmma(
         0..=2 => 0,
         3..=8 => 1,
         9..=20 => 2,
-        21..=44 => 3,
-        _ => 4,
+        21..=34 => 3,
+        35..=44 => 4,
+        _ => 5,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     let shared = RINGS[ring].shared(slots);
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
     let chunks = u64::from(slots) + u64::from(items / chunk);
     let units = |rows: u32| u64::from(rows.div_ceil(TILE * tiles)) * chunks;
-    let blocks = |units: u64| [units.min(u64::from(multiprocessors * resident)) as u32, 1, 1];
+    let resident_blocks = u64::from(multiprocessors * resident);
+    let blocks = |units: u64| [units.min(resident_blocks) as u32, 1, 1];
     let (gate_up, down) = (units(2 * intermediate), units(hidden));
-    let few = std::env::var("X_APART").ok().and_then(|x| x.parse().ok()).unwrap_or(0u32);
+    // Where every unit of gate-up has a block of its own, those of down would only wait.
+    let waits = u64::from(items) * u64::from((2 * intermediate).div_ceil(TILE * tiles)) <= resident_blocks;
     match EXPERTS_WGMMA.get(ring) {
-        Some(&op) if ring > 0 || items > few => {
+        Some(&op) if ring > 0 || !waits => {
             ExpertLaunches::Together(Choice { op, grid: blocks(gate_up + down), shared })
         }
         _ => {
@@ -464,11 +468,13 @@ mod tests {
             ExpertLaunches::Apart(each) => each.to_vec(),
         };
         for (items, names) in [
-            (0, vec!["experts_wgmma_8"]),
-            (4, vec!["experts_wgmma_8"]),
+            (0, vec!["gate_up_wgmma_8", "down_wgmma_8"]),
+            (4, vec!["gate_up_wgmma_8", "down_wgmma_8"]),
+            (8, vec!["experts_wgmma_8"]),
             (2 * 128, vec!["experts_wgmma_8"]),
             (2 * 128 + 1, vec!["experts_wgmma_16"]),
             (20 * 128, vec!["experts_wgmma_32"]),
+            (34 * 128, vec!["experts_wgmma_48"]),
             (44 * 128, vec!["experts_wgmma_64"]),
             (32_768, vec!["gate_up_wgmma_176", "down_wgmma_176"]),
         ] {
@@ -483,8 +489,8 @@ mod tests {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
         }
         // A small layer has no more blocks than units.
-        let ExpertLaunches::Together(both) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few items") };
-        assert_eq!(both.grid, [6, 1, 1]);
+        let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few units") };
+        assert_eq!([gate_up.grid, down.grid], [[4, 1, 1], [2, 1, 1]]);
     }
 
     #[test]

@@ -167,11 +167,12 @@ pub(super) const DENSE_WGMMA: [Op<DenseWgmmaArgs>; 5] = [
     Op::new("dense_wgmma_128", "dense_wgmma.cu", 288),
     Op::new("dense_wgmma_256", "dense_wgmma.cu", 384),
 ];
-/// Both matrices of the experts, for 8, 16, 32 and 64 items at once.
-pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
+/// Both matrices of the experts, for 8, 16, 32, 48 and 64 items at once.
+pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 5] = [
     Op::new("experts_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_32", "experts_wgmma.cu", 288),
+    Op::new("experts_wgmma_48", "experts_wgmma.cu", 416),
     Op::new("experts_wgmma_64", "experts_wgmma.cu", 416),
 ];
 /// For 8 and 176 items at once.
@@ -189,7 +190,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 54] = [
+pub const KERNELS: [Kernel; 55] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -232,6 +233,7 @@ pub const KERNELS: [Kernel; 54] = [
     EXPERTS_WGMMA[1].kernel,
     EXPERTS_WGMMA[2].kernel,
     EXPERTS_WGMMA[3].kernel,
+    EXPERTS_WGMMA[4].kernel,
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     DOWN_WGMMA[0].kernel,
