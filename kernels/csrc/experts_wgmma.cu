@@ -40,7 +40,8 @@ struct Ring {
 typedef Ring<1, 1, 8, 6, 3, 5> Ring8;
 typedef Ring<1, 1, 16, 6, 3, 4> Ring16;
 typedef Ring<2, 1, 32, 6, 3, 4> Ring32;
-typedef Ring<3, 1, 48, 6, 3, 5> Ring48;
+typedef Ring<2, 1, 48, 6, 1, 3> Ring48;
+typedef Ring<3, 1, 48, 6, 3, 5> Ring49;
 typedef Ring<3, 1, 64, 6, 3, 5> Ring64;
 typedef Ring<3, 4, 176, 2, 1, 7> Ring176;
 
@@ -523,7 +524,8 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 #ifndef PLANTED
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
-RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 1, ExpertArgs) { both_matrices<Ring48>(a); }
+RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 2, ExpertArgs) { both_matrices<Ring48>(a); }
+RESIDENT_KERNEL(experts_wgmma_49, Ring49::THREADS, 1, ExpertArgs) { both_matrices<Ring49>(a); }
 RESIDENT_KERNEL(experts_wgmma_64, Ring64::THREADS, 1, ExpertArgs) { both_matrices<Ring64>(a); }
 KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
 KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }

@@ -312,10 +312,11 @@ impl Ring {
     }
 }
 
-const RINGS: [Ring; 6] = [
+const RINGS: [Ring; 7] = [
     Ring { items: 8, tiles: 4, blocks: 6, stages: 5, resident: 4 },
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
+    Ring { items: 48, tiles: 8, blocks: 6, stages: 3, resident: 2 },
     Ring { items: 48, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
@@ -343,9 +344,14 @@ pub(super) fn experts_wgmma(
         0..=2 => 0,
         3..=8 => 1,
         9..=20 => 2,
+        21..=34 if std::env::var("X_48").is_ok() => 4,
         21..=34 => 3,
-        35..=44 => 4,
-        _ => 5,
+        35..=44 => 5,
+        _ => 6,
+    };
+    let ring = match (ring, std::env::var("X_RING").ok().and_then(|x| x.parse().ok())) {
+        (3 | 4, Some(x)) => x,
+        _ => ring,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     let shared = RINGS[ring].shared(slots);
