@@ -212,8 +212,9 @@ fn scratch_stays_within_its_bound() {
         }
         let bound = scratch_bytes(&shape);
         assert!(most - asked <= bound, "{precision:?}: {} of {bound}", most - asked);
-        // Neither is the bound far away: most of it is room for draws.
-        assert!(!reserved || (most - asked) * 10 > bound * 9, "{precision:?}: {} of {bound}", most - asked);
+        // Neither is the bound far away: most of it is room for draws, and where halves meet on Hopper, which this is not.
+        let own = bound - ((12 << 20) + 4096);
+        assert!(!reserved || (most - asked) * 10 > own * 9, "{precision:?}: {} of {bound}", most - asked);
         let drawn = ROWS * (24 + 30 * 8) + (EXPERTS + 1) * 16 + 1024;
         assert!(!reserved || most - start <= drawn as u64, "{precision:?}: {} more", most - start);
     }
