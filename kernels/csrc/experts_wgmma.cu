@@ -47,19 +47,29 @@ typedef Ring<3, 4, 176, 2, 1, 7> Ring176;
 
 // Units -------------------------------------------------------------------------------------------------------------
 
-// What one warp finds for the block: how many chunks of ITEMS items lower slots have, [slots + 1].
+// What one warp finds for the block: how many chunks of ITEMS items lower slots have, [slots + 1]. Four times as many slots
+// as lanes are asked for at once: the first units wait for them.
 template <u32 ITEMS>
 DEVICE void count_chunks(const ExpertArgs& a, u32* chunks) {
+  const u32 AT_ONCE = 4;
   u32 before = 0;
-  for (u32 first = 0; first < a.slots_count; first += WARP) {
-    u32 slot = first + lane_id();
-    u32 own = slot < a.slots_count ? (a.starts[slot + 1] - a.starts[slot] + ITEMS - 1) / ITEMS : 0, sum = own;
-    for (u32 step = 1; step < WARP; step *= 2) {
-      u32 lower = __shfl_up_sync(FULL, sum, step);
-      if (lane_id() >= step) sum += lower;
+  for (u32 first = 0; first < a.slots_count; first += AT_ONCE * WARP) {
+    u32 own[AT_ONCE];
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      u32 slot = first + i * WARP + lane_id();
+      own[i] = slot < a.slots_count ? (a.starts[slot + 1] - a.starts[slot] + ITEMS - 1) / ITEMS : 0;
     }
-    if (slot < a.slots_count) chunks[slot] = before + sum - own;
-    before += __shfl_sync(FULL, sum, WARP - 1);
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      u32 slot = first + i * WARP + lane_id(), sum = own[i];
+      for (u32 step = 1; step < WARP; step *= 2) {
+        u32 lower = __shfl_up_sync(FULL, sum, step);
+        if (lane_id() >= step) sum += lower;
+      }
+      if (slot < a.slots_count) chunks[slot] = before + sum - own[i];
+      before += __shfl_sync(FULL, sum, WARP - 1);
+    }
   }
   if (lane_id() == 0) chunks[a.slots_count] = before;
 }
