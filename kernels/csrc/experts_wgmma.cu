@@ -166,6 +166,9 @@ DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8
       if (!copied.of_items) copied.copy<R>(m, block, smem, turn);
       turn.advance();
     }
+#ifdef PLANT_MEET
+    value = 0;
+#endif
     if (lane_id() == 0) wait_for_blocks(counter, value);
     __syncwarp();
     fence_async_global();

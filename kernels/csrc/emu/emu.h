@@ -1,4 +1,4 @@
-// CUDA's words on a CPU: a block's threads are fibers of one CPU thread, which meet at barriers.
+// CUDA's words on a CPU: threads of a block, or of a few blocks at once, are fibers of one CPU thread, which meet at barriers.
 //
 // What it finds: values read before a barrier made them (shared memory starts as NaN, and every second block runs its
 // threads backwards), threads that wait for each other for ever, accesses beyond a buffer (with -fsanitize=address).
@@ -124,7 +124,7 @@ inline float __uint_as_float(u32 bits) {
 // Fibers change places at barriers only.
 inline u32 atomicAdd(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 inline u64 atomicAdd(u64* p, u64 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
-// Blocks follow each other.
+// Blocks take turns on one CPU thread.
 inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   u64 bytes = (u64)y << 32 | x;

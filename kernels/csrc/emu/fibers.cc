@@ -1,5 +1,6 @@
 // The emulation's threads: a stack each, and a switch of stacks at every barrier.
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "../common.cuh"
@@ -54,6 +55,8 @@ struct Warp {
   uint32_t present;
 };
 
+struct Async;
+
 struct Block {
   Place place;
   unsigned char* shared;
@@ -69,6 +72,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> stacks;
   std::vector<unsigned char> memory;
+  // What takes effect later: emu/sm90.cc.
+  std::shared_ptr<Async> async;
 #if defined(__x86_64__)
   void* host;
 #else
@@ -76,6 +81,7 @@ struct Block {
 #endif
 };
 
+// The block whose turn it is.
 static thread_local Block* block;
 static const Entry* entries;
 
@@ -196,32 +202,7 @@ namespace emu {
 
 enum { LAUNCHED = 0, UNKNOWN = 1, WRONG_ARGS = 2, WRONG_SIZE = 3, DEADLOCK = 4, BROKEN = 5 };
 
-static int run_block(unsigned threads, bool backwards) {
-  block->alive = threads;
-  block->broken = nullptr;
-  begin_async(threads);
-  block->arrived = block->generation = 0;
-  for (Warp& warp : block->warps) memset(&warp, 0, sizeof warp);
-  for (unsigned i = 0; i < threads; i++) {
-    block->warps[i / 32].alive |= 1u << i % 32;
-    make_fiber(i);
-  }
-  while (block->alive != 0) {
-    unsigned long before = block->progress;
-    for (unsigned i = 0; i < threads; i++) {
-      unsigned thread = backwards ? threads - 1 - i : i;
-      if (!block->fibers[thread].done) enter(thread);
-      if (block->broken) return BROKEN;
-    }
-    if (block->progress == before) return DEADLOCK;
-  }
-  return LAUNCHED;
-}
-
-static int launch(const Entry& entry, const void* args, const uint32_t* grid, size_t shared) {
-  if (entry.threads > THREADS_MAX || shared > 227 << 10) return WRONG_SIZE;
-  static thread_local Block own;
-  block = &own;
+static void begin_block(const Entry& entry, const void* args, const uint32_t* grid, size_t shared, unsigned index) {
   unsigned threads = entry.threads;
   block->body = entry.body;
   block->args = args;
@@ -231,18 +212,61 @@ static int launch(const Entry& entry, const void* args, const uint32_t* grid, si
   block->memory.resize(shared + 16);
   block->shared = (unsigned char*)(((uintptr_t)block->memory.data() + 15) & ~(uintptr_t)15);
   block->shared_bytes = shared;
+  memset(block->shared, 0xff, shared);
   block->place.grid = {grid[0], grid[1], grid[2]};
   block->place.block_size = {threads, 1, 1};
+  block->place.block_index = {index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]};
+  block->alive = threads;
+  block->broken = nullptr;
+  begin_async(threads);
+  block->arrived = block->generation = 0;
+  for (Warp& warp : block->warps) memset(&warp, 0, sizeof warp);
+  for (unsigned i = 0; i < threads; i++) {
+    block->warps[i / 32].alive |= 1u << i % 32;
+    make_fiber(i);
+  }
+}
+
+// Each thread up to where it waits.
+static bool run_threads(bool backwards) {
+  unsigned threads = (unsigned)block->fibers.size();
+  for (unsigned i = 0; i < threads && !block->broken; i++) {
+    unsigned thread = backwards ? threads - 1 - i : i;
+    if (!block->fibers[thread].done) enter(thread);
+  }
+  return !block->broken;
+}
+
+// Runs all blocks, so many at once as may wait for each other, their threads in turn.
+static int launch(const Entry& entry, const void* args, const uint32_t* grid, size_t shared, unsigned at_once) {
+  if (entry.threads > THREADS_MAX || shared > 227 << 10) return WRONG_SIZE;
+  static thread_local std::vector<std::unique_ptr<Block>> resident;
+  while (resident.size() < at_once) resident.emplace_back(new Block());
   // Also a grid of one block runs backwards every second time.
   static thread_local unsigned count;
-  for (unsigned z = 0; z < grid[2]; z++)
-    for (unsigned y = 0; y < grid[1]; y++)
-      for (unsigned x = 0; x < grid[0]; x++) {
-        block->place.block_index = {x, y, z};
-        memset(block->shared, 0xff, shared);
-        int outcome = run_block(threads, count++ % 2 == 1);
-        if (outcome != LAUNCHED) return outcome;
+  std::vector<bool> runs(at_once), backwards(at_once);
+  unsigned blocks = grid[0] * grid[1] * grid[2], begun = 0, running = 0;
+  while (begun < blocks || running > 0) {
+    bool progress = false;
+    for (unsigned i = 0; i < at_once; i++) {
+      block = resident[i].get();
+      if (!runs[i] && begun < blocks) {
+        begin_block(entry, args, grid, shared, begun++);
+        backwards[i] = count++ % 2 == 1;
+        runs[i] = true;
+        running++;
       }
+      if (!runs[i]) continue;
+      unsigned long before = block->progress;
+      if (!run_threads(backwards[i])) return BROKEN;
+      progress |= block->progress != before;
+      if (block->alive == 0) {
+        runs[i] = false;
+        running--;
+      }
+    }
+    if (!progress) return DEADLOCK;
+  }
   return LAUNCHED;
 }
 
@@ -262,11 +286,11 @@ extern "C" bool phalanx_emu_find(const char* name, size_t* args_bytes, uint32_t*
 // The rule that a kernel broke last on this thread.
 extern "C" const char* phalanx_emu_broken() { return emu::block && emu::block->broken ? emu::block->broken : ""; }
 
-// Runs a kernel to its end.
+// Runs a kernel to its end, so many of its blocks at once.
 extern "C" int phalanx_emu_launch(const char* name, const void* args, size_t args_bytes, const uint32_t* grid,
-                                  size_t shared) {
+                                  size_t shared, unsigned at_once) {
   for (const emu::Entry* entry = emu::entries; entry; entry = entry->next)
     if (strcmp(entry->name, name) == 0)
-      return entry->args == args_bytes ? emu::launch(*entry, args, grid, shared) : emu::WRONG_ARGS;
+      return entry->args == args_bytes ? emu::launch(*entry, args, grid, shared, at_once) : emu::WRONG_ARGS;
   return emu::UNKNOWN;
 }

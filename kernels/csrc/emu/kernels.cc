@@ -118,3 +118,11 @@ namespace hopper_with_stages_too_early {
 #include "../experts_wgmma.cu"
 }
 #undef PLANT_EARLY
+
+#undef EMU_SUFFIX
+#define EMU_SUFFIX "!meet"
+#define PLANT_MEET
+namespace hopper_that_does_not_meet {
+#include "../experts_wgmma.cu"
+}
+#undef PLANT_MEET

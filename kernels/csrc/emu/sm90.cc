@@ -34,16 +34,19 @@ struct Copies {
   std::vector<std::vector<Copy>> groups;
 };
 
-static thread_local std::vector<Copies> own_copies;
-static thread_local std::vector<Copy> copies;
-static thread_local std::vector<Products> products;
-static thread_local std::vector<Warpgroup> warpgroups;
+// Of a block.
+struct Async {
+  std::vector<Copies> own_copies;
+  std::vector<Copy> copies;
+  std::vector<Products> products;
+  std::vector<Warpgroup> warpgroups;
+};
 
 static void begin_async(unsigned threads) {
-  own_copies.assign(threads, {});
-  copies.clear();
-  products.assign(threads, {});
-  warpgroups.assign((threads + 127) / 128, {});
+  block->async = std::make_shared<Async>();
+  block->async->own_copies.assign(threads, {});
+  block->async->products.assign(threads, {});
+  block->async->warpgroups.assign((threads + 127) / 128, {});
 }
 
 unsigned offset(const void* p) { return (unsigned)((const unsigned char*)p - block->shared); }
@@ -59,17 +62,17 @@ void copy_async(void* to, const void* from, bool there) {
   if (!inside(to, 16)) fail("a copy outside shared memory");
   if ((uintptr_t)to % 16 || (there && (uintptr_t)from % 16)) fail("a copy that is not aligned");
   memset(to, 0xff, 16);
-  own_copies[block->current].open.push_back({to, there ? from : nullptr, 16, nullptr});
+  block->async->own_copies[block->current].open.push_back({to, there ? from : nullptr, 16, nullptr});
 }
 
 void copies_commit() {
-  Copies& own = own_copies[block->current];
+  Copies& own = block->async->own_copies[block->current];
   own.groups.push_back(own.open);
   own.open.clear();
 }
 
 void copies_wait(unsigned groups) {
-  std::vector<std::vector<Copy>>& own = own_copies[block->current].groups;
+  std::vector<std::vector<Copy>>& own = block->async->own_copies[block->current].groups;
   while (own.size() > groups) {
     for (const Copy& copy : own.front()) {
       if (copy.from)
@@ -97,17 +100,17 @@ void barrier_init(void* p, unsigned arrivals) {
 // Ends the phase if nothing is missing any more; its copies land then.
 static bool end_phase(Barrier& barrier) {
   unsigned bytes = 0;
-  for (const Copy& copy : copies)
+  for (const Copy& copy : block->async->copies)
     if (copy.barrier == &barrier) bytes += copy.bytes;
   if (barrier.missing != 0 || barrier.bytes != bytes) return false;
   std::vector<Copy> others;
-  for (const Copy& copy : copies) {
+  for (const Copy& copy : block->async->copies) {
     if (copy.barrier == &barrier)
       memcpy(copy.to, copy.from, copy.bytes);
     else
       others.push_back(copy);
   }
-  copies.swap(others);
+  block->async->copies.swap(others);
   barrier.missing = barrier.arrivals;
   barrier.bytes = 0;
   barrier.parity ^= 1;
@@ -134,10 +137,10 @@ void bulk_copy(void* to, const void* from, unsigned bytes, void* barrier) {
   if (!inside(to, bytes)) fail("a bulk copy outside shared memory");
   if (bytes == 0 || bytes % 16 || (uintptr_t)to % 16 || (uintptr_t)from % 16) fail("a bulk copy that is not aligned");
   memset(to, 0xff, bytes);
-  copies.push_back({to, from, bytes, &barrier_at(barrier)});
+  block->async->copies.push_back({to, from, bytes, &barrier_at(barrier)});
 }
 
-// Blocks follow each other: what is not there yet is either made by this one or by none.
+// What is not there yet is made by blocks that run at once, or by none.
 void wait_for_blocks(const unsigned* counter, unsigned value) {
   while (*(const volatile unsigned*)counter < value) yield();
 }
@@ -152,10 +155,10 @@ static bool is_under_way(const float* d, unsigned n) {
   return true;
 }
 
-void products_fence() { products[block->current].fenced = true; }
+void products_fence() { block->async->products[block->current].fenced = true; }
 
 void product(const Product& product) {
-  Products& own = products[block->current];
+  Products& own = block->async->products[block->current];
   if (!own.fenced) fail("a product without a fence before it");
   unsigned n = product.columns / 2;
   Sums* sums = nullptr;
@@ -170,7 +173,7 @@ void product(const Product& product) {
 }
 
 void products_commit() {
-  Products& own = products[block->current];
+  Products& own = block->async->products[block->current];
   own.groups.push_back(own.open);
   own.open.clear();
   // What is done to registers from here on needs another fence.
@@ -188,7 +191,7 @@ static void warpgroup_barrier(Warpgroup& warpgroup) {
   while (warpgroup.generation == generation) yield();
 }
 
-void warpgroup_sync() { warpgroup_barrier(warpgroups[block->current / 128]); }
+void warpgroup_sync() { warpgroup_barrier(block->async->warpgroups[block->current / 128]); }
 
 // Lets others do what they wrongly may while products are under way: such as copy to a stage that is still read.
 static void linger() {
@@ -225,8 +228,8 @@ static void complete(const Product& product, unsigned which, const Warpgroup& wa
 }
 
 void products_wait(unsigned groups) {
-  Products& own = products[block->current];
-  Warpgroup& warpgroup = warpgroups[block->current / 128];
+  Products& own = block->async->products[block->current];
+  Warpgroup& warpgroup = block->async->warpgroups[block->current / 128];
   while (own.groups.size() > groups) {
     const std::vector<Product>& group = own.groups.front();
     warpgroup.members[block->current % 128] = &group;

@@ -19,6 +19,7 @@ unsafe extern "C" {
         args_bytes: usize,
         grid: *const u32,
         shared: usize,
+        at_once: u32,
     ) -> c_int;
 }
 
@@ -52,6 +53,8 @@ pub enum Fault {
     Registers,
     /// They give a stage back before its products are done.
     Early,
+    /// Down does not wait for other blocks' activations.
+    Meet,
 }
 
 /// What emulated devices hold, and when they break.
@@ -117,6 +120,8 @@ pub struct Emulated {
     pub family: Family,
     /// Watches all devices that have it.
     pub meter: Option<&'static Meter>,
+    /// Further blocks of a launch that run at once with the first.
+    pub beside: u32,
 }
 
 impl Emulated {
@@ -141,6 +146,7 @@ impl Emulated {
             Fault::Fence => "fence",
             Fault::Registers => "registers",
             Fault::Early => "early",
+            Fault::Meet => "meet",
         };
         let planted = CString::new(format!("{}!{suffix}", kernel.name)).expect("no zero either");
         if find(&planted).is_some() { planted } else { plain }
@@ -239,7 +245,14 @@ impl Device for Emulated {
         let name = self.name(launch.kernel);
         // SAFETY: the caller promises that the arguments are the kernel's; the emulation checks their size.
         let done = unsafe {
-            phalanx_emu_launch(name.as_ptr(), args, args_bytes, launch.grid.as_ptr(), launch.shared as usize)
+            phalanx_emu_launch(
+                name.as_ptr(),
+                args,
+                args_bytes,
+                launch.grid.as_ptr(),
+                launch.shared as usize,
+                1 + self.beside,
+            )
         };
         if done == 5 {
             // SAFETY: the text is a constant of the emulation.
@@ -381,6 +394,7 @@ mod tests {
             (Fault::Window, "attention_few_64!window"),
             (Fault::Nibbles, "down_bf16!nibbles"),
             (Fault::Stride, "experts_wgmma_32!stride"),
+            (Fault::Meet, "experts_wgmma_32!meet"),
         ] {
             let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();

@@ -172,6 +172,7 @@ fn faults_in_hoppers_kernels_are_seen() {
         Planted::Fence,
         Planted::Registers,
         Planted::Early,
+        Planted::Meet,
     ] {
         let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER });
         assert!(seen.is_err(), "{fault:?} is not seen");

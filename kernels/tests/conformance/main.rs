@@ -131,7 +131,8 @@ fn make_cpu(isa: Isa, kind: (Precision, DenseFormat), threads: usize) -> Make<Cp
 }
 
 /// A device with Hopper's own instructions.
-const HOPPER: Emulated = Emulated { fault: None, largest: None, family: Family::Wgmma, meter: None };
+/// Blocks that meet run at once.
+const HOPPER: Emulated = Emulated { fault: None, largest: None, family: Family::Wgmma, meter: None, beside: 2 };
 
 /// The CUDA kernels on the CPU.
 fn make_cuda(device: Emulated, precision: Precision) -> Make<Cuda> {
