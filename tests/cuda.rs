@@ -38,13 +38,13 @@ struct EmulatedGpus {
 }
 
 static GPUS: EmulatedGpus = EmulatedGpus {
-    device: Emulated { fault: None, largest: None, meter: None, family: Family::Mma },
+    device: Emulated { fault: None, largest: None, meter: None, family: Family::Mma, beside: 0 },
     free: Bytes(8 << 30),
 };
 
 /// The same with Hopper's kernels.
 static HOPPERS: EmulatedGpus = EmulatedGpus {
-    device: Emulated { fault: None, largest: None, meter: None, family: Family::Wgmma },
+    device: Emulated { fault: None, largest: None, meter: None, family: Family::Wgmma, beside: 2 },
     free: Bytes(8 << 30),
 };
 

@@ -31,6 +31,8 @@ struct Place {
 Place& place();
 unsigned char* shared();
 
+// Lets other threads, and other blocks, go on.
+void take_turns();
 // Waits for all threads of the block that have not ended.
 void block_barrier();
 // Every lane deposits six words, then all may read those of any lane, until warp_release.
@@ -121,9 +123,16 @@ inline float __uint_as_float(u32 bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
-// Fibers change places at barriers only.
-inline u32 atomicAdd(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
-inline u64 atomicAdd(u64* p, u64 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+// Others have their turn before and after it.
+template <class T>
+inline T emu_add(T* p, T value) {
+  emu::take_turns();
+  value = __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+  emu::take_turns();
+  return value;
+}
+inline u32 atomicAdd(u32* p, u32 value) { return emu_add(p, value); }
+inline u64 atomicAdd(u64* p, u64 value) { return emu_add(p, value); }
 // Blocks take turns on one CPU thread.
 inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {

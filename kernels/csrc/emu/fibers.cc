@@ -102,6 +102,11 @@ static void yield() {
 #endif
 }
 
+void take_turns() {
+  block->progress++;
+  yield();
+}
+
 // Ends the block: nothing that its threads do from here on counts.
 [[noreturn]] static void fail(const char* rule) {
   block->broken = rule;

@@ -258,7 +258,7 @@ pub(super) struct Receive {
 /// Entries that every block lists for itself, at most.
 const FEW_ENTRIES: u32 = 1024;
 /// Expert slots of a layer on a rank.
-pub(super) const SLOTS_MAX: usize = 4096;
+pub(super) const SLOTS_MAX: usize = 2048;
 /// Numbers in shared memory of how many items of each slot a warp has.
 const COUNTS_MAX: u32 = 8 << 10;
 
@@ -270,8 +270,8 @@ pub(super) fn receive(
     multiprocessors: u32,
 ) -> Receive {
     let few = tiled && entries <= FEW_ENTRIES;
-    let (op, blocks) = if few { (RECEIVE_FEW, items.clamp(1, multiprocessors)) } else { (RECEIVE, 1) };
-    let moves = if few { items.div_ceil(blocks) } else { 0 };
+    let (op, blocks) = if few { (RECEIVE_FEW, items.clamp(1, multiprocessors.max(1))) } else { (RECEIVE, 1) };
+    let moves = if few { items.div_ceil(blocks).max(1) } else { 0 };
     let warps = op.kernel.threads / 32;
     let stretches = (COUNTS_MAX / slots.max(1)).clamp(1, warps);
     // Senders, moves, and numbers: two of each warp, totals, slots.
@@ -493,6 +493,7 @@ mod tests {
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
         for ring in &RINGS {
             assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
+            assert!(ring.shared(SLOTS_MAX as u32) <= SHARED_MAX, "{} items", ring.items);
         }
         // A small layer has no more blocks than units.
         let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few units") };

@@ -117,7 +117,7 @@ pub(crate) fn routes_any_number_of_rows<B: Tested>(make: &Make<B>) {
     let shape @ [experts, hidden, top_k] = [40, 1104, 4];
     let mut random = Random(15);
     let (weight, bias) = (random.tensor(experts * hidden, 0.05), random.tensor(experts, 0.5));
-    // Kernels for few rows take up to 1024.
+    // Fast kernels for few rows take up to 512.
     let values = random.numbers(1030 * hidden);
     let bits = |rows: &[Vec<(u32, f32)>]| -> Vec<Vec<(u32, u32)>> {
         rows.iter().map(|row| row.iter().map(|&(expert, weight)| (expert, weight.to_bits())).collect()).collect()
@@ -131,7 +131,7 @@ pub(crate) fn routes_any_number_of_rows<B: Tested>(make: &Make<B>) {
         assert_eq!(got_experts, experts, "{what}");
         close(&what, top_k, &weights, &got_weights, tolerances::ROUTE).unwrap();
     }
-    for count in COUNTS {
+    for count in COUNTS.into_iter().chain([512, 513]) {
         let got = routed(make, &values[..count * hidden], &weight, Some(&bias), shape);
         assert_eq!(bits(&got), bits(&all[..count]), "{}, {count} rows", make.name);
     }
@@ -307,13 +307,41 @@ pub(crate) fn works_on_any_number_of_rows<B: Tested>(make: &Make<B>) {
             exchange::from_wire(make.precision, &got.by_rank[0])
         };
         let all = run(&rows);
-        for count in [1, 2, 3, 11, 12, 13, 33, 96, 97, 192, 193, 200].into_iter().filter(|&count| count < most) {
+        for count in [1, 2, 3, 11, 12, 13, 33, 96, 97, 110, 192, 193, 200].into_iter().filter(|&count| count < most) {
             let what = format!("{}, {hidden} to {intermediate}, {count} of {most} rows", make.name);
             same(&what, hidden, &all[..count * hidden], &run(&rows[..count * hidden])).unwrap();
         }
         let row = exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &rows[..hidden]));
         let expected = expected_expert(make.expert, &made[0], 7.0, &row);
         close(&make.name, hidden, &expected, &all[..hidden], tolerances::expert(make.precision)).unwrap();
+    }
+}
+
+/// With a row or two for each of many experts, as when a few sequences are decoded, a row's results are those that it has
+/// beside many.
+pub(crate) fn works_on_many_slots<B: Tested>(make: &Make<B>) {
+    let shape @ ExpertShape { hidden, intermediate, .. } = ExpertShape { hidden: 96, intermediate: 288, limit: 7.0 };
+    let mut random = Random(18);
+    let made: Vec<_> = (0..40).map(|_| Expert::random(&mut random, hidden, intermediate)).collect();
+    let experts: Vec<_> = made.iter().map(Some).collect();
+    let rows = random.numbers(400 * hidden);
+    let run = |count: usize| {
+        let slots: Vec<_> = (0..count).map(|row| vec![(row * 7 % 39) as u32]).collect();
+        let mut received = HostParts::new(1);
+        received.by_rank[0] = records(make.precision, &slots, &rows[..count * hidden]);
+        exchange::from_wire(make.precision, &work(make, shape, &experts, 1, &received).by_rank[0])
+    };
+    let all = run(400);
+    for count in [1, 9, 64, 80] {
+        let what = format!("{}, {count} of 400 rows", make.name);
+        same(&what, hidden, &all[..count * hidden], &run(count)).unwrap();
+    }
+    for row in [0, 63] {
+        let input = &rows[row * hidden..(row + 1) * hidden];
+        let input = exchange::from_wire(make.precision, &exchange::to_wire(make.precision, input));
+        let expected = expected_expert(make.expert, &made[row * 7 % 39], 7.0, &input);
+        let got = &all[row * hidden..(row + 1) * hidden];
+        close(&make.name, hidden, &expected, got, tolerances::expert(make.precision)).unwrap();
     }
 }
 

@@ -223,6 +223,7 @@ conformance!(
     experts::works_for_every_rank,
     experts::works_on_any_number_of_rows,
     experts::works_on_few_and_on_many_records,
+    experts::works_on_many_slots,
     experts::clamps,
     experts::scales_at_both_ends,
     experts::combines,
