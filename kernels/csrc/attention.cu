@@ -35,7 +35,7 @@ struct AttentionArgs {
   float* partials;       // [T, Nq, segments, 2 + D]: maximum, sum, outputs; fast: [chunks, rows of tiles, Nq, 2 + D]
   u32 cols, heads, kv_heads, dim, stride;
   u32 window;    // 0: none
-  u32 segments;  // of a row at most; fast: chunks
+  u32 segments;  // of a row at most; exact only
   float scale;   // 1/sqrt(D)
   u32 share;     // chunks of a block; 0: all of a tile's; fast only
   u32 unused;

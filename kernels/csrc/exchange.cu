@@ -10,8 +10,8 @@
 // from its number; with several, place_entries finds it first. Then rows move in blocks of their own, four columns a
 // thread: at once where all borders allow it, as they do at gpt-oss's widths.
 //
-// Nothing is counted twice or by chance: a block that needs the number of records before its own counts them itself,
-// from the routes, so that no block waits for another.
+// Nothing is counted by chance: a block that needs the number of records before its own counts them itself, from the
+// routes, so that no block waits for another.
 #include "common.cuh"
 
 #define EXCHANGE_THREADS 256

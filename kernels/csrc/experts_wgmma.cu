@@ -8,14 +8,15 @@
 // on are infinite.
 // Items: [tile of 8 items][columns / 8][8 items][8 columns] bf16, as wgmma reads B: such a piece is 128 contiguous bytes,
 // so it needs no swizzle, and a tile's columns follow each other, so bulk copies need no tensor map. Slot s has the tiles
-// from starts[s] / 8 + s on. receive_tiles puts received rows there, gate_up its activations.
+// from starts[s] / 8 + s on. receive.cu puts received rows there, gate_up its activations.
 //
-// A unit is a row stretch of WARPGROUPS * 64 and ITEMS items of a slot; slots without items have none. With many items a
-// block goes through every so many units of a matrix. With few, one launch does both matrices: blocks take units as they
-// come to them, first all of gate_up, then those of down, whose weights are on their way before the activations of their
-// slot are there. A block's last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead
-// as there are stages; each warpgroup decodes TOGETHER blocks of 32 columns while the products of those before are under
-// way. What bounds few items is how long a step of that takes, not how many there are: so there is more in a step.
+// A unit is a row stretch of WARPGROUPS * 64 and ITEMS items of a slot; slots without items have none. One launch does both
+// matrices: blocks take units as they come to them, first all of gate_up, then those of down, whose weights are on their way
+// before the activations of their slot are there. Where units are so few that each of gate_up has a block of its own, and
+// where items are many, there is a launch for each matrix, and a block goes through every so many of its units.
+// A block's last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead as there are stages; each warpgroup
+// decodes TOGETHER blocks of 32 columns while the products of those before are under way: what bounds few items is how long
+// such a step takes, more than what is in it.
 //
 // Order: columns ascending by 16, in one sum of the tensor core from zero; bias last. The same for every N and unit.
 #include "ptx_sm90.cuh"
@@ -41,8 +42,6 @@ typedef Ring<1, 1, 8, 6, 3, 5> Ring8;
 typedef Ring<1, 1, 16, 6, 3, 4> Ring16;
 typedef Ring<2, 1, 32, 6, 3, 4> Ring32;
 typedef Ring<2, 1, 48, 6, 1, 3> Ring48;
-typedef Ring<3, 1, 48, 6, 3, 5> Ring49;
-typedef Ring<3, 1, 64, 6, 3, 5> Ring64;
 typedef Ring<3, 4, 176, 2, 1, 7> Ring176;
 
 // Units -------------------------------------------------------------------------------------------------------------
@@ -538,8 +537,6 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
 RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 2, ExpertArgs) { both_matrices<Ring48>(a); }
-RESIDENT_KERNEL(experts_wgmma_49, Ring49::THREADS, 1, ExpertArgs) { both_matrices<Ring49>(a); }
-RESIDENT_KERNEL(experts_wgmma_64, Ring64::THREADS, 1, ExpertArgs) { both_matrices<Ring64>(a); }
 KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
 KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
 KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }

@@ -536,7 +536,8 @@ pub trait Backend: Send + Sized + 'static {
     fn receive(&mut self, received: &Self::Parts, experts: &Self::Experts, work: &mut Self::Work);
 
     /// For each (row, choice) here: `[H] -> [I]`, gate-up with bias, then
-    /// `min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1)`.
+    /// `min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1)`. [`down`](Self::down) of the same
+    /// experts and work follows, and may be what does both.
     fn gate_up(&mut self, experts: &Self::Experts, work: &mut Self::Work);
 
     /// For each (row, choice) here: `[I] -> [H]`, down with bias, one row of the wire type per choice into the

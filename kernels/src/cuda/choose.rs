@@ -126,7 +126,7 @@ pub(super) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) ->
 
 /// Rows that take the narrow router at most. It reads the matrix once for every 8, the wide one once for every 64; but a
 /// block of the wide one takes as long whether there are others or not.
-const ROUTE_FEW_MAX: u32 = 512;
+const ROUTE_FEW_MAX: u32 = 1024;
 /// Groups of columns that are blocks of their own in the narrow router.
 const ROUTE_GROUPS: u32 = 4;
 /// Shared memory of the routers: what tells the last block, and partial sums of 8 segments; or two stages of 64 columns
@@ -312,13 +312,11 @@ impl Ring {
     }
 }
 
-const RINGS: [Ring; 7] = [
+const RINGS: [Ring; 5] = [
     Ring { items: 8, tiles: 4, blocks: 6, stages: 5, resident: 4 },
     Ring { items: 16, tiles: 4, blocks: 6, stages: 4, resident: 4 },
     Ring { items: 32, tiles: 8, blocks: 6, stages: 4, resident: 2 },
     Ring { items: 48, tiles: 8, blocks: 6, stages: 3, resident: 2 },
-    Ring { items: 48, tiles: 12, blocks: 6, stages: 5, resident: 1 },
-    Ring { items: 64, tiles: 12, blocks: 6, stages: 5, resident: 1 },
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
@@ -332,7 +330,7 @@ pub(super) enum ExpertLaunches {
 }
 
 /// The experts on Hopper, for about `items` items in `slots` slots. A guess that is wrong costs time only: each kernel takes any
-/// number, and all add in the same order.
+/// number, and all add in the same order. (How many [`receive`] takes is no guess.)
 pub(super) fn experts_wgmma(
     [hidden, intermediate]: [u32; 2],
     slots: u32,
@@ -344,14 +342,8 @@ pub(super) fn experts_wgmma(
         0..=2 => 0,
         3..=8 => 1,
         9..=20 => 2,
-        21..=34 if std::env::var("X_48").is_ok() => 4,
-        21..=34 => 3,
-        35..=44 => 5,
-        _ => 6,
-    };
-    let ring = match (ring, std::env::var("X_RING").ok().and_then(|x| x.parse().ok())) {
-        (3 | 4, Some(x)) => x,
-        _ => ring,
+        21..=44 => 3,
+        _ => 4,
     };
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     let shared = RINGS[ring].shared(slots);
@@ -480,8 +472,7 @@ mod tests {
             (2 * 128, vec!["experts_wgmma_8"]),
             (2 * 128 + 1, vec!["experts_wgmma_16"]),
             (20 * 128, vec!["experts_wgmma_32"]),
-            (34 * 128, vec!["experts_wgmma_48"]),
-            (44 * 128, vec!["experts_wgmma_64"]),
+            (44 * 128, vec!["experts_wgmma_48"]),
             (32_768, vec!["gate_up_wgmma_176", "down_wgmma_176"]),
         ] {
             let choices = choose(128, items);

@@ -86,6 +86,8 @@ pub struct Cuda {
     logits: Buffer,
     /// Of each chunk of tokens how many of the router's blocks are done; zeros between launches.
     tickets: Buffer,
+    /// Where entries of a dispatch or a combine lie, with several ranks.
+    entries: Buffer,
     /// Attention of single segments.
     partials: Buffer,
     /// Rows to gather, and draws.
@@ -94,8 +96,6 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
-    /// Where entries of a dispatch or a combine lie, with several ranks.
-    entries: Buffer,
     /// Where halves of its sums meet there.
     halves: Buffer,
     /// Who packs weights; nobody until the first are packed.

@@ -167,14 +167,12 @@ pub(super) const DENSE_WGMMA: [Op<DenseWgmmaArgs>; 5] = [
     Op::new("dense_wgmma_128", "dense_wgmma.cu", 288),
     Op::new("dense_wgmma_256", "dense_wgmma.cu", 384),
 ];
-/// Both matrices of the experts, for 8, 16, 32, 48 and 64 items at once.
-pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 6] = [
+/// Both matrices of the experts, for 8, 16, 32 and 48 items at once.
+pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
     Op::new("experts_wgmma_8", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_16", "experts_wgmma.cu", 160),
     Op::new("experts_wgmma_32", "experts_wgmma.cu", 288),
     Op::new("experts_wgmma_48", "experts_wgmma.cu", 288),
-    Op::new("experts_wgmma_49", "experts_wgmma.cu", 416),
-    Op::new("experts_wgmma_64", "experts_wgmma.cu", 416),
 ];
 /// For 8 and 176 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
@@ -191,7 +189,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 56] = [
+pub const KERNELS: [Kernel; 54] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -234,8 +232,6 @@ pub const KERNELS: [Kernel; 56] = [
     EXPERTS_WGMMA[1].kernel,
     EXPERTS_WGMMA[2].kernel,
     EXPERTS_WGMMA[3].kernel,
-    EXPERTS_WGMMA[4].kernel,
-    EXPERTS_WGMMA[5].kernel,
     GATE_UP_WGMMA[0].kernel,
     GATE_UP_WGMMA[1].kernel,
     DOWN_WGMMA[0].kernel,

@@ -78,7 +78,7 @@ impl ScratchShape {
         route_chunks(self.rows) * 4
     }
 
-    /// Bytes of attention by single segments.
+    /// Bytes of attention by single segments or chunks.
     pub(super) fn partials(&self) -> usize {
         let row = self.heads.saturating_mul(self.positions.div_ceil(SEGMENT)).saturating_mul((2 + self.head_dim) * 4);
         self.rows.saturating_mul(row).min(PARTIALS_BYTES_MAX)

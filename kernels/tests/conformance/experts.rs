@@ -117,7 +117,7 @@ pub(crate) fn routes_any_number_of_rows<B: Tested>(make: &Make<B>) {
     let shape @ [experts, hidden, top_k] = [40, 1104, 4];
     let mut random = Random(15);
     let (weight, bias) = (random.tensor(experts * hidden, 0.05), random.tensor(experts, 0.5));
-    // Fast kernels for few rows take up to 512.
+    // Fast kernels for few rows take up to 1024.
     let values = random.numbers(1030 * hidden);
     let bits = |rows: &[Vec<(u32, f32)>]| -> Vec<Vec<(u32, u32)>> {
         rows.iter().map(|row| row.iter().map(|&(expert, weight)| (expert, weight.to_bits())).collect()).collect()
@@ -131,7 +131,7 @@ pub(crate) fn routes_any_number_of_rows<B: Tested>(make: &Make<B>) {
         assert_eq!(got_experts, experts, "{what}");
         close(&what, top_k, &weights, &got_weights, tolerances::ROUTE).unwrap();
     }
-    for count in COUNTS.into_iter().chain([512, 513]) {
+    for count in COUNTS.into_iter().chain([1024, 1025]) {
         let got = routed(make, &values[..count * hidden], &weight, Some(&bias), shape);
         assert_eq!(bits(&got), bits(&all[..count]), "{}, {count} rows", make.name);
     }

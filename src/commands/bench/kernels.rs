@@ -223,7 +223,7 @@ fn measure<B: Machine>(backend: &mut B, case: &mut Case<B>) -> Result<f64> {
     let (name, rows) = (case.name, case.rows);
     let named = || format!("{name} with {rows} rows");
     let mut times = 1_u32;
-    // What begins a step is no part of the op.
+    // What begins a step is no part of the op, but for drawing, which is done once a step.
     (case.run)(backend, true);
     backend.finish().with_context(named)?;
     loop {
