@@ -11,8 +11,8 @@
 //   more than RAISE; sums and outputs so far are then scaled by 2^(old - new). Weights are 2^(score - base), fused, and
 //   are rounded to bf16; mma adds them, times ones and times values, by 16 keys ascending.
 // - Chunks are joined ascending, each with its base as maximum, the sink last.
-// What a row does not see adds zeros and never raises a base. A block walks all chunks of its tile and joins as it goes
-// or, for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
+// What a row does not see adds zeros, if it is finite, and never raises a base. A block walks all chunks of its tile and joins
+// as it goes or, for few tiles with long pasts, leaves those of its share in partials, and attention_join joins them.
 //
 // Keys and values come through a ring of stages by asynchronous copies; a stage has a step's keys, then its values.
 // Piece p (8 numbers) of key k lies at place p ^ k % 8 of its line: eight keys' pieces are in different banks.

@@ -160,7 +160,14 @@ pub(crate) fn routes_beside_what_is_no_number<B: Tested>(make: &Make<B>) {
 
 /// Routes by logits that are chosen so that rank 1 gets nothing, rank 2 one row, rank 0 all.
 pub(crate) fn dispatches<B: Tested>(make: &Make<B>) {
-    let (hidden, experts, top_k, n) = (32, 6, 2, 5);
+    // Entries of one turn of a kernel's warps, and of several.
+    for n in [5, 700] {
+        dispatches_rows(make, n);
+    }
+}
+
+fn dispatches_rows<B: Tested>(make: &Make<B>, n: usize) {
+    let (hidden, experts, top_k) = (32, 6, 2);
     let mut b = make.backend();
     let mut random = Random(12);
     let unit: Vec<f32> = (0..experts * hidden).map(|i| f32::from(u8::from(i / hidden == i % hidden))).collect();
@@ -440,7 +447,14 @@ pub(crate) fn scales_at_both_ends<B: Tested>(make: &Make<B>) {
 }
 
 pub(crate) fn combines<B: Tested>(make: &Make<B>) {
-    let (hidden, experts, top_k, n) = (96, 4, 3, 9);
+    // As above.
+    for n in [9, 400] {
+        combines_rows(make, n);
+    }
+}
+
+fn combines_rows<B: Tested>(make: &Make<B>, n: usize) {
+    let (hidden, experts, top_k) = (96, 4, 3);
     let mut b = make.backend();
     let mut random = Random(14);
     let router_weight = random.tensor(experts * hidden, 1.0);
