@@ -281,7 +281,8 @@ mod tests {
         /// Exit status and output of `run.sh`.
         fn run(&self, required: Option<&str>, names: &[&str]) -> (Option<i32>, String) {
             let mut command = Command::new(self.0.join("run.sh"));
-            command.args(names).env("LIMIT_SECONDS", "1").env_remove("OUT").env_remove("GPU_REQUIRED");
+            command.args(names).env("LIMIT_SECONDS", "1").env("KEEP_CACHE", "1");
+            command.env_remove("OUT").env_remove("GPU_REQUIRED");
             command.env_remove("PHALANX_ROOT").current_dir("/");
             if let Some(required) = required {
                 command.env("GPU_REQUIRED", required);
@@ -370,7 +371,9 @@ mod tests {
         let phalanx = |gpu: &str| {
             let path = pack.0.join("bin/phalanx");
             let body = format!(
-                "#!/bin/sh\n[ $1 = doctor ] && exit {gpu}\ncase $* in *synth:120b*) exit 3;; esac\necho \"said $*\"\n"
+                "#!/usr/bin/env bash\n[ $1 = doctor ] && exit {gpu}\ncase $* in\n*synth:120b*) exit 3;;\n\
+                 model*) mkdir -p ${{@: -1}} && echo 1 >${{@: -1}}/a.safetensors;;\n\
+                 *--json*) echo '{{\"batch\":1,\"load_s\":2.5}}';;\nesac\necho \"said $*\"\n"
             );
             fs::write(&path, body).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -383,6 +386,7 @@ mod tests {
         let (status, output) = pack.run(None, &["benches"]);
         assert_eq!(status, Some(1), "what fails is a failure: {output}");
         assert!(output.contains("said bench offline --device cuda:0 --model synth:20b"), "{output}");
+        assert!(output.contains("loaded in 2.5 s\n") && !pack.0.join("load").exists(), "{output}");
         assert!(output.ends_with("FAILED: exit status 3\n"), "{output}");
         assert!(!output.contains("== good"), "{output}");
     }
@@ -395,7 +399,7 @@ mod tests {
             fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         };
-        program("bin/phalanx", "exit 0");
+        program("bin/phalanx", "echo '\"load_s\":1'");
         for (python, row) in [
             ("exit 1", "NOT RUN: python3 has no torch"),
             ("case $1 in */peers.py) echo \"a peer: $2\" ;; esac", "measured"),
@@ -403,9 +407,9 @@ mod tests {
         ] {
             program("lib/python3", python);
             let path = format!("{}:{}", pack.0.join("lib").display(), std::env::var("PATH").unwrap());
-            let output =
-                Command::new(pack.0.join("run.sh")).arg("benches").env("PATH", path).env_remove("OUT").output();
-            let output = output.unwrap();
+            let mut command = Command::new(pack.0.join("run.sh"));
+            command.arg("benches").env("PATH", path).env("KEEP_CACHE", "1").env_remove("OUT");
+            let output = command.output().unwrap();
             let text = String::from_utf8_lossy(&output.stdout);
             assert!(output.status.success(), "{text}");
             assert!(text.lines().any(|line| line.starts_with("peers ") && line.ends_with(row)), "{text}");

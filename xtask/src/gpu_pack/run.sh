@@ -58,7 +58,7 @@ wanted() {
 # One test at a time: ranks and processes of a test share the GPU.
 one_by_one() {
     # The tests' own threads and processes die with it.
-    timeout --kill-after=10 "$limit" "$1" --test-threads=1
+    timeout --kill-after=10 "$limit" "$1" --test-threads=1 ${3:-}
 }
 
 # Each check of the CUDA backend in a process of its own, as many at once as there are cores: most of their time goes to
@@ -84,9 +84,10 @@ for test in "$here"/tests/*; do
     wanted "$name" "$@" || continue
     echo
     echo "== $name"
-    how=one_by_one
-    case $name in *conformance) how=each_apart ;; esac
-    (cd "$PHALANX_ROOT" && "$how" "$test" "$logs/$name") >"$logs/$name.log" 2>&1
+    how=one_by_one only=
+    # Of the worker's tests those that want a GPU: the others take a minute and are the same everywhere.
+    case $name in *conformance) how=each_apart ;; *phalanx_worker) only=gpu:: ;; esac
+    (cd "$PHALANX_ROOT" && "$how" "$test" "$logs/$name" $only) >"$logs/$name.log" 2>&1
     status=$?
     grep -E '^(NOT RUN|test .*FAILED$|test result:)' "$logs/$name.log"
     case $status in
@@ -127,8 +128,29 @@ measure_peers() {
     fi
     rows+=("$(printf '%-34s %25s  %s' peers '' "$outcome")")
 }
+# Loading from disk beside reading the same files and doing nothing, both past the page cache where this may be emptied
+# and KEEP_CACHE is not set.
+measure_load() {
+    local folder=$here/load layers=${LOAD_LAYERS:-8} cold=cold raw seconds outcome=measured
+    forget() { [ -z "${KEEP_CACHE:-}" ] && sync && { echo 3 >/proc/sys/vm/drop_caches; } 2>/dev/null || cold=cached; }
+    echo
+    echo "== load: $layers layers of 20b from disk"
+    rm -rf "$folder"
+    if "$PHALANX_BIN" model synth --shape 20b --layers "$layers" --seed 7 "$folder"; then
+        forget
+        raw=$({ TIMEFORMAT=%R && time cat "$folder"/*.safetensors >/dev/null; } 2>&1)
+        forget
+        seconds=$("$PHALANX_BIN" bench offline --device cuda:0 --no-weight-cache --model "$folder" --prompt-len 1 \
+            --gen-len 1 --json | sed -n 's/.*"load_s":\([0-9.]*\).*/\1/p')
+        echo "$(du -sm "$folder" | cut -f1) MiB, $cold: read in $raw s, loaded in ${seconds:-?} s" | tee "$logs/load.log"
+    fi
+    [ -n "${seconds:-}" ] || failed=1 outcome='FAILED: see above'
+    rm -rf "$folder"
+    rows+=("$(printf '%-34s %25s  %s' load '' "$outcome")")
+}
 if wanted benches "$@" && [ -x "$PHALANX_BIN" ]; then
     if has_gpu; then
+        measure_load
         measure kernels-120b bench kernels --device cuda:0 --shape 120b --rows 1,8,64,256,1024,8192 --context 8192 --rounds 3
         measure_peers
         # A long prompt twice: the first one also makes what the second finds.
