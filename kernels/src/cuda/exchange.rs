@@ -95,8 +95,12 @@ pub struct Work {
     items_max: usize,
     /// Ranks of the last receive.
     ranks: usize,
-    /// Items of the last receive, at most, as far as the host knows.
+    /// Slots of the experts that it was for; none if it was refused.
+    slots: usize,
+    /// Its items, at most, as far as the host knows.
     items_now: usize,
+    /// As many as they are where ranks have as much to do.
+    items_likely: usize,
     /// `[rows, H]` of the wire type; with wgmma the items' tiles of 8, `[item tiles, H / 8, 8, 8]`
     rows: Buffer,
     /// `[items, I]`, f32 or bf16; with wgmma tiles as well
@@ -131,7 +135,9 @@ impl Work {
             rows_max: rows,
             items_max: items,
             ranks: 0,
+            slots: 0,
             items_now: items,
+            items_likely: items,
             rows: if tiled { memory.nothing() } else { memory.zeroed(rows * shape.hidden * size)? },
             activations: if tiled { memory.nothing() } else { memory.zeroed(items * shape.intermediate * size)? },
             row_source: memory.zeroed(rows * 8)?,
@@ -151,7 +157,9 @@ impl Work {
             rows_max: 0,
             items_max: 0,
             ranks: 0,
+            slots: 0,
             items_now: 0,
+            items_likely: 0,
             rows: nothing(),
             activations: nothing(),
             row_source: nothing(),
@@ -200,7 +208,7 @@ impl Cuda {
         if most > out.bytes_max {
             return Err(KernelError::Size { what: "the buffer of a dispatch", got: out.bytes_max, need: most });
         }
-        out.bytes_now = most;
+        (out.bytes_now, out.is_room) = (most, false);
         let one = out.gathered.is_some() || out.ranks == 1;
         let parts = out.places_mut().address_mut();
         let at = if one { 0 } else { self.place_entries(routes, places, (parts, out.ranks), record, false)?[0] };
@@ -257,6 +265,7 @@ impl Cuda {
         experts: &Experts,
         work: &mut Work,
     ) -> Result<(), KernelError> {
+        work.slots = 0;
         need("the width of the rows received", work.shape.hidden, experts.shape.hidden)?;
         need("the width of the experts at work", work.shape.intermediate, experts.shape.intermediate)?;
         let (size, hidden, slots) = (wire::bytes(self.precision), work.shape.hidden, experts.slots.len());
@@ -265,7 +274,7 @@ impl Cuda {
         if received.are_results() {
             return Err(KernelError::Received { rank: 0, what: "results instead of rows" });
         }
-        work.ranks = received.ranks;
+        (work.ranks, work.slots) = (received.ranks, slots);
         if work.results.bytes() < received.ranks * PART {
             work.results = Arc::new(self.memory.zeroed(received.ranks * PART)?);
         }
@@ -281,6 +290,11 @@ impl Cuda {
         let multiprocessors = self.memory.queue.device().multiprocessors();
         let rows_now = (received.bytes_now / record_bytes).min(work.rows_max);
         work.items_now = (rows_now * self.top_k).min(work.items_max);
+        // A row comes with at least one choice of this rank; of all choices each rank has its share.
+        let ranks = received.ranks.max(1);
+        let choices =
+            if received.is_room { rows_now * self.top_k / ranks } else { rows_now * self.top_k.div_ceil(ranks) };
+        work.items_likely = choices.min(work.items_now);
         let entries = u32::try_from(received.bytes_now / record_bytes * self.top_k).unwrap_or(u32::MAX);
         let shape = [received.ranks as u32, slots as u32];
         let chosen = choose::receive(tiled, [entries, work.items_now as u32], shape, multiprocessors);
@@ -352,14 +366,14 @@ impl Cuda {
             ]),
             Family::Wgmma => {
                 let multiprocessors = self.memory.queue.device().multiprocessors();
-                choose::experts_wgmma([hidden, intermediate], slots, work.items_now as u32, multiprocessors)
+                choose::experts_wgmma([hidden, intermediate], slots, work.items_likely as u32, multiprocessors)
             }
         }
     }
 
     /// The experts' arguments, after a receive.
     fn expert_args(&self, experts: &Experts, work: &Work, results: u64) -> Result<ExpertArgs, KernelError> {
-        check("expert slot", experts.slots.len(), work.starts.bytes() / 4)?;
+        need("the expert slots at work", experts.slots.len(), work.slots)?;
         Ok(ExpertArgs {
             slots: experts.table.address(),
             starts: work.starts.address(),

@@ -22,6 +22,8 @@ pub struct Parts {
     pub(super) bytes_max: usize,
     /// As many bytes as there may be of this step, as far as the host knows.
     pub(super) bytes_now: usize,
+    /// That is as much as there is room for, from every rank: what came is a part of it.
+    pub(super) is_room: bool,
     /// Shared with whoever sends it.
     pub(super) bytes: Arc<Buffer>,
     /// `[ranks]` of (start, bytes), unless these are results.
@@ -43,6 +45,7 @@ impl Parts {
             ranks,
             bytes_max,
             bytes_now: bytes_max,
+            is_room: false,
             bytes,
             places: memory.zeroed(ranks * PART)?,
             results: None,
@@ -53,7 +56,17 @@ impl Parts {
 
     pub(super) fn nothing(memory: &Arc<Memory>, ranks: usize) -> Self {
         let (bytes, places) = (Arc::new(memory.nothing()), memory.nothing());
-        Self { ranks, bytes_max: 0, bytes_now: 0, bytes, places, results: None, gathered: None, fault: None }
+        Self {
+            ranks,
+            bytes_max: 0,
+            bytes_now: 0,
+            is_room: false,
+            bytes,
+            places,
+            results: None,
+            gathered: None,
+            fault: None,
+        }
     }
 
     #[allow(clippy::needless_pass_by_ref_mut, reason = "who writes there must own it alone")]
@@ -136,7 +149,7 @@ impl Parts {
         })?;
         to.upload(0, &bytes)?;
         self.places_mut().upload(0, &bytes_of(&places))?;
-        (self.bytes_now, self.gathered, self.fault) = (bytes.len(), None, None);
+        (self.bytes_now, self.is_room, self.gathered, self.fault) = (bytes.len(), false, None, None);
         Ok(())
     }
 }

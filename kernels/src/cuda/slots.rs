@@ -167,7 +167,7 @@ impl Port {
         }
         has_room(parts, end)?;
         parts.places_mut().upload(0, &bytes_of(&places))?;
-        (parts.bytes_now, parts.gathered, parts.fault) = (end, None, None);
+        (parts.bytes_now, parts.is_room, parts.gathered, parts.fault) = (end, false, None, None);
         Ok(parts.bytes.address())
     }
 
@@ -245,7 +245,8 @@ impl Port {
     /// [`KernelError::Device`].
     pub fn unpack(&mut self, parts: &mut Parts, slot: Slot, gathered: Option<u32>) -> Result<(), KernelError> {
         // How much of the slots counts, the host does not know.
-        (parts.bytes_now, parts.gathered, parts.fault) = (parts.ranks * slot.bytes, gathered, None);
+        (parts.bytes_now, parts.is_room) = (parts.ranks * slot.bytes, true);
+        (parts.gathered, parts.fault) = (gathered, None);
         let args = UnpackArgs {
             slots: parts.bytes.address(),
             moment: self.moment.address(),
