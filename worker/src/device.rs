@@ -140,7 +140,7 @@ impl Device {
                     scratch: scratch::gpu_scratch(checkpoint.config()),
                     peers: match self.exchange {
                         ExchangeRequest::Tcp => Peers { library: Bytes(0), slots: Bytes(PORT_BYTES) },
-                        ExchangeRequest::Auto | ExchangeRequest::Nccl => {
+                        ExchangeRequest::Auto | ExchangeRequest::Nccl | ExchangeRequest::NcclGraphs => {
                             Peers { library: Bytes(LIBRARY_BYTES), slots: Bytes(SLOTS_BYTES_MAX as u64 + PORT_BYTES) }
                         }
                     },

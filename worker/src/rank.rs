@@ -84,14 +84,14 @@ impl LoadedModel {
     ) -> Result<Box<dyn LoadedRank>, JoinError> {
         let model = match self {
             Self::Cuda(model) if control.size() > 1 => *model,
-            Self::Cpu(_) if exchange == ExchangeRequest::Nccl => {
-                return Err(NoCarrier::Cpu { rank: control.rank() }.into());
+            Self::Cpu(_) if exchange.insists_on_nccl() => {
+                return Err(NoCarrier::Cpu { rank: control.rank(), asked: exchange }.into());
             }
             alone => return Ok(alone.join(control, limits, fence)),
         };
         let shape = shape(&model, control.size(), &limits);
         let deadline = Instant::now() + JOIN_WAIT;
-        let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
+        let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape, captures: false };
         let slots = if exchange == ExchangeRequest::Tcp { 0 } else { shape.slots_bytes() };
         let port = Port::new(model.backend(), slots)?;
         let offer = Offer::of(exchange, &port);

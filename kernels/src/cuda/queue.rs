@@ -11,7 +11,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::device::{Device, Graph, Launch, Pinned};
+use super::device::{Captured, Device, Graph, Launch, Pinned};
 use super::pinned::Ferries;
 use super::sequence::{Node, Sequence};
 use super::wait::{Limit, PATIENCE, until};
@@ -219,6 +219,21 @@ impl Queue {
     /// As [`Device::zero`]; `bytes` is not 0.
     pub(super) unsafe fn zero(&self, to: u64, bytes: usize) -> Result<(), KernelError> {
         self.record(|recorded| recorded.push(Node::Zero { to, bytes }))
+    }
+
+    /// Records that something captured is done.
+    ///
+    /// # Safety
+    /// As [`Capture::launch`](super::Capture::launch), until [`Queue::forget_captured`].
+    pub(super) unsafe fn enqueue_captured(&self, captured: &Captured) -> Result<(), KernelError> {
+        self.record(|recorded| recorded.push(Node::Captured(captured)))
+    }
+
+    /// Forgets all that was captured, and the graphs it is part of: what was recorded of it and not yet submitted is left out.
+    pub(super) fn forget_captured(&self) {
+        let mut state = self.state();
+        state.recorded.forget_captured();
+        state.graphs.retain(|kept| !kept.nodes.has_captured());
     }
 
     /// Copies to the device, behind what is recorded.

@@ -14,6 +14,9 @@
 //! rank that is not ahead only lets the others' streams wait; no host waits for another rank's but to settle, or when it is
 //! too far ahead, each with the deadline of the step waited for.
 //!
+//! Where ranks are asked to, exchanges in slots are captured ([`Captures`]) and go with the step's graphs: then the host
+//! calls NCCL for none of them.
+//!
 //! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each
 //! other. So rows move when all ranks finish the exchange, and none finishes it before all are there. All follows the
 //! order of the backend's stream.
@@ -21,11 +24,13 @@
 use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::cuda::{Outgoing, PART_ALIGNMENT, Parts, Port, Slot};
+use cudarc::nccl::sys::cudaStream_t;
+use phalanx_kernels::cuda::{Captured, Outgoing, PART_ALIGNMENT, Parts, Port, Slot};
 use phalanx_kernels::{HostParts, KernelError};
 use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
 use phalanx_proto::{ExchangeCounters, Fence, Rank};
 
+use super::captures::{Captures, Key, Turn};
 use super::communicator::{Communicator, NcclError};
 use super::join::{JoinError, JoinOptions, agree, gather, tell};
 use super::marks::{MARKS_MAX, Marks};
@@ -74,6 +79,8 @@ pub struct Nccl {
     /// Why slots cannot be sent in this step.
     fault: Option<KernelError>,
     sent: Option<Sent>,
+    /// Exchanges in slots that go with the step's graphs.
+    captures: Captures,
     /// Exchanges that are on the stream and were not waited for.
     marks: Marks,
     /// The last step that was settled.
@@ -115,6 +122,7 @@ impl Nccl {
             way: Way::Exact,
             fault: None,
             sent: None,
+            captures: Captures::new(options.captures),
             marks: Marks::default(),
             settled: options.fence,
             allowed: Duration::ZERO,
@@ -142,8 +150,9 @@ impl Nccl {
 
     /// Waits this long for the culprit of a failure, instead of [`GRACE`].
     #[cfg(test)]
-    pub(super) fn with_grace(self, grace: Duration) -> Self {
-        Self { grace, ..self }
+    pub(super) fn with_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
     }
 
     /// Goes this way in the step that has begun.
@@ -271,25 +280,33 @@ impl Nccl {
         let (me, ranks, stride) = (self.me(), self.shape.ranks, slot.stride());
         let gathered = self.gathers(exchange);
         let into = self.port.landing(received, slot).map_err(|error| self.device(error))?;
-        let stream = self.port.stream().map_err(|error| self.device(error))?.cast();
-        // SAFETY: the port has checked that there is room at both for the slots; who frees them does so in the order of
-        // the stream.
-        let enqueued = unsafe {
-            if gathered {
-                self.communicator.all_gather(pointer(at), pointer(into), stride, stream)
-            } else {
-                let transfers = fixed(me, ranks, stride);
-                self.communicator.enqueue(&transfers, pointer(at), pointer(into), stream)
+        let key = Key::new(exchange.kind, gathered, slot);
+        let turn = match self.captures.turn(key, [at, into]) {
+            Turn::Capture => {
+                let captured = self.capture(exchange, (at, into), stride)?;
+                self.captures.keep(key, [at, into], captured.clone());
+                Turn::Again(captured)
             }
+            turn => turn,
         };
-        self.enqueued(exchange, enqueued)?;
+        if let Turn::Again(captured) = turn {
+            // SAFETY: it is of these addresses, which the port has checked as below; and it is forgotten before the
+            // communicator ends.
+            unsafe { self.port.enqueue(&captured) }.map_err(|error| self.device(error))?;
+        } else {
+            let stream = self.port.stream().map_err(|error| self.device(error))?.cast();
+            // SAFETY: the port has checked that there is room at both for the slots; who frees them does so in the order of
+            // the stream.
+            let enqueued = unsafe { move_slots(&mut self.communicator, gathered, (at, into), stride, stream) };
+            self.enqueued(exchange, enqueued)?;
+            // Without blocking, NCCL may put its work on the stream later: what reads it must not come first.
+            self.wait(exchange, None, Goal::Enqueued)?;
+        }
         if !gathered {
             let own = (me * stride) as u64;
             // SAFETY: this rank's own slot, within the slots that are sent and the room for those that come.
             unsafe { self.port.copy(at + own, into + own, stride) }.map_err(|error| self.device(error))?;
         }
-        // Without blocking, NCCL may put its work on the stream later: what reads it must not come first.
-        self.wait(exchange, None, Goal::Enqueued)?;
         let me = gathered.then_some(me as u32);
         self.port.unpack(received, slot, me).map_err(|error| self.device(error))?;
         self.step.count_slots((ranks - 1) * stride);
@@ -304,6 +321,31 @@ impl Nccl {
             self.passed()?;
         }
         Ok(())
+    }
+
+    /// Keeps what NCCL enqueues to move slots between these addresses.
+    fn capture(
+        &mut self,
+        exchange: Exchange,
+        at: (u64, u64),
+        stride: usize,
+    ) -> Result<Captured, CollectiveError> {
+        let (gathered, deadline) = (self.gathers(exchange), self.step.deadline);
+        let (communicator, mut outcome) = (&mut self.communicator, Ok(()));
+        let captured = self.port.capture(&mut |stream| {
+            // SAFETY: nothing moves yet; whoever enqueues what is captured vouches for the addresses.
+            outcome = unsafe { move_slots(communicator, gathered, at, stride, stream.cast()) };
+            if outcome.is_ok() {
+                // What NCCL does from a thread of its own must be captured too.
+                outcome = communicator.settle("while an exchange was captured", deadline, || Ok(()));
+            }
+            Ok(())
+        });
+        self.enqueued(exchange, outcome)?;
+        captured.map_err(|error| {
+            let why = format!("{error}; start workers with --exchange nccl");
+            self.device(KernelError::Device { what: "take exchanges into graphs", why })
+        })
     }
 
     /// Enqueues a mark behind the exchanges of the step so far, or behind its last one.
@@ -419,12 +461,25 @@ impl Nccl {
         self.broken(error)
     }
 
+    /// Graphs with exchanges go before the communicator does: it waits for their end.
+    fn forget_captured(&mut self) {
+        self.captures.end();
+        self.port.forget_captured();
+    }
+
     /// The control connections have failed and said so: nothing is exchanged from here on.
     fn broken(&mut self, error: CollectiveError) -> CollectiveError {
+        self.forget_captured();
         self.communicator.abort();
         self.step.fail();
         self.failure.get_or_insert_with(|| error.clone());
         error
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        self.forget_captured();
     }
 }
 
@@ -434,6 +489,29 @@ fn pause(look: u32) {
         std::hint::spin_loop();
     } else {
         std::thread::sleep(POLL);
+    }
+}
+
+/// Puts slots of `stride` bytes on their way, from the first address to the second.
+///
+/// # Safety
+/// As [`Communicator::enqueue`] and [`Communicator::all_gather`].
+unsafe fn move_slots(
+    communicator: &mut Communicator,
+    gathered: bool,
+    (at, into): (u64, u64),
+    stride: usize,
+    stream: cudaStream_t,
+) -> Result<(), NcclError> {
+    let (at, into) = (pointer(at), pointer(into));
+    // SAFETY: as the caller promises.
+    unsafe {
+        if gathered {
+            communicator.all_gather(at, into, stride, stream)
+        } else {
+            let transfers = fixed(communicator.rank(), communicator.ranks(), stride);
+            communicator.enqueue(&transfers, at, into, stream)
+        }
     }
 }
 

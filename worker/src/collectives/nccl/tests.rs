@@ -3,7 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod ahead;
+mod graphs;
 mod ways;
+
+// The same suites where exchanges in slots are captured when they come a second time.
+#[allow(clippy::duplicate_mod, reason = "they ask by which name they are included")]
+#[path = "tests/ahead.rs"]
+mod ahead_captured;
+#[allow(clippy::duplicate_mod, reason = "as above")]
+#[path = "tests/ways.rs"]
+mod ways_captured;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -99,7 +108,7 @@ fn options() -> JoinOptions {
     let deadline = Instant::now() + PATIENCE;
     // Nothing is said of a step's rows, so nothing goes in slots.
     let shape = Shape { ranks: 0, experts: 0, top_k: 0, row_bytes: [0; 2], rows_max: 0, room: 0 };
-    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4), shape }
+    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4), shape, captures: false }
 }
 
 fn join(control: Tcp, options: JoinOptions) -> Result<Hosted, JoinError> {
