@@ -13,9 +13,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_kernels::cuda::{Device as _, Node, Sequence};
 use phalanx_kernels::cuda::compile::Cache;
 use phalanx_kernels::cuda::driver::Driver;
+use phalanx_kernels::cuda::{Device as _, Node, Sequence};
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::{Backend, Cuda, KernelError, Precision};
 

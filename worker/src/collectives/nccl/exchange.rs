@@ -324,12 +324,7 @@ impl Nccl {
     }
 
     /// Keeps what NCCL enqueues to move slots between these addresses.
-    fn capture(
-        &mut self,
-        exchange: Exchange,
-        at: (u64, u64),
-        stride: usize,
-    ) -> Result<Captured, CollectiveError> {
+    fn capture(&mut self, exchange: Exchange, at: (u64, u64), stride: usize) -> Result<Captured, CollectiveError> {
         let (gathered, deadline) = (self.gathers(exchange), self.step.deadline);
         let (communicator, mut outcome) = (&mut self.communicator, Ok(()));
         let captured = self.port.capture(&mut |stream| {

@@ -144,7 +144,9 @@ pub enum NoCarrier {
         asked: [ExchangeRequest; 2],
     },
     /// NCCL is asked for where there is no GPU.
-    #[error("rank {rank} computes on CPUs, where --exchange {asked} is of no use; give --exchange auto, or --device cuda")]
+    #[error(
+        "rank {rank} computes on CPUs, where --exchange {asked} is of no use; give --exchange auto, or --device cuda"
+    )]
     Cpu {
         /// The rank.
         rank: Rank,
