@@ -17,6 +17,7 @@ use crate::collectives::nccl::{
 };
 use crate::collectives::staged::Staged;
 use crate::collectives::tcp::Tcp;
+use crate::device::scratch::largest_step;
 use crate::device::{Device, Processor};
 use crate::runner::{Runner, StepError};
 use crate::weight_cache;
@@ -64,6 +65,7 @@ impl LoadedModel {
             Processor::Cuda { .. } => {
                 let mut backend = device.cuda(&mut |done, all| on_stage("compiling", done, all))?;
                 backend.take_memory(planned(device, share)?)?;
+                backend.reserve(&largest_step(share.checkpoint.config(), &share.limits))?;
                 Ok(Self::Cuda(Box::new(load(backend, device.weight_cache, share, on_stage)?)))
             }
         }

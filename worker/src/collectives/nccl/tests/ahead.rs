@@ -364,13 +364,12 @@ fn that_a_rank_is_gone_is_heard_while_nobody_waits() {
             return;
         }
         let [third, fourth] = third_and_fourth(&mut member, &plans, |member| {
-            let begun = Instant::now();
             while !member.rank.is_done() {
-                // Long before the deadline of either step.
-                assert!(begun.elapsed() < PATIENCE / 8);
                 std::thread::yield_now();
             }
         });
+        // Not the deadline of either step, which would be said.
+        assert!(!third.as_ref().unwrap_err().to_string().contains("deadline passed"), "{third:?}");
         assert_eq!((blamed(&third), &third), (&[Rank(1)][..], &fourth));
     });
 }
