@@ -38,36 +38,32 @@ impl StreamCapture {
         let side = result::stream::create(StreamKind::NonBlocking).map_err(&capture)?;
         // From here on dropping it destroys the graph.
         let mut made = Self { stream: Arc::clone(stream), graph: ptr::null_mut(), exec: ptr::null_mut() };
-        let captured = made.take(side, enqueue);
-        // SAFETY: made above, and nothing was ever done on it. Nothing can be done about an error.
-        let _ = unsafe { result::stream::destroy(side) };
-        captured.map(|()| made)
-    }
-
-    fn take(
-        &mut self,
-        side: sys::CUstream,
-        enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,
-    ) -> Result<(), KernelError> {
-        let capture = failed("capture");
-        // A library may work from a thread of its own, and allocate meanwhile.
-        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream is valid and does nothing yet.
-        unsafe { result::stream::begin_capture(side, relaxed) }.map_err(&capture)?;
-        let enqueued = enqueue(side.cast());
-        // SAFETY: the stream captures; also what failed has to end.
+        let capturing = begin(side);
+        let enqueued = capturing.and_then(|()| enqueue(side.cast()));
+        if let Err(late @ KernelError::Late { .. }) = enqueued {
+            // The library still puts work there, from a thread of its own: the stream is left to it, and captures on.
+            return Err(late);
+        }
+        // SAFETY: the stream was made above and nobody uses it any more; also a capture that failed has to end.
         let ended = unsafe { result::stream::end_capture(side) };
-        self.graph = *ended.as_ref().unwrap_or(&ptr::null_mut());
+        made.graph = *ended.as_ref().unwrap_or(&ptr::null_mut());
+        // SAFETY: as above, and nothing was ever done on it. Nothing can be done about an error.
+        let _ = unsafe { result::stream::destroy(side) };
         enqueued?;
         ended.map_err(&capture)?;
-        if self.graph.is_null() {
-            return Err(KernelError::Device { what: "capture", why: "nothing was enqueued".to_owned() });
-        }
         let flags = sys::CUgraphInstantiate_flags_enum(0);
         // SAFETY: the graph is valid and whole; no flag is set.
-        self.exec = unsafe { result::graph::instantiate(self.graph, flags) }.map_err(&capture)?;
-        Ok(())
+        made.exec = unsafe { result::graph::instantiate(made.graph, flags) }.map_err(&capture)?;
+        Ok(made)
     }
+}
+
+/// Has a stream that does nothing yet capture what it is given.
+fn begin(stream: sys::CUstream) -> Result<(), KernelError> {
+    // A library may work from a thread of its own, and allocate meanwhile.
+    let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the stream is valid.
+    unsafe { result::stream::begin_capture(stream, relaxed) }.map_err(failed("capture"))
 }
 
 impl Capture for StreamCapture {
@@ -88,11 +84,11 @@ impl Drop for StreamCapture {
         // Without a context nothing is left to destroy, and nothing can be done about an error.
         if self.stream.bind().is_ok() {
             if !self.exec.is_null() {
-                // SAFETY: made by `take`, not used again; the driver keeps what is in flight until it is done.
+                // SAFETY: made by `new`, not used again; the driver keeps what is in flight until it is done.
                 let _ = unsafe { result::graph::exec_destroy(self.exec) };
             }
             if !self.graph.is_null() {
-                // SAFETY: made by `take`, not used again; graphs have copies of their own.
+                // SAFETY: made by `new`, not used again; graphs have copies of their own.
                 let _ = unsafe { result::graph::destroy(self.graph) };
             }
         }

@@ -130,7 +130,8 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Keeps what `enqueue` puts onto the stream that it is told, which is not this one, instead of doing it.
     ///
     /// # Errors
-    /// [`KernelError::Device`]: what is put onto the stream cannot be captured; and what `enqueue` says.
+    /// [`KernelError::Device`]: what is put onto the stream cannot be captured; and what `enqueue` says. With
+    /// [`KernelError::Late`] it says that the stream still is in use: it is left behind.
     fn capture(
         &self,
         enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,

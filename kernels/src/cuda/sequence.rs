@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::device::{Captured, Device, Launch};
 use super::ops::Kernel;
+use super::queue::CAPTURED_NODES;
 use crate::KernelError;
 
 /// One thing that a device does.
@@ -86,6 +87,12 @@ impl Sequence {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Nodes of a graph of it, by count or estimate.
+    pub(super) fn weight(&self) -> usize {
+        let captured = self.entries.iter().filter(|entry| matches!(entry, Entry::Captured(_))).count();
+        self.len() + captured * (CAPTURED_NODES - 1)
     }
 
     /// Whether there are none.

@@ -118,7 +118,7 @@ impl Port {
     /// Keeps what `enqueue` puts onto the stream that it is told, instead of doing it.
     ///
     /// # Errors
-    /// [`KernelError::Device`]: it cannot be captured; and what `enqueue` says.
+    /// [`KernelError::Device`]: it cannot be captured; and what `enqueue` says, [`KernelError::Late`] if the stream still is in use.
     pub fn capture(
         &self,
         enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,

@@ -117,6 +117,7 @@ fn with(stand_in: &StandIn) {
     graphs_do_what_their_nodes_are_now(stand_in);
     what_a_library_enqueues_is_done_alone_and_within_graphs(stand_in);
     what_is_not_captured_leaves_nothing(stand_in);
+    a_stream_that_a_library_still_uses_is_left_to_it(stand_in);
     a_device_that_hangs_keeps_what_it_uses(stand_in);
 }
 
@@ -238,6 +239,13 @@ fn a_copy_without_an_event_is_under_way(stand_in: &StandIn) {
     unsafe { driver.free(at, 64) };
     drop((pinned, driver));
     assert_eq!(stand_in.held(), [0; 5]);
+}
+
+fn a_stream_that_a_library_still_uses_is_left_to_it(stand_in: &StandIn) {
+    let driver = stand_in.open();
+    assert!(is_late(driver.capture(&mut |_| Err(KernelError::Late { what: "enqueue" }))));
+    drop(driver);
+    assert_eq!(stand_in.held(), [0, 0, 0, 1, 1]);
 }
 
 fn a_device_that_hangs_keeps_what_it_uses(stand_in: &StandIn) {

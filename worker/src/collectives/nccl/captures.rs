@@ -1,7 +1,10 @@
 //! Exchanges in slots that are kept, to be enqueued among the ops of a step and become part of its graphs.
 //!
 //! An exchange is captured when it comes a second time: by the first, NCCL has made the connections that it needs. All ranks
-//! issue the same exchanges in the same order, so they capture alike.
+//! issue the same exchanges in the same order, so they capture alike, as NCCL demands. Therefore what was captured is never
+//! captured anew, and buffers must not move.
+//
+//= NCCL User Guide, Using NCCL with CUDA Graphs
 
 use phalanx_kernels::cuda::{Captured, Slot};
 use phalanx_model::ExchangeKind;
@@ -32,6 +35,8 @@ pub(super) enum Turn {
     Capture,
     /// As it was captured.
     Again(Captured),
+    /// Not at all: it was seen at another place, and other ranks may have it captured.
+    Moved,
 }
 
 /// The exchanges seen so far.
@@ -39,7 +44,7 @@ pub(super) enum Turn {
 pub(super) struct Captures {
     /// Whether any are captured.
     enabled: bool,
-    seen: Vec<(Key, Option<(Addresses, Captured)>)>,
+    seen: Vec<(Key, Addresses, Option<Captured>)>,
 }
 
 impl Captures {
@@ -52,20 +57,21 @@ impl Captures {
         if !self.enabled {
             return Turn::Plain;
         }
-        match self.seen.iter().find(|(seen, _)| *seen == key) {
+        match self.seen.iter().find(|(seen, ..)| *seen == key) {
             None => {
-                self.seen.push((key, None));
+                self.seen.push((key, at, None));
                 Turn::Plain
             }
-            Some((_, Some((addresses, captured)))) if *addresses == at => Turn::Again(captured.clone()),
-            Some(_) => Turn::Capture,
+            Some((_, place, _)) if *place != at => Turn::Moved,
+            Some((_, _, None)) => Turn::Capture,
+            Some((_, _, Some(captured))) => Turn::Again(captured.clone()),
         }
     }
 
-    /// Keeps what was captured, in the place of what was before.
-    pub(super) fn keep(&mut self, key: Key, at: Addresses, captured: Captured) {
-        if let Some((_, kept)) = self.seen.iter_mut().find(|(seen, _)| *seen == key) {
-            *kept = Some((at, captured));
+    /// Keeps what was captured.
+    pub(super) fn keep(&mut self, key: Key, captured: Captured) {
+        if let Some((.., kept)) = self.seen.iter_mut().find(|(seen, ..)| *seen == key) {
+            *kept = Some(captured);
         }
     }
 
@@ -105,15 +111,14 @@ mod tests {
         let captured = Captured::new(Fake::default());
         assert_eq!(captures.turn(dispatch, [1, 2]), Turn::Plain);
         assert_eq!(captures.turn(dispatch, [1, 2]), Turn::Capture);
-        captures.keep(dispatch, [1, 2], captured.clone());
+        captures.keep(dispatch, captured.clone());
         assert_eq!(captures.turn(dispatch, [1, 2]), Turn::Again(captured));
-        // Another exchange, another size, another place.
+        // Another exchange, another size.
         assert_eq!(captures.turn(combine, [1, 2]), Turn::Plain);
         assert_eq!(captures.turn(key(ExchangeKind::Dispatch, 128), [1, 2]), Turn::Plain);
-        assert_eq!(captures.turn(dispatch, [1, 3]), Turn::Capture);
-        let moved = Captured::new(Fake::default());
-        captures.keep(dispatch, [1, 3], moved.clone());
-        assert_eq!(captures.turn(dispatch, [1, 3]), Turn::Again(moved));
+        // Another place, captured or not.
+        assert_eq!(captures.turn(dispatch, [1, 3]), Turn::Moved);
+        assert_eq!(captures.turn(combine, [2, 2]), Turn::Moved);
         captures.end();
         assert_eq!(captures.turn(dispatch, [1, 3]), Turn::Plain);
         assert_eq!(captures.turn(dispatch, [1, 3]), Turn::Plain);

@@ -7,7 +7,7 @@ mod ordered;
 mod stream;
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +25,8 @@ const INTERNAL_ERROR: c_int = 3;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
 const IN_PROGRESS: c_int = 7;
+/// Whether all are sent the same, and most bytes to one.
+type Connection = (bool, usize);
 /// Longest that anything hangs here, so that a test that fails ends.
 const HANG_MAX: Duration = Duration::from_secs(20);
 
@@ -140,8 +142,8 @@ struct Comm {
     alive: AtomicBool,
     /// Questions left before what is under way is through.
     slow: AtomicU32,
-    /// It has exchanged something: it has connections.
-    connected: AtomicBool,
+    /// What it has connections for: exchanges of these kinds and sizes were called for before.
+    connected: Mutex<HashSet<Connection>>,
     /// Captured calls that hold it.
     held: AtomicUsize,
     /// A smaller communicator under way, and where its pointer goes.
@@ -156,29 +158,33 @@ impl Comm {
             ranks,
             alive: AtomicBool::new(true),
             slow: AtomicU32::new(slow),
-            connected: AtomicBool::new(false),
+            connected: Mutex::default(),
             held: AtomicUsize::new(0),
             child: Mutex::default(),
         }
     }
 
     /// An exchange was called for, on a stream that captures or on one that does not.
-    fn called(&self, captures: bool) {
+    fn called(&self, connection: Connection, captures: bool) {
         let mut world = lock(&self.world);
         world.called += 1;
         world.captured += usize::from(captures);
         // NCCL allocates when it connects, which ends a capture as likely as not.
-        if captures && !self.connected.load(Ordering::SeqCst) {
+        if lock(&self.connected).insert(connection) && captures {
             world.misuse.push(format!("rank {} connects while it is captured", self.rank));
         }
-        self.connected.store(true, Ordering::SeqCst);
     }
 
-    /// It ends, for which NCCL waits for all graphs.
+    /// It ends, and waits for the end of all graphs that hold it.
     fn end(&self) {
         self.alive.store(false, Ordering::SeqCst);
-        if self.held.load(Ordering::SeqCst) > 0 {
-            lock(&self.world).misuse.push(format!("rank {} ends while graphs hold it", self.rank));
+        let begun = Instant::now();
+        while self.held.load(Ordering::SeqCst) > 0 {
+            if begun.elapsed() > HANG_MAX {
+                lock(&self.world).misuse.push(format!("graphs hold rank {} for ever", self.rank));
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -363,8 +369,10 @@ unsafe extern "C" fn all_gather(
     let (from, into) = (source.expose_provenance(), into.expose_provenance());
     let receive = |rank| Pending { comm, from: rank, into: into + rank * count, bytes: count, refused: false };
     let sends = (0..comm.ranks).map(|to| Sending { comm, to, from, bytes: count }).collect();
-    enqueue(stream, Work::Group(Group { sends, receives: (0..comm.ranks).map(receive).collect() }));
-    SUCCESS
+    enqueue(stream, Work::Group(Group { sends, receives: (0..comm.ranks).map(receive).collect(), gathers: true }));
+    let slow = lock(&comm.world).faults(comm.rank).slow;
+    comm.slow.store(slow, Ordering::SeqCst);
+    if slow > 0 { IN_PROGRESS } else { SUCCESS }
 }
 
 unsafe extern "C" fn shrink(

@@ -75,6 +75,9 @@ pub fn join_if_all_can(
         return Ok(Err(control));
     }
     tracing::info!("rows travel between GPUs over NCCL: {}", chosen.why);
+    if chosen.captures && std::env::var("NCCL_GRAPH_REGISTER").as_deref() != Ok("0") {
+        tracing::warn!("set NCCL_GRAPH_REGISTER=0: else NCCL may register memory with other ranks as it is captured");
+    }
     // Ranks that share a GPU need its multiprocessors for each other's exchanges, too.
     let channels_max = if chosen.shared { Some(1) } else { options.channels_max };
     let api = api().map_err(|missing| JoinError::Library(missing.to_string()))?;

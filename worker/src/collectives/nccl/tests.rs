@@ -600,11 +600,11 @@ fn nothing_is_enqueued_unless_ready() {
 fn an_abort_that_hangs_holds_nobody() {
     let (mut pair, world) = communicators(API, 2);
     fake::lock(&world).faults(0).abort_hangs = true;
-    assert!(!pair[0].abort_within(Duration::from_millis(20)));
+    assert!(!pair[0].abort_within(Duration::from_millis(20), || ()));
     assert_eq!(pair[0].state(), State::Aborted);
-    assert!(pair[0].abort_within(Duration::ZERO), "it is not asked again");
+    assert!(pair[0].abort_within(Duration::ZERO, || ()), "it is not asked again");
     fake::lock(&world).faults(0).abort_hangs = false;
-    assert!(pair[1].abort_within(PATIENCE));
+    assert!(pair[1].abort_within(PATIENCE, || ()));
 }
 
 /// Whatever the library answers, nothing panics: not the calls, and not the drop.

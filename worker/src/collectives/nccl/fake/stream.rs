@@ -22,6 +22,8 @@ pub(super) enum Work {
 pub(super) struct Group {
     pub(super) sends: Vec<Sending>,
     pub(super) receives: Vec<Pending>,
+    /// It is one call, by which all are sent the same.
+    pub(super) gathers: bool,
 }
 
 /// A send that waits on a stream.
@@ -125,7 +127,8 @@ pub(super) fn enqueue(stream: cudaStream_t, work: Work) {
     if let Work::Group(group) = &work
         && let Some(comm) = group.comm()
     {
-        comm.called(stream.captures);
+        let most = group.receives.iter().map(|pending| pending.bytes).max().unwrap_or(0);
+        comm.called((group.gathers, most), stream.captures);
     }
     stream.work.push_back(work);
     let groups = stream.work.iter().filter(|work| matches!(work, Work::Group(_))).count();

@@ -47,7 +47,9 @@ fn graphs_go_before_the_communicator_that_they_call_when_a_rank_dies() {
             if member.nccl.rank() == Rank(1) {
                 return world;
             }
+            let graphs = member.backend.counts().graphs;
             member.dispatch(0).and_then(|()| member.experts_and_combine(0)).unwrap();
+            assert!(member.backend.counts().graphs > graphs, "{way:?}: no graph is in flight");
             let error = member.settle().unwrap_err();
             assert!(matches!(error, CollectiveError::Lost { rank: Rank(1), .. }), "{way:?}: {error}");
             assert_eq!(member.nccl.communicator().state(), State::Aborted);
@@ -76,6 +78,50 @@ fn what_is_recorded_of_a_communicator_that_ends_is_left_out() {
         });
         clean(&ended[0], routing.len());
     }
+}
+
+/// NCCL waits for a rank that is gone, from a thread of its own, while it is captured.
+#[test]
+fn a_rank_that_dies_while_an_exchange_is_captured_is_named() {
+    let routing = any(8, &[2, 3]);
+    for way in WAYS {
+        let errors = cell(&routing, |mut member| {
+            let world = world(&member);
+            member.begin(1, Instant::now() + PATIENCE, &routing, Some(way));
+            member.dispatch(0).and_then(|()| member.experts_and_combine(0)).unwrap();
+            if member.nccl.rank() == Rank(1) {
+                member.settle().unwrap();
+                return None;
+            }
+            member.settle().unwrap();
+            fake::lock(&world).faults(0).slow = u32::MAX;
+            member.begin(2, Instant::now() + PATIENCE, &routing, Some(way));
+            Some(member.dispatch(0).unwrap_err())
+        });
+        let error = errors[0].as_ref().unwrap();
+        assert!(matches!(error, CollectiveError::Lost { rank: Rank(1), .. }), "{way:?}: {error}");
+    }
+}
+
+#[test]
+fn an_exchange_that_is_captured_for_ever_ends_with_the_deadline() {
+    let routing = any(8, &[2, 3]);
+    let over = std::sync::Barrier::new(2);
+    let errors = cell(&routing, |mut member| {
+        let world = world(&member);
+        member.begin(1, Instant::now() + PATIENCE, &routing, Some(WAYS[0]));
+        member.dispatch(0).and_then(|()| member.experts_and_combine(0)).unwrap();
+        member.settle().unwrap();
+        let error = (member.nccl.rank() == Rank(0)).then(|| {
+            fake::lock(&world).faults(0).slow = u32::MAX;
+            member.begin(2, Instant::now() + Duration::from_millis(50), &routing, Some(WAYS[0]));
+            member.dispatch(0).unwrap_err()
+        });
+        over.wait();
+        error
+    });
+    let late = matches!(&errors[0], Some(CollectiveError::Deadline { waiting_for, .. }) if *waiting_for == [Rank(1)]);
+    assert!(late, "{errors:?}");
 }
 
 #[test]
