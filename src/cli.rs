@@ -217,7 +217,8 @@ impl DeviceArgs {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Computing")]
 pub struct ExchangeArgs {
-    /// What carries rows between GPUs: `auto` takes NCCL where all workers can and else TCP, `tcp`, or `nccl`
+    /// What carries rows between GPUs: `auto` takes NCCL where all workers can and else TCP, `tcp`, `nccl`, or `nccl-graphs`,
+    /// which enqueues the exchanges of small steps with all else (not yet run on GPUs)
     #[arg(long, env = "PHALANX_EXCHANGE", value_name = "TRANSPORT", default_value_t)]
     pub exchange: ExchangeRequest,
 }

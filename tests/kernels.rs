@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "support/hardware.rs"]
+mod hardware;
 #[path = "support/paths.rs"]
 mod paths;
 
@@ -122,7 +124,7 @@ fn what_cannot_be_compiled_is_said() {
 #[ignore = "full tier: needs NVRTC"]
 fn nvrtc_itself_builds_the_kernels_of_an_architecture() {
     if std::env::var_os("PHALANX_NVRTC").is_none() {
-        println!("NOT RUN: PHALANX_NVRTC is not set; cargo xtask test --full brings NVRTC");
+        hardware::not_run("PHALANX_NVRTC is not set; cargo xtask test --full brings NVRTC");
         return;
     }
     let out = tempfile::tempdir().unwrap();

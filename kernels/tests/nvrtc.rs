@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../../tests/support/hardware.rs"]
+mod hardware;
+
 use std::collections::BTreeMap;
 
 use phalanx_kernels::cuda::KERNELS;
@@ -60,7 +63,7 @@ fn nvrtc() -> bool {
         "PHALANX_NVRTC is set, and libnvrtc.so.13 cannot be loaded: is it on LD_LIBRARY_PATH?"
     );
     if !named {
-        println!("NOT RUN: PHALANX_NVRTC is not set; cargo xtask test --full brings NVRTC");
+        hardware::not_run("PHALANX_NVRTC is not set; cargo xtask test --full brings NVRTC");
     }
     named
 }

@@ -48,12 +48,13 @@ impl NumericsId {
     /// Longest accepted id in bytes.
     pub const LEN_MAX: usize = 256;
 
-    /// The id of a backend: kernels' version, architecture family, precision and types.
+    /// The id of a backend: kernels' version, architecture family, precision and types; `kv` is how fast precision holds keys
+    /// and values.
     #[must_use]
-    pub fn new(kernels: u32, family: &str, precision: Precision, dense: DenseType) -> Self {
+    pub fn new(kernels: u32, family: &str, precision: Precision, dense: DenseType, kv: &str) -> Self {
         let kv = match precision {
             Precision::Exact => "f32",
-            Precision::Fast => "bf16",
+            Precision::Fast => kv,
         };
         Self(format!("{family}-{kernels}/{precision}/dense-{dense}/kv-{kv}"))
     }

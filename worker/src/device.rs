@@ -2,7 +2,7 @@
 
 mod choice;
 mod gpus;
-mod scratch;
+pub(crate) mod scratch;
 
 use std::path::PathBuf;
 
@@ -127,10 +127,11 @@ impl Device {
             embedding_mapped: checkpoint.embedding_mapped(),
             memory: memory_available(),
         };
-        let numerics = |family: &str| NumericsId::new(phalanx_kernels::VERSION, family, self.precision, self.dense);
+        let numerics =
+            |family: &str, kv: &str| NumericsId::new(phalanx_kernels::VERSION, family, self.precision, self.dense, kv);
         match self.processor {
             Processor::Cpu => {
-                Ok(DeviceReport { numerics: numerics("cpu"), backend: report, memory_pool: memory_pool() })
+                Ok(DeviceReport { numerics: numerics("cpu", "f16"), backend: report, memory_pool: memory_pool() })
             }
             Processor::Cuda { first, .. } => {
                 let GpuReport { arch, family, free, memory_pool } = self.gpus.look(first)?;
@@ -140,7 +141,7 @@ impl Device {
                     scratch: scratch::gpu_scratch(checkpoint.config()),
                     peers: match self.exchange {
                         ExchangeRequest::Tcp => Peers { library: Bytes(0), slots: Bytes(PORT_BYTES) },
-                        ExchangeRequest::Auto | ExchangeRequest::Nccl => {
+                        ExchangeRequest::Auto | ExchangeRequest::Nccl | ExchangeRequest::NcclGraphs => {
                             Peers { library: Bytes(LIBRARY_BYTES), slots: Bytes(SLOTS_BYTES_MAX as u64 + PORT_BYTES) }
                         }
                     },
@@ -150,7 +151,7 @@ impl Device {
                     memory: free,
                     ..report
                 };
-                Ok(DeviceReport { numerics: numerics(&format!("cuda-sm{arch}")), backend, memory_pool })
+                Ok(DeviceReport { numerics: numerics(&format!("cuda-sm{arch}"), "bf16"), backend, memory_pool })
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::collectives::nccl::{
 };
 use crate::collectives::staged::Staged;
 use crate::collectives::tcp::Tcp;
+use crate::device::scratch::largest_step;
 use crate::device::{Device, Processor};
 use crate::runner::{Runner, StepError};
 use crate::weight_cache;
@@ -64,6 +65,7 @@ impl LoadedModel {
             Processor::Cuda { .. } => {
                 let mut backend = device.cuda(&mut |done, all| on_stage("compiling", done, all))?;
                 backend.take_memory(planned(device, share)?)?;
+                backend.reserve(&largest_step(share.checkpoint.config(), &share.limits))?;
                 Ok(Self::Cuda(Box::new(load(backend, device.weight_cache, share, on_stage)?)))
             }
         }
@@ -84,14 +86,14 @@ impl LoadedModel {
     ) -> Result<Box<dyn LoadedRank>, JoinError> {
         let model = match self {
             Self::Cuda(model) if control.size() > 1 => *model,
-            Self::Cpu(_) if exchange == ExchangeRequest::Nccl => {
-                return Err(NoCarrier::Cpu { rank: control.rank() }.into());
+            Self::Cpu(_) if exchange.insists_on_nccl() => {
+                return Err(NoCarrier::Cpu { rank: control.rank(), asked: exchange }.into());
             }
             alone => return Ok(alone.join(control, limits, fence)),
         };
         let shape = shape(&model, control.size(), &limits);
         let deadline = Instant::now() + JOIN_WAIT;
-        let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape };
+        let options = JoinOptions { fence, deadline, payload_max, channels_max: None, shape, captures: false };
         let slots = if exchange == ExchangeRequest::Tcp { 0 } else { shape.slots_bytes() };
         let port = Port::new(model.backend(), slots)?;
         let offer = Offer::of(exchange, &port);

@@ -127,6 +127,19 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// [`KernelError::Device`].
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError>;
 
+    /// Keeps what `enqueue` puts onto the stream that it is told, which is not this one, instead of doing it.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]: what is put onto the stream cannot be captured; and what `enqueue` says. With
+    /// [`KernelError::Late`] it says that the stream still is in use: it is left behind.
+    fn capture(
+        &self,
+        enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,
+    ) -> Result<Captured, KernelError> {
+        let _ = enqueue;
+        Err(KernelError::Device { what: "capture", why: "it runs no libraries".to_owned() })
+    }
+
     /// Host memory that the device reads while the host goes on; `bytes` is not 0.
     ///
     /// # Errors
@@ -189,6 +202,58 @@ pub trait Pinned: fmt::Debug + Send {
     /// # Errors
     /// [`KernelError::Device`].
     fn is_done(&self) -> Result<bool, KernelError>;
+}
+
+/// What a library put onto a stream: done as often as it is enqueued, alone or as a node of graphs.
+pub trait Capture: fmt::Debug + Send + Sync {
+    /// Enqueues it by itself.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// What the library read and wrote when it was captured is still allocated, and the library still there for it. No two
+    /// threads do so at once.
+    unsafe fn launch(&self) -> Result<(), KernelError>;
+
+    /// The driver's graph of it; null where there is no driver.
+    fn graph(&self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+}
+
+/// A handle to a [`Capture`]; equal only to its clones.
+#[derive(Clone, Debug)]
+pub struct Captured(Arc<dyn Capture>);
+
+impl Captured {
+    /// A handle to it.
+    #[must_use]
+    pub fn new(capture: impl Capture + 'static) -> Self {
+        Self(Arc::new(capture))
+    }
+}
+
+impl std::ops::Deref for Captured {
+    type Target = dyn Capture;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+impl PartialEq for Captured {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Captured {}
+
+impl std::hash::Hash for Captured {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).cast::<()>().hash(state);
+    }
 }
 
 /// Nodes that a device launches as one, each after the one before. Those in flight outlive it when it is dropped.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
+use super::capture::StreamCapture;
 use super::choose::SHARED_MAX;
 use super::compile::Cache;
-use super::device::{Device, Family, Graph, Launch, Pinned};
+use super::device::{Captured, Device, Family, Graph, Launch, Pinned};
 use super::graph::Chain;
 use super::ops::KERNELS;
 use super::page_locked::PageLocked;
@@ -271,6 +272,13 @@ impl Device for Driver {
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
         Ok(Box::new(Chain::new(&self.stream, nodes, function)?))
+    }
+
+    fn capture(
+        &self,
+        enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,
+    ) -> Result<Captured, KernelError> {
+        Ok(Captured::new(StreamCapture::new(&self.stream, enqueue)?))
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {

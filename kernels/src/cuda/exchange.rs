@@ -272,7 +272,8 @@ impl Cuda {
         check("expert slot", slots.saturating_sub(1), choose::SLOTS_MAX)?;
         check("choice", 0, self.top_k)?;
         if received.are_results() {
-            return Err(KernelError::Received { rank: 0, what: "results instead of rows" });
+            // Nobody sent them: they are this rank's own.
+            return Err(KernelError::Plan { what: "received rows", index: 0, len: 0 });
         }
         (work.ranks, work.slots) = (received.ranks, slots);
         if work.results.bytes() < received.ranks * PART {

@@ -1,4 +1,4 @@
-//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes.
+//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes, and of graphs that were captured.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -26,7 +26,7 @@ pub(super) struct Chain {
 #[derive(Debug)]
 struct Link {
     node: sys::CUgraphNode,
-    /// The kernel's; null for copies and memsets.
+    /// The kernel's; null for all others.
     function: sys::CUfunction,
 }
 
@@ -92,6 +92,11 @@ impl Chain {
                     let params = &raw const params;
                     sys::cuGraphAddMemsetNode(&raw mut added, graph, before.as_ptr(), before.len(), params, context)
                 }
+                Node::Captured(captured) => {
+                    // Copied into this graph, with what the library has tied to it.
+                    let child = captured.graph().cast();
+                    sys::cuGraphAddChildGraphNode(&raw mut added, graph, before.as_ptr(), before.len(), child)
+                }
             }
         };
         outcome.result()?;
@@ -123,6 +128,8 @@ impl Graph for Chain {
                     let params = zero_params(to, bytes);
                     sys::cuGraphExecMemsetNodeSetParams(exec, link.node, &raw const params, context)
                 }
+                // It is the same one.
+                Node::Captured(_) => return Ok(()),
             }
         };
         outcome.result().map_err(&change)

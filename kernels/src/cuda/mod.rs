@@ -9,6 +9,7 @@
 mod angles;
 mod arena;
 mod backend;
+mod capture;
 pub mod ceiling;
 mod choose;
 pub mod compile;
@@ -39,7 +40,7 @@ mod wait;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-pub use device::{Device, Family, Graph, Launch, Pinned, STAGED_MAX};
+pub use device::{Capture, Captured, Device, Family, Graph, Launch, Pinned, STAGED_MAX};
 #[cfg(feature = "cuda-emu")]
 pub use emulated::{Emulated, Fault, Meter};
 pub use ended::Ended;

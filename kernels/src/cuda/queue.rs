@@ -11,7 +11,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::device::{Device, Graph, Launch, Pinned};
+use super::device::{Captured, Device, Graph, Launch, Pinned};
 use super::pinned::Ferries;
 use super::sequence::{Node, Sequence};
 use super::wait::{Limit, PATIENCE, until};
@@ -24,6 +24,9 @@ const NODES_MIN: usize = 4;
 /// Graphs that are kept, and their nodes in all.
 const GRAPHS_MAX: usize = 256;
 const GRAPH_NODES_MAX: usize = 16 << 10;
+/// Nodes that something captured counts as: NCCL waits for its stream, runs a kernel, records an event, may call the host; and
+/// there is a graph of it alone.
+pub(super) const CAPTURED_NODES: usize = 5;
 /// Bytes of the device that a driver takes for a node: about as much as is told of graphs of PyTorch. Not measured here.
 const GRAPH_NODE_BYTES: u64 = 64 << 10;
 /// Bytes of the device that drivers take for graphs, beside what is allocated.
@@ -221,6 +224,21 @@ impl Queue {
         self.record(|recorded| recorded.push(Node::Zero { to, bytes }))
     }
 
+    /// Records that something captured is done.
+    ///
+    /// # Safety
+    /// As [`Capture::launch`](super::Capture::launch), until [`Queue::forget_captured`].
+    pub(super) unsafe fn enqueue_captured(&self, captured: &Captured) -> Result<(), KernelError> {
+        self.record(|recorded| recorded.push(Node::Captured(captured)))
+    }
+
+    /// Forgets all that was captured, and the graphs it is part of: what was recorded of it and not yet submitted is left out.
+    pub(super) fn forget_captured(&self) {
+        let mut state = self.state();
+        state.recorded.forget_captured();
+        state.graphs.retain(|kept| !kept.nodes.has_captured());
+    }
+
     /// Copies to the device, behind what is recorded.
     ///
     /// # Safety
@@ -391,7 +409,7 @@ impl State {
             return None;
         };
         // Where most nodes differ, it is a step of another size or another layer, which will come again too.
-        let room = self.graphs.len() < GRAPHS_MAX && self.held() + nodes.len() <= GRAPH_NODES_MAX;
+        let room = self.graphs.len() < GRAPHS_MAX && self.held() + nodes.weight() <= GRAPH_NODES_MAX;
         if differences.len() > nodes.len() / 2 && room {
             return self.instantiate(device, nodes, structure);
         }
@@ -431,7 +449,7 @@ impl State {
     }
 
     fn instantiate(&mut self, device: &dyn Device, nodes: &mut Sequence, structure: u64) -> Option<Kept> {
-        while self.graphs.len() >= GRAPHS_MAX || self.held() + nodes.len() > GRAPH_NODES_MAX {
+        while self.graphs.len() >= GRAPHS_MAX || self.held() + nodes.weight() > GRAPH_NODES_MAX {
             self.graphs.remove(0);
             self.counts.evicted += 1;
         }
@@ -455,7 +473,7 @@ impl State {
 
     /// Nodes of all graphs.
     fn held(&self) -> usize {
-        self.graphs.iter().map(|kept| kept.nodes.len()).sum()
+        self.graphs.iter().map(|kept| kept.nodes.weight()).sum()
     }
 }
 

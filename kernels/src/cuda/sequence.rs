@@ -1,10 +1,11 @@
-//! What a device is to do next, as values: launches with their arguments, copies, zeros; in order.
+//! What a device is to do next, as values: launches with their arguments, copies, zeros, what libraries enqueue; in order.
 
 use std::ffi::c_void;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use super::device::{Device, Launch};
+use super::device::{Captured, Device, Launch};
 use super::ops::Kernel;
+use super::queue::CAPTURED_NODES;
 use crate::KernelError;
 
 /// One thing that a device does.
@@ -28,15 +29,19 @@ pub enum Node<'a> {
         /// Not 0.
         bytes: usize,
     },
+    /// Does what was captured.
+    Captured(&'a Captured),
 }
 
 impl Node<'_> {
-    /// Whether one can become the other by other numbers: both run the same kernel, or both copy, or both zero.
+    /// Whether one can become the other by other numbers: both run the same kernel, or both copy, or both zero. What was
+    /// captured becomes nothing else.
     #[must_use]
     pub fn is_like(&self, other: &Node<'_>) -> bool {
         match (self, other) {
             (Self::Launch(one, _), Node::Launch(other, _)) => one.kernel == other.kernel,
             (Self::Copy { .. }, Node::Copy { .. }) | (Self::Zero { .. }, Node::Zero { .. }) => true,
+            (Self::Captured(one), Node::Captured(other)) => one == other,
             _ => false,
         }
     }
@@ -47,14 +52,15 @@ impl Node<'_> {
     /// [`KernelError::Device`].
     ///
     /// # Safety
-    /// As [`Device::launch`], [`Device::copy`] and [`Device::zero`].
-    pub(super) unsafe fn enqueue(&self, device: &dyn Device) -> Result<(), KernelError> {
+    /// As [`Device::launch`], [`Device::copy`], [`Device::zero`] and [`Capture::launch`](super::Capture::launch).
+    pub unsafe fn enqueue(&self, device: &dyn Device) -> Result<(), KernelError> {
         // SAFETY: as the caller promises.
         unsafe {
             match *self {
                 Self::Launch(launch, args) => device.launch(launch, args.as_ptr().cast(), size_of_val(args)),
                 Self::Copy { from, to, bytes } => device.copy(from, to, bytes),
                 Self::Zero { to, bytes } => device.zero(to, bytes),
+                Self::Captured(captured) => captured.launch(),
             }
         }
     }
@@ -73,6 +79,7 @@ enum Entry {
     Launch { kernel: Kernel, grid: [u32; 3], shared: u32, first: usize, count: usize },
     Copy { from: u64, to: u64, bytes: usize },
     Zero { to: u64, bytes: usize },
+    Captured(Captured),
 }
 
 impl Sequence {
@@ -80,6 +87,12 @@ impl Sequence {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Nodes of a graph of it, by count or estimate.
+    pub(super) fn weight(&self) -> usize {
+        let captured = self.entries.iter().filter(|entry| matches!(entry, Entry::Captured(_))).count();
+        self.len() + captured * (CAPTURED_NODES - 1)
     }
 
     /// Whether there are none.
@@ -108,8 +121,18 @@ impl Sequence {
         self.entries.push(Entry::Launch { kernel: *kernel, grid, shared, first, count });
     }
 
+    /// Forgets what was captured; the nodes before and behind it stay.
+    pub(super) fn forget_captured(&mut self) {
+        self.entries.retain(|entry| !matches!(entry, Entry::Captured(_)));
+    }
+
+    /// Whether something in it was captured.
+    pub(super) fn has_captured(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry, Entry::Captured(_)))
+    }
+
     /// Appends a node.
-    pub(super) fn push(&mut self, node: Node<'_>) {
+    pub fn push(&mut self, node: Node<'_>) {
         match node {
             Node::Launch(Launch { kernel, grid, shared }, args) => {
                 let (first, count) = (self.words.len(), args.len());
@@ -118,6 +141,7 @@ impl Sequence {
             }
             Node::Copy { from, to, bytes } => self.entries.push(Entry::Copy { from, to, bytes }),
             Node::Zero { to, bytes } => self.entries.push(Entry::Zero { to, bytes }),
+            Node::Captured(captured) => self.entries.push(Entry::Captured(captured.clone())),
         }
     }
 
@@ -134,6 +158,7 @@ impl Sequence {
             }
             Entry::Copy { from, to, bytes } => Node::Copy { from, to, bytes },
             Entry::Zero { to, bytes } => Node::Zero { to, bytes },
+            Entry::Captured(ref captured) => Node::Captured(captured),
         }
     }
 
@@ -145,6 +170,7 @@ impl Sequence {
                 Entry::Launch { kernel, .. } => kernel.name.hash(&mut hasher),
                 Entry::Copy { .. } => 1u8.hash(&mut hasher),
                 Entry::Zero { .. } => 2u8.hash(&mut hasher),
+                Entry::Captured(captured) => captured.hash(&mut hasher),
             }
         }
         hasher.finish()

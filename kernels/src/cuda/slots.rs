@@ -6,7 +6,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::device::{Buffer, Memory, Pinned, bytes_of};
+use super::device::{Buffer, Captured, Memory, Pinned, bytes_of};
 use super::ops::{PACK, PackArgs, UNPACK, UnpackArgs};
 use super::parts::{PART_ALIGNMENT, Parts};
 use super::{Cuda, ops, status};
@@ -113,6 +113,35 @@ impl Port {
     pub fn stream(&self) -> Result<*mut c_void, KernelError> {
         self.memory.queue.submit()?;
         self.memory.queue.device().stream()
+    }
+
+    /// Keeps what `enqueue` puts onto the stream that it is told, instead of doing it.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`]: it cannot be captured; and what `enqueue` says, [`KernelError::Late`] if the stream still is in use.
+    pub fn capture(
+        &self,
+        enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,
+    ) -> Result<Captured, KernelError> {
+        self.memory.queue.device().capture(enqueue)
+    }
+
+    /// Enqueues what was captured, as one of the ops of the step: its graphs hold it.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    ///
+    /// # Safety
+    /// What the library read and wrote when it was captured is still allocated, and the library is there for it until
+    /// [`Port::forget_captured`].
+    pub unsafe fn enqueue(&self, captured: &Captured) -> Result<(), KernelError> {
+        // SAFETY: the caller promises it.
+        unsafe { self.memory.queue.enqueue_captured(captured) }
+    }
+
+    /// Forgets all that was captured, and the graphs that hold it: the library that it calls may end.
+    pub fn forget_captured(&self) {
+        self.memory.queue.forget_captured();
     }
 
     /// Which device it is of all there are.

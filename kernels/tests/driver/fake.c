@@ -14,7 +14,7 @@ typedef void *handle;
 typedef unsigned long long device_address;
 
 static int hangs, no_events, given;
-static long contexts, modules, pinned_count;
+static long contexts, modules, pinned_count, streams, graphs;
 static struct { char *memory; size_t bytes; } pinned[PINNED_MAX];
 static _Thread_local handle current;
 
@@ -27,6 +27,8 @@ void fake_set(int device_hangs, int events_fail) {
 long fake_contexts(void) { return contexts; }
 long fake_modules(void) { return modules; }
 long fake_pinned(void) { return pinned_count; }
+long fake_streams(void) { return streams; }
+long fake_graphs(void) { return graphs; }
 
 #define IN_CONTEXT if (!current) return NO_CONTEXT
 
@@ -71,8 +73,121 @@ int cuDeviceGetDefaultMemPool(handle *pool, int device) { *pool = &pinned; retur
 int cuMemPoolSetAttribute(handle pool, int attribute, void *value) { return 0; }
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { IN_CONTEXT; *free_bytes = *all = (size_t)1 << 30; return 0; }
 
-int cuStreamCreate(handle *stream, unsigned flags) { IN_CONTEXT; *stream = &hangs; return 0; }
-int cuStreamDestroy_v2(handle stream) { IN_CONTEXT; waits("cuStreamDestroy"); return 0; }
+// Nodes are done in the order in which they were added. What runs is a copy of a graph, by which a node is known from the
+// one it was copied from.
+struct node { struct node *next, *copy_of; enum { KERNEL, COPY, SET, CHILD } kind; char *to; const char *from; size_t bytes; int value; struct graph *child; };
+struct graph { struct node *first, **last; };
+struct stream { struct graph *captured; };
+
+static struct graph *new_graph(void) {
+    struct graph *graph = calloc(1, sizeof *graph);
+    graph->last = &graph->first;
+    graphs++;
+    return graph;
+}
+static struct node *add(struct graph *graph, struct node node) {
+    struct node *added = malloc(sizeof node);
+    *added = node;
+    added->next = 0;
+    *graph->last = added;
+    graph->last = &added->next;
+    return added;
+}
+static struct graph *copy_of(const struct graph *graph) {
+    struct graph *copy = new_graph();
+    for (struct node *node = graph->first; node; node = node->next) {
+        struct node *added = add(copy, *node);
+        added->copy_of = node;
+        if (node->child) added->child = copy_of(node->child);
+    }
+    return copy;
+}
+static void destroy(struct graph *graph) {
+    for (struct node *node = graph->first, *next; node; node = next) {
+        next = node->next;
+        if (node->child) destroy(node->child);
+        free(node);
+    }
+    free(graph);
+    graphs--;
+}
+static void run(const struct graph *graph) {
+    for (struct node *node = graph->first; node; node = node->next) {
+        if (node->kind == COPY) memcpy(node->to, node->from, node->bytes);
+        if (node->kind == SET) memset(node->to, node->value, node->bytes);
+        if (node->kind == CHILD) run(node->child);
+    }
+}
+// Whether what a stream is given is kept instead of done.
+static int keeps(handle stream, struct node node) {
+    struct graph *captured = ((struct stream *)stream)->captured;
+    if (captured) add(captured, node);
+    return captured != 0;
+}
+
+int cuStreamCreate(handle *stream, unsigned flags) { IN_CONTEXT; streams++; *stream = calloc(1, sizeof(struct stream)); return 0; }
+int cuStreamDestroy_v2(handle stream) { IN_CONTEXT; waits("cuStreamDestroy"); streams--; free(stream); return 0; }
+int cuStreamBeginCapture_v2(handle stream, int mode) { IN_CONTEXT;
+    // Relaxed: a library may allocate from a thread of its own.
+    if (mode != 2) return LAUNCH_FAILED;
+    ((struct stream *)stream)->captured = new_graph();
+    return 0;
+}
+int cuStreamEndCapture(handle stream, handle *graph) { IN_CONTEXT;
+    *graph = ((struct stream *)stream)->captured;
+    ((struct stream *)stream)->captured = 0;
+    return *graph ? 0 : LAUNCH_FAILED;
+}
+
+struct copy_params { size_t from_at[4]; int from_kind; const void *from_host; device_address from; handle a[2]; size_t b[2]; size_t to_at[4]; int to_kind; void *to_host; device_address to; handle c[2]; size_t d[2]; size_t bytes, height, depth; };
+struct set_params { device_address to; size_t pitch; unsigned value, size; size_t bytes, height; };
+static struct node copy_node(const struct copy_params *p) { return (struct node){.kind = COPY, .to = (char *)(uintptr_t)p->to, .from = (char *)(uintptr_t)p->from, .bytes = p->bytes}; }
+static struct node set_node(const struct set_params *p) { return (struct node){.kind = SET, .to = (char *)(uintptr_t)p->to, .value = p->value, .bytes = p->bytes}; }
+
+int cuGraphCreate(handle *graph, unsigned flags) { IN_CONTEXT; *graph = new_graph(); return 0; }
+int cuGraphDestroy(handle graph) { IN_CONTEXT; destroy(graph); return 0; }
+int cuGraphAddKernelNode_v2(handle *node, handle graph, const handle *before, size_t count, const void *params) { IN_CONTEXT;
+    *node = add(graph, (struct node){.kind = KERNEL});
+    return 0;
+}
+int cuGraphAddMemcpyNode(handle *node, handle graph, const handle *before, size_t count, const struct copy_params *params, handle context) { IN_CONTEXT;
+    *node = add(graph, copy_node(params));
+    return 0;
+}
+int cuGraphAddMemsetNode(handle *node, handle graph, const handle *before, size_t count, const struct set_params *params, handle context) { IN_CONTEXT;
+    *node = add(graph, set_node(params));
+    return 0;
+}
+int cuGraphAddChildGraphNode(handle *node, handle graph, const handle *before, size_t count, handle child) { IN_CONTEXT;
+    *node = add(graph, (struct node){.kind = CHILD, .child = copy_of(child)});
+    return 0;
+}
+int cuGraphInstantiateWithFlags(handle *exec, handle graph, unsigned long long flags) { IN_CONTEXT; *exec = copy_of(graph); return 0; }
+int cuGraphExecDestroy(handle exec) { IN_CONTEXT; destroy(exec); return 0; }
+static int change(struct graph *exec, handle of, struct node to) {
+    for (struct node *node = exec->first; node; node = node->next) {
+        if (node->copy_of != of || node->kind != to.kind) continue;
+        to.next = node->next;
+        to.copy_of = of;
+        *node = to;
+        return 0;
+    }
+    return LAUNCH_FAILED;
+}
+int cuGraphExecKernelNodeSetParams_v2(handle exec, handle node, const void *params) { IN_CONTEXT;
+    return change(exec, node, (struct node){.kind = KERNEL});
+}
+int cuGraphExecMemcpyNodeSetParams(handle exec, handle node, const struct copy_params *params, handle context) { IN_CONTEXT;
+    return change(exec, node, copy_node(params));
+}
+int cuGraphExecMemsetNodeSetParams(handle exec, handle node, const struct set_params *params, handle context) { IN_CONTEXT;
+    return change(exec, node, set_node(params));
+}
+int cuGraphLaunch(handle exec, handle stream) { IN_CONTEXT;
+    if (!hangs) run(exec);
+    return take("cuGraphLaunch");
+}
+
 int cuStreamQuery(handle stream) { IN_CONTEXT; return query(); }
 int cuStreamSynchronize(handle stream) { IN_CONTEXT; waits("cuStreamSynchronize"); return 0; }
 int cuEventCreate(handle *event, unsigned flags) { IN_CONTEXT; *event = &given; return 0; }
@@ -88,9 +203,8 @@ int cuModuleGetFunction(handle *function, handle module, const char *name) { IN_
 int cuFuncSetAttribute(handle function, int attribute, int value) { IN_CONTEXT; return 0; }
 int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, handle stream, void **params, void **extra) { IN_CONTEXT;
-    return take("cuLaunchKernel");
+    return keeps(stream, (struct node){.kind = KERNEL}) ? 0 : take("cuLaunchKernel");
 }
-int cuGraphCreate(handle *graph, unsigned flags) { IN_CONTEXT; return NO_MEMORY; }
 
 int cuMemAllocAsync(device_address *at, size_t bytes, handle stream) { IN_CONTEXT;
     *at = (device_address)(uintptr_t)calloc(1, bytes);
@@ -134,9 +248,11 @@ int cuMemcpyDtoH_v2(void *to, device_address from, size_t bytes) { IN_CONTEXT;
     return 0;
 }
 int cuMemcpyDtoDAsync_v2(device_address to, device_address from, size_t bytes, handle stream) { IN_CONTEXT;
+    if (keeps(stream, (struct node){.kind = COPY, .to = (char *)(uintptr_t)to, .from = (char *)(uintptr_t)from, .bytes = bytes})) return 0;
     return copy("cuMemcpyDtoDAsync", (void *)(uintptr_t)to, (void *)(uintptr_t)from, bytes);
 }
 int cuMemsetD8Async(device_address to, unsigned char value, size_t bytes, handle stream) { IN_CONTEXT;
+    if (keeps(stream, (struct node){.kind = SET, .to = (char *)(uintptr_t)to, .value = value, .bytes = bytes})) return 0;
     if (!hangs) memset((void *)(uintptr_t)to, value, bytes);
     return take("cuMemsetD8Async");
 }

@@ -7,14 +7,15 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(unsafe_code, reason = "functions of a C library")]
 
+use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_kernels::cuda::Device as _;
 use phalanx_kernels::cuda::compile::Cache;
 use phalanx_kernels::cuda::driver::Driver;
+use phalanx_kernels::cuda::{Device as _, Node, Sequence};
 use phalanx_kernels::memory::Source;
 use phalanx_kernels::{Backend, Cuda, KernelError, Precision};
 
@@ -74,14 +75,24 @@ impl StandIn {
         unsafe { set(i32::from(hangs), i32::from(events_fail)) };
     }
 
-    /// Contexts, modules and pieces of pinned memory that are held.
-    fn held(&self) -> [i64; 3] {
-        ["fake_contexts", "fake_modules", "fake_pinned"].map(|name| {
+    /// Contexts, modules, pieces of pinned memory, streams and graphs that are held.
+    fn held(&self) -> [i64; 5] {
+        ["fake_contexts", "fake_modules", "fake_pinned", "fake_streams", "fake_graphs"].map(|name| {
             // SAFETY: the type is that of the source.
             let held = unsafe { self.library.get::<unsafe extern "C" fn() -> i64>(name.as_bytes()) }.unwrap();
             // SAFETY: it returns a number.
             unsafe { held() }
         })
+    }
+
+    /// As a library does: sets bytes, in the order of the stream it is told.
+    fn enqueue(&self, stream: *mut c_void, to: u64, value: u8, bytes: usize) -> Result<(), KernelError> {
+        type MemsetD8Async = unsafe extern "C" fn(u64, u8, usize, *mut c_void) -> i32;
+        // SAFETY: the type is that of the source.
+        let set = unsafe { self.library.get::<MemsetD8Async>(b"cuMemsetD8Async") }.unwrap();
+        // SAFETY: the test allocates as many bytes.
+        assert_eq!(unsafe { set(to, value, bytes, stream) }, 0);
+        Ok(())
     }
 
     fn open(&self) -> Driver {
@@ -103,7 +114,81 @@ fn with(stand_in: &StandIn) {
     what_is_done_is_given_back(stand_in);
     pinned_memory_waits_for_its_copies(stand_in);
     a_copy_without_an_event_is_under_way(stand_in);
+    graphs_do_what_their_nodes_are_now(stand_in);
+    what_a_library_enqueues_is_done_alone_and_within_graphs(stand_in);
+    what_is_not_captured_leaves_nothing(stand_in);
+    a_stream_that_a_library_still_uses_is_left_to_it(stand_in);
     a_device_that_hangs_keeps_what_it_uses(stand_in);
+}
+
+fn read(driver: &Driver, at: u64) -> [u8; 64] {
+    let mut bytes = [0; 64];
+    // SAFETY: as many bytes are allocated.
+    unsafe { driver.download(at, &mut bytes) }.unwrap();
+    bytes
+}
+
+/// As many bytes of each value.
+fn bytes_of(values: [(u8, usize); 2]) -> Vec<u8> {
+    values.into_iter().flat_map(|(value, count)| std::iter::repeat_n(value, count)).collect()
+}
+
+fn graphs_do_what_their_nodes_are_now(stand_in: &StandIn) {
+    let driver = stand_in.open();
+    let at = driver.allocate(64).unwrap();
+    // SAFETY: as many bytes were just allocated.
+    unsafe { driver.upload(&bytes_of([(5, 48), (6, 16)]), at) }.unwrap();
+    let mut nodes = Sequence::default();
+    nodes.push(Node::Zero { to: at, bytes: 16 });
+    nodes.push(Node::Copy { from: at + 48, to: at + 16, bytes: 16 });
+    let mut graph = driver.graph(&nodes).unwrap();
+    // SAFETY: both nodes are within the allocation, before and after.
+    unsafe {
+        graph.launch().unwrap();
+        assert_eq!(read(&driver, at)[..32], bytes_of([(0, 16), (6, 16)]));
+        graph.update(0, Node::Zero { to: at + 48, bytes: 16 }).unwrap();
+        graph.update(1, Node::Copy { from: at + 16, to: at, bytes: 32 }).unwrap();
+        graph.launch().unwrap();
+        driver.free(at, 64);
+    }
+    drop((graph, driver));
+    assert_eq!(stand_in.held(), [0; 5]);
+}
+
+fn what_a_library_enqueues_is_done_alone_and_within_graphs(stand_in: &StandIn) {
+    let driver = stand_in.open();
+    let at = driver.allocate(64).unwrap();
+    // SAFETY: as many bytes were just allocated.
+    unsafe { driver.zero(at, 64) }.unwrap();
+    let captured = driver.capture(&mut |stream| stand_in.enqueue(stream, at, 7, 32)).unwrap();
+    assert_eq!(read(&driver, at), [0; 64], "nothing was done yet");
+    // SAFETY: the bytes are still allocated, here and below.
+    unsafe { captured.launch() }.unwrap();
+    assert_eq!(read(&driver, at)[..], bytes_of([(7, 32), (0, 32)]));
+    let mut nodes = Sequence::default();
+    nodes.push(Node::Zero { to: at, bytes: 64 });
+    nodes.push(Node::Captured(&captured));
+    nodes.push(Node::Copy { from: at, to: at + 32, bytes: 32 });
+    let mut graph = driver.graph(&nodes).unwrap();
+    // A graph has a copy of it.
+    drop((nodes, captured));
+    // SAFETY: as above.
+    unsafe { graph.launch() }.unwrap();
+    assert_eq!(read(&driver, at), [7; 64]);
+    // SAFETY: allocated above, and not used again.
+    unsafe { driver.free(at, 64) };
+    drop((graph, driver));
+    assert_eq!(stand_in.held(), [0; 5]);
+}
+
+fn what_is_not_captured_leaves_nothing(stand_in: &StandIn) {
+    let driver = stand_in.open();
+    let planted = || KernelError::Device { what: "enqueue", why: "planted".to_owned() };
+    assert_eq!(driver.capture(&mut |_| Err(planted())).unwrap_err(), planted());
+    // The device's own stream is left.
+    assert_eq!(stand_in.held()[3..], [1, 0]);
+    drop(driver);
+    assert_eq!(stand_in.held(), [0; 5]);
 }
 
 fn what_is_done_is_given_back(stand_in: &StandIn) {
@@ -113,10 +198,10 @@ fn what_is_done_is_given_back(stand_in: &StandIn) {
     b.write(&mut rows, &values);
     assert!(b.read(&rows) == values, "more than one piece of pinned memory, there and back");
     b.finish().unwrap();
-    let [contexts, modules, pinned] = stand_in.held();
+    let [contexts, modules, pinned, ..] = stand_in.held();
     assert!(contexts == 1 && modules > 5 && pinned > 1, "{:?}", stand_in.held());
     drop((b, rows));
-    assert_eq!(stand_in.held(), [0; 3]);
+    assert_eq!(stand_in.held(), [0; 5]);
 }
 
 fn pinned_memory_waits_for_its_copies(stand_in: &StandIn) {
@@ -137,7 +222,7 @@ fn pinned_memory_waits_for_its_copies(stand_in: &StandIn) {
     // SAFETY: allocated above, and not used again.
     unsafe { driver.free(at, 64) };
     drop((next, driver));
-    assert_eq!(stand_in.held(), [0; 3]);
+    assert_eq!(stand_in.held(), [0; 5]);
 }
 
 fn a_copy_without_an_event_is_under_way(stand_in: &StandIn) {
@@ -153,7 +238,14 @@ fn a_copy_without_an_event_is_under_way(stand_in: &StandIn) {
     // SAFETY: allocated above, and not used again.
     unsafe { driver.free(at, 64) };
     drop((pinned, driver));
-    assert_eq!(stand_in.held(), [0; 3]);
+    assert_eq!(stand_in.held(), [0; 5]);
+}
+
+fn a_stream_that_a_library_still_uses_is_left_to_it(stand_in: &StandIn) {
+    let driver = stand_in.open();
+    assert!(is_late(driver.capture(&mut |_| Err(KernelError::Late { what: "enqueue" }))));
+    drop(driver);
+    assert_eq!(stand_in.held(), [0, 0, 0, 1, 1]);
 }
 
 fn a_device_that_hangs_keeps_what_it_uses(stand_in: &StandIn) {
@@ -170,7 +262,8 @@ fn a_device_that_hangs_keeps_what_it_uses(stand_in: &StandIn) {
     assert!(is_late(b.result(ended)) && is_late(b.finish()));
     let held = stand_in.held();
     drop((b, x, out, norm));
-    assert_eq!(stand_in.held(), held);
+    // The driver itself keeps graphs that are in flight.
+    assert_eq!(stand_in.held()[..4], held[..4]);
 
     // The next epoch on the same device.
     let mut b = stand_in.backend();

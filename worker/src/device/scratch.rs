@@ -38,6 +38,14 @@ fn shape(config: &ModelConfig, rows: usize, sequences: usize) -> ScratchShape {
     }
 }
 
+/// The largest step of a rank that keeps to these limits.
+pub(crate) fn largest_step(config: &ModelConfig, limits: &Limits) -> ScratchShape {
+    ScratchShape {
+        positions: limits.context as usize,
+        ..shape(config, limits.step_rows_max as usize, limits.seqs_max as usize)
+    }
+}
+
 /// A line that no limits take the bound of the backend above. Buffers grow by a quarter more than they need at most, and
 /// what attention needs has a bound of its own.
 pub(super) fn gpu_scratch(config: &ModelConfig) -> Scratch {

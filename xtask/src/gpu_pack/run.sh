@@ -12,7 +12,7 @@ export PHALANX_KERNEL_CACHE=${PHALANX_KERNEL_CACHE:-$here/cubin}
 export PHALANX_ROOT=${PHALANX_ROOT:-$here/root} PHALANX_BIN=$here/bin/phalanx
 # Ranks that share the GPU: NCCL since 2.30.3 lets them, without NVLink's multicast and with one block each. Kernels are
 # loaded before any of them waits for another.
-export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1 CUDA_MODULE_LOADING=EAGER
+export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1 NCCL_GRAPH_REGISTER=0 CUDA_MODULE_LOADING=EAGER
 # A test that hangs ends here.
 limit=${LIMIT_SECONDS:-120}
 logs=${OUT:-$here}/logs

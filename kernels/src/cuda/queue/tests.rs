@@ -1,7 +1,7 @@
 //! The queue over a device that shows what it did.
 
 use super::*;
-use crate::cuda::{Family, KERNELS, Pinned};
+use crate::cuda::{Capture, Family, KERNELS, Pinned};
 
 /// A device of a few hundred words that does one thing at once: a launch of kernel `k` on the word at `args[0]` makes
 /// it `10 * word + k + args[1]`, so that order and arguments show.
@@ -319,4 +319,48 @@ fn without_graphs_all_is_done_one_by_one() {
     assert!(counts.instantiated > 1 && counts.updated == 0);
     let (words, counts, warnings) = run(Fake { changes: Some(0), graphs: Some(1), ..Fake::default() });
     assert_eq!((words, counts.graphs, warnings), (expected, 1, [Some(refused()), None]));
+}
+
+/// What a library enqueued: it makes a word `10 * word + 9`.
+#[derive(Debug)]
+struct Library(Arc<Mutex<Vec<u64>>>, usize);
+
+impl Capture for Library {
+    unsafe fn launch(&self) -> Result<(), KernelError> {
+        let word = &mut self.0.lock().unwrap()[self.1];
+        *word = 10 * *word + 9;
+        Ok(())
+    }
+}
+
+#[test]
+fn what_was_captured_keeps_its_place_within_graphs_until_it_is_forgotten() {
+    let device = Fake::default();
+    let memory = Arc::clone(&device.memory);
+    let queue = queue(device);
+    let captured = [1, 2].map(|at| Captured::new(Library(Arc::clone(&memory), at)));
+    let turn = |captured: &Captured| {
+        record(&queue, 1, 3, 0, 0);
+        // SAFETY: it writes a word of the fake device.
+        unsafe { queue.enqueue_captured(captured) }.unwrap();
+        record(&queue, 0, 1, 1, 0);
+    };
+    for _ in 0..3 {
+        turn(&captured[0]);
+        queue.submit().unwrap();
+    }
+    // Kernel 2, the library, kernel 0; three times.
+    assert_eq!(word(&queue, 1), 290_290_290);
+    assert_eq!((queue.counts().instantiated, queue.counts().graphs), (1, 2));
+    // Another call is another structure: no graph becomes one with it.
+    turn(&captured[1]);
+    queue.submit().unwrap();
+    assert_eq!((queue.counts().instantiated, queue.counts().updated, queue.counts().graphs), (1, 0, 2));
+    let before = word(&queue, 1);
+    turn(&captured[0]);
+    queue.forget_captured();
+    assert!(queue.state().graphs.is_empty());
+    queue.submit().unwrap();
+    assert_eq!(word(&queue, 1), (before * 10 + 2) * 10, "all but the library's");
+    assert_eq!(Arc::strong_count(&memory), 4, "the device, the test, and what was captured, twice: no graph holds it");
 }

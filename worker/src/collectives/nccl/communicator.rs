@@ -292,7 +292,7 @@ impl Communicator {
             // and configuration while the call lasts, which copies them.
             unsafe { shrink(parent.0, excluded.as_mut_ptr(), count, made.as_ptr(), &mut config, SHRINK_ABORT) }
         };
-        let Some(code) = bounded("nccl-shrink", deadline.saturating_duration_since(Instant::now()), call) else {
+        let Some(code) = bounded("nccl-shrink", deadline.saturating_duration_since(Instant::now()), call, || ()) else {
             // A thread is still within it: nobody may touch it any more.
             self.state = self.state.after(Event::Aborted);
             return Err(LATE);
@@ -333,7 +333,7 @@ impl Communicator {
             // SAFETY: the communicator is finalised, and nothing touches it after its state has changed.
             unsafe { destroy(handle.0) }
         };
-        let code = bounded("nccl-destroy", deadline.saturating_duration_since(Instant::now()), call).map(Code);
+        let code = bounded("nccl-destroy", deadline.saturating_duration_since(Instant::now()), call, || ()).map(Code);
         match code {
             Some(code) if code.is_failure() => Err(NcclError::Call { name: "ncclCommDestroy", code }),
             Some(_) => Ok(()),
@@ -344,12 +344,18 @@ impl Communicator {
     /// Stops whatever is under way and gives the memory back. The library may take long over it when a peer is gone, so
     /// it has a thread and a bound for it; past the bound what it holds is left behind, as the process will be soon.
     pub fn abort(&mut self) {
-        self.abort_within(ABORT_WAIT);
+        self.abort_while(|| ());
     }
 
-    /// [`Communicator::abort`] with a bound of one's own. Whether the library was done in time.
-    pub(super) fn abort_within(&mut self, wait: Duration) -> bool {
+    /// [`Communicator::abort`], and what is done once the library was told to stop.
+    pub(super) fn abort_while(&mut self, meanwhile: impl FnOnce()) {
+        self.abort_within(ABORT_WAIT, meanwhile);
+    }
+
+    /// The same with a bound of one's own. Whether the library was done in time.
+    pub(super) fn abort_within(&mut self, wait: Duration, meanwhile: impl FnOnce()) -> bool {
         if !self.state.is_alive() {
+            meanwhile();
             return true;
         }
         self.state = self.state.after(Event::Aborted);
@@ -359,7 +365,7 @@ impl Communicator {
             // SAFETY: the communicator was alive, and nothing touches it after its state has changed.
             unsafe { abort(handle.0) }
         };
-        match bounded("nccl-abort", wait, call).map(Code) {
+        match bounded("nccl-abort", wait, call, meanwhile).map(Code) {
             Some(code) => {
                 if code.is_failure() {
                     tracing::warn!("ncclCommAbort failed: {code}");
@@ -380,13 +386,21 @@ fn cell() -> &'static AtomicPtr<ncclComm> {
     Box::leak(Box::new(AtomicPtr::new(std::ptr::null_mut())))
 }
 
-/// What a call answers that may take long, if it does so in time. It goes on without us otherwise.
-fn bounded<T: Send + 'static>(name: &str, wait: Duration, call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+/// What a call answers that may take long, if it does so in time. It goes on without us otherwise. `meanwhile` is done while
+/// it is under way.
+fn bounded<T: Send + 'static>(
+    name: &str,
+    wait: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+    meanwhile: impl FnOnce(),
+) -> Option<T> {
     let (done, ended) = mpsc::channel();
     // Nobody listens past the bound.
     let body = move || drop(done.send(call()));
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+    meanwhile();
     // Without a thread the call is not made: the library keeps what it has.
-    std::thread::Builder::new().name(name.to_owned()).spawn(body).ok()?;
+    spawned.ok()?;
     ended.recv_timeout(wait).ok()
 }
 

@@ -14,46 +14,40 @@
 //! rank that is not ahead only lets the others' streams wait; no host waits for another rank's but to settle, or when it is
 //! too far ahead, each with the deadline of the step waited for.
 //!
+//! Where ranks are asked to, exchanges in slots are captured ([`Captures`]) and go with the step's graphs: then the host
+//! calls NCCL for none of them.
+//!
 //! NCCL moves bytes only while sender and receiver both have called it, in one group, else large parts block each
 //! other. So rows move when all ranks finish the exchange, and none finishes it before all are there. All follows the
 //! order of the backend's stream.
 
+mod exact;
+mod slots;
+mod watch;
+
 use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::cuda::{Outgoing, PART_ALIGNMENT, Parts, Port, Slot};
+use phalanx_kernels::cuda::{Outgoing, Parts, Port, Slot};
 use phalanx_kernels::{HostParts, KernelError};
-use phalanx_model::{CollectiveError, Collectives, Exchange, ExchangeKind};
+use phalanx_model::{CollectiveError, Collectives, Exchange};
 use phalanx_proto::{ExchangeCounters, Fence, Rank};
 
+use super::captures::Captures;
 use super::communicator::{Communicator, NcclError};
 use super::join::{JoinError, JoinOptions, agree, gather, tell};
 use super::marks::{MARKS_MAX, Marks};
-use super::schedule::{all_to_all, fixed, starts};
-use super::table::{Api, Code};
+use super::table::Api;
 use super::way::{Shape, Way};
 use crate::collectives::step::Step;
 use crate::collectives::tcp::{HEADER_BYTES, Tcp};
+use watch::{Goal, pause};
 
 /// Bytes on the control connection for each part: a frame with the part's size.
 pub const CONTROL_BYTES: usize = HEADER_BYTES + SIZE_BYTES;
 const SIZE_BYTES: usize = 8;
 /// How long bytes of a rank that is gone may still be on their way, and how long a failure may wait for its culprit.
 const GRACE: Duration = Duration::from_millis(100);
-/// Looks at the stream without a pause before the thread sleeps between them.
-const SPINS: u32 = 200;
-/// Sleep between two looks.
-const POLL: Duration = Duration::from_micros(20);
-/// What a wait waits for.
-#[derive(Clone, Copy, PartialEq)]
-enum Goal {
-    /// What was enqueued is on the stream: what is enqueued now comes after it.
-    Enqueued,
-    /// The stream is through with it.
-    Done,
-    /// The stream has come to the oldest mark.
-    Passed,
-}
 
 /// What is on its way out in the exchange under way.
 enum Sent {
@@ -74,6 +68,8 @@ pub struct Nccl {
     /// Why slots cannot be sent in this step.
     fault: Option<KernelError>,
     sent: Option<Sent>,
+    /// Exchanges in slots that go with the step's graphs.
+    captures: Captures,
     /// Exchanges that are on the stream and were not waited for.
     marks: Marks,
     /// The last step that was settled.
@@ -115,6 +111,7 @@ impl Nccl {
             way: Way::Exact,
             fault: None,
             sent: None,
+            captures: Captures::new(options.captures && ranks > 1),
             marks: Marks::default(),
             settled: options.fence,
             allowed: Duration::ZERO,
@@ -142,8 +139,9 @@ impl Nccl {
 
     /// Waits this long for the culprit of a failure, instead of [`GRACE`].
     #[cfg(test)]
-    pub(super) fn with_grace(self, grace: Duration) -> Self {
-        Self { grace, ..self }
+    pub(super) fn with_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
     }
 
     /// Goes this way in the step that has begun.
@@ -167,250 +165,9 @@ impl Nccl {
         self.control.rank().index()
     }
 
-    /// Bytes to each rank, once the ops are done that write them.
-    fn sizes(&self, exchange: Exchange, send: &Parts) -> Result<Vec<usize>, CollectiveError> {
-        let failed = |error| self.device(error);
-        for look in 0.. {
-            if self.port.is_idle().map_err(failed)? {
-                break;
-            }
-            if Instant::now() >= self.step.deadline {
-                let why = "its device did not finish the rows in time".to_owned();
-                let Exchange { layer, kind, .. } = exchange;
-                return Err(CollectiveError::Lost { rank: self.control.rank(), layer, kind, why });
-            }
-            pause(look);
-        }
-        self.port.sizes(send).map_err(failed)
-    }
-
-    /// Puts the sizes of the parts on their way.
-    fn announce(&mut self, exchange: Exchange, send: &Parts) -> Result<(), CollectiveError> {
-        let sizes = self.sizes(exchange, send).map_err(|error| self.failed(error))?;
-        assert_eq!(sizes.len(), self.sizes_out.by_rank.len(), "a part for each rank");
-        let me = self.me();
-        for (rank, (part, &bytes)) in self.sizes_out.by_rank.iter_mut().zip(&sizes).enumerate() {
-            part.clear();
-            part.extend_from_slice(&(bytes as u64).to_le_bytes());
-            if rank != me {
-                self.step.count_sent(exchange, bytes, CONTROL_BYTES);
-            }
-        }
-        if sizes.iter().any(|&bytes| bytes > self.payload_max) {
-            let what = "it would be longer than this epoch allows";
-            return Err(self.failed(CollectiveError::Corrupt { rank: Rank(me as u32), what }));
-        }
-        self.sent = Some(Sent::Parts(self.port.take(send), sizes));
-        let told = self.control.start(of_sizes(exchange), &mut self.sizes_out);
-        told.map_err(|error| self.broken(error))
-    }
-
-    /// Enqueues that the parts are put into slots.
-    fn pack(&mut self, send: &Parts, slot: Slot) -> Result<(), CollectiveError> {
-        let packed = match self.fault.take() {
-            Some(fault) => Err(fault),
-            None => self.port.pack(send, slot, self.me() as u32),
-        };
-        let at = packed.map_err(|error| self.failed(self.device(error)))?;
-        self.sent = Some(Sent::Slots(at, slot));
-        Ok(())
-    }
-
-    /// The sizes of the parts that come from each rank, `[ranks]`.
-    fn announced(&mut self, exchange: Exchange) -> Result<Vec<usize>, CollectiveError> {
-        let came = self.control.finish(of_sizes(exchange), &mut self.sizes_in);
-        came.map_err(|error| self.broken(error))?;
-        let read = |(rank, part): (usize, &Vec<u8>)| {
-            let corrupt = |what| CollectiveError::Corrupt { rank: Rank(rank as u32), what };
-            let size = part.as_slice().try_into().map_err(|_| corrupt("it does not say how much it sends"))?;
-            let size = usize::try_from(u64::from_le_bytes(size)).unwrap_or(usize::MAX);
-            if size > self.payload_max {
-                Err(corrupt("it is longer than this epoch allows"))
-            } else if !size.is_multiple_of(exchange.row_bytes.max(1)) {
-                Err(corrupt("its payload is not a whole number of rows"))
-            } else {
-                Ok(size)
-            }
-        };
-        let sizes: Result<Vec<usize>, CollectiveError> = self.sizes_in.by_rank.iter().enumerate().map(read).collect();
-        sizes.map_err(|error| self.failed(error))
-    }
-
-    /// Moves the parts, whose sizes all ranks know, and waits for them.
-    fn transfer(
-        &mut self,
-        exchange: Exchange,
-        (outgoing, sent): (&Outgoing, &[usize]),
-        received: &mut Parts,
-        sizes: &[usize],
-    ) -> Result<(), CollectiveError> {
-        let me = self.me();
-        let into = self.port.room(received, sizes).map_err(|error| self.device(error))?;
-        let stream = self.port.stream().map_err(|error| self.device(error))?;
-        let transfers = all_to_all(me, sent, sizes, PART_ALIGNMENT);
-        let source = outgoing.address();
-        // SAFETY: both addresses are the port's and have room for the parts as the schedule lays them out; who frees them
-        // does so in the order of the stream, and what is sent is kept until the exchange is over.
-        let enqueued = unsafe { self.communicator.enqueue(&transfers, pointer(source), pointer(into), stream.cast()) };
-        let (from, to) = (starts(sent, PART_ALIGNMENT)[me], starts(sizes, PART_ALIGNMENT)[me]);
-        self.enqueued(exchange, enqueued)?;
-        // SAFETY: this rank's own part, as both sides lay it out; source and room are different parts.
-        let kept = unsafe { self.port.copy(source + from as u64, into + to as u64, sizes[me]) };
-        kept.map_err(|error| self.device(error))?;
-        self.wait(exchange, None, Goal::Done)
-    }
-
-    /// Enqueues that slots move and become parts; waits for nobody.
-    fn deliver(
-        &mut self,
-        exchange: Exchange,
-        at: u64,
-        slot: Slot,
-        received: &mut Parts,
-    ) -> Result<(), CollectiveError> {
-        let (me, ranks, stride) = (self.me(), self.shape.ranks, slot.stride());
-        let gathered = self.gathers(exchange);
-        let into = self.port.landing(received, slot).map_err(|error| self.device(error))?;
-        let stream = self.port.stream().map_err(|error| self.device(error))?.cast();
-        // SAFETY: the port has checked that there is room at both for the slots; who frees them does so in the order of
-        // the stream.
-        let enqueued = unsafe {
-            if gathered {
-                self.communicator.all_gather(pointer(at), pointer(into), stride, stream)
-            } else {
-                let transfers = fixed(me, ranks, stride);
-                self.communicator.enqueue(&transfers, pointer(at), pointer(into), stream)
-            }
-        };
-        self.enqueued(exchange, enqueued)?;
-        if !gathered {
-            let own = (me * stride) as u64;
-            // SAFETY: this rank's own slot, within the slots that are sent and the room for those that come.
-            unsafe { self.port.copy(at + own, into + own, stride) }.map_err(|error| self.device(error))?;
-        }
-        // Without blocking, NCCL may put its work on the stream later: what reads it must not come first.
-        self.wait(exchange, None, Goal::Enqueued)?;
-        let me = gathered.then_some(me as u32);
-        self.port.unpack(received, slot, me).map_err(|error| self.device(error))?;
-        self.step.count_slots((ranks - 1) * stride);
-        self.marks.count(exchange);
-        if self.marks.is_due() {
-            self.mark(false)?;
-        }
-        while self.marks.are_too_many()
-            && let Some(mark) = self.marks.oldest(self.step.fence)
-        {
-            self.wait(mark.exchange, None, Goal::Passed)?;
-            self.passed()?;
-        }
-        Ok(())
-    }
-
-    /// Enqueues a mark behind the exchanges of the step so far, or behind its last one.
-    fn mark(&mut self, ends: bool) -> Result<(), CollectiveError> {
-        let (port, step) = (&mut self.port, (self.step.fence, self.step.deadline));
-        let marked = self.marks.mark(step, ends, || if ends { port.end() } else { port.look() });
-        marked.map_err(|error| self.device(error))
-    }
-
-    /// The stream has come to the oldest mark: of a step that ends there, it is seen whether all was its due.
-    fn passed(&mut self) -> Result<(), CollectiveError> {
-        let Some(mark) = self.marks.pass() else { return Ok(()) };
-        let seen = self.port.seen(mark.look);
-        if !mark.ends {
-            return Ok(());
-        }
-        seen.map_err(|error| match error {
-            KernelError::Received { rank, what } => CollectiveError::Corrupt { rank: Rank(rank as u32), what },
-            other => self.device(other),
-        })?;
-        self.settled = mark.fence;
-        if mark.fence != self.step.fence {
-            // The time of the step that began meanwhile begins now.
-            self.step.deadline = Instant::now() + self.allowed;
-            self.marks.extend(self.step.deadline);
-        }
-        Ok(())
-    }
-
     /// Why a step is not to be settled any more.
     fn failure(&self) -> CollectiveError {
         self.failure.clone().unwrap_or(CollectiveError::Broken)
-    }
-
-    /// Whether the exchange brings every rank all records of all.
-    fn gathers(&self, exchange: Exchange) -> bool {
-        matches!(self.way, Way::Gather { .. }) && exchange.kind == ExchangeKind::Dispatch
-    }
-
-    /// What comes of a call: where another rank failed, it is waited for the one to blame.
-    fn enqueued(&mut self, exchange: Exchange, outcome: Result<(), NcclError>) -> Result<(), CollectiveError> {
-        match outcome {
-            Ok(()) => Ok(()),
-            Err(error) if is_remote(&error) => self.wait(exchange, Some(error), Goal::Done),
-            Err(error) => Err(self.lost(exchange, &error)),
-        }
-    }
-
-    /// Waits for the goal, and looks at the communicator and at the other ranks meanwhile; or waits until one of them
-    /// says what has failed there.
-    fn wait(&mut self, exchange: Exchange, failed: Option<NcclError>, goal: Goal) -> Result<(), CollectiveError> {
-        if let Some(error) = failed {
-            let until = Instant::now() + self.grace;
-            self.trouble.get_or_insert((until, error));
-        }
-        for look in 0_u32.. {
-            // Work comes onto the stream in less time than the other ranks are heard.
-            if self.look(exchange, goal, goal != Goal::Enqueued || look >= SPINS)? {
-                return Ok(());
-            }
-            pause(look);
-        }
-        Err(CollectiveError::Broken)
-    }
-
-    /// Looks once whether the goal is reached, and why it may never be.
-    fn look(&mut self, exchange: Exchange, goal: Goal, listens: bool) -> Result<bool, CollectiveError> {
-        let Exchange { layer, kind, .. } = exchange;
-        let me = self.control.rank();
-        if self.trouble.is_none() {
-            match self.communicator.poll() {
-                Ok(settled) => {
-                    if settled && self.is_reached(goal).map_err(|error| self.device(error))? {
-                        return Ok(true);
-                    }
-                }
-                Err(error) if is_remote(&error) => self.trouble = Some((Instant::now() + self.grace, error)),
-                Err(error) => return Err(self.lost(exchange, &error)),
-            }
-        }
-        let now = Instant::now();
-        if self.gone.is_none() && (listens || self.trouble.is_some()) {
-            self.gone = self.control.listen(exchange).err().map(|named| (now + self.grace, named));
-        }
-        if let Some((_, named)) = self.gone.take_if(|(until, _)| self.trouble.is_some() || *until <= now) {
-            return Err(named);
-        }
-        let deadline = match goal {
-            Goal::Passed => self.marks.oldest(self.step.fence).map_or(self.step.deadline, |mark| mark.deadline),
-            Goal::Enqueued | Goal::Done => self.step.deadline,
-        };
-        match &self.trouble {
-            Some((until, error)) if *until <= now => Err(self.lost(exchange, error)),
-            None if deadline <= now => {
-                let others = (0..self.control.size()).map(Rank).filter(|rank| *rank != me);
-                Err(CollectiveError::Deadline { layer, kind, waiting_for: others.collect() })
-            }
-            _ => Ok(false),
-        }
-    }
-
-    fn is_reached(&self, goal: Goal) -> Result<bool, KernelError> {
-        match goal {
-            Goal::Enqueued => Ok(true),
-            Goal::Done => self.port.is_idle(),
-            Goal::Passed => self.marks.oldest(self.step.fence).map_or(Ok(true), |mark| mark.look.is_done()),
-        }
     }
 
     /// Tells the others whom this rank gave up on, and ends the exchange.
@@ -419,37 +176,34 @@ impl Nccl {
         self.broken(error)
     }
 
+    /// Ends the communicator. It waits for the end of graphs that hold exchanges, so these go meanwhile: not before, as those
+    /// in flight end only when it is told.
+    fn abort(&mut self) {
+        let Self { communicator, captures, port, .. } = self;
+        communicator.abort_while(|| {
+            captures.end();
+            port.forget_captured();
+        });
+    }
+
     /// The control connections have failed and said so: nothing is exchanged from here on.
     fn broken(&mut self, error: CollectiveError) -> CollectiveError {
-        self.communicator.abort();
+        self.abort();
         self.step.fail();
         self.failure.get_or_insert_with(|| error.clone());
         error
     }
 }
 
-/// Between two looks.
-fn pause(look: u32) {
-    if look < SPINS {
-        std::hint::spin_loop();
-    } else {
-        std::thread::sleep(POLL);
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        self.abort();
     }
 }
 
 /// A device's address as C has it; the host never reads there.
 fn pointer(address: u64) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(address as usize)
-}
-
-/// Whether another rank has failed, or the way to it.
-const fn is_remote(error: &NcclError) -> bool {
-    matches!(error, NcclError::Failed { code: Code::REMOTE_ERROR })
-}
-
-/// The exchange of sizes that goes before that of the rows.
-const fn of_sizes(exchange: Exchange) -> Exchange {
-    Exchange { row_bytes: SIZE_BYTES, ..exchange }
 }
 
 impl Collectives<Parts> for Nccl {

@@ -7,9 +7,9 @@ mod ordered;
 mod stream;
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,8 @@ const INTERNAL_ERROR: c_int = 3;
 const INVALID_ARGUMENT: c_int = 4;
 const INVALID_USAGE: c_int = 5;
 const IN_PROGRESS: c_int = 7;
+/// Whether all are sent the same, and most bytes to one.
+type Connection = (bool, usize);
 /// Longest that anything hangs here, so that a test that fails ends.
 const HANG_MAX: Duration = Duration::from_secs(20);
 
@@ -86,6 +88,9 @@ pub(super) struct World {
     mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
     /// What was done that must not be done.
     pub(super) misuse: Vec<String>,
+    /// Exchanges that were called for, and of those how many to be captured.
+    pub(super) called: usize,
+    pub(super) captured: usize,
     /// Communicators that have ended, by abort or in good order.
     pub(super) aborted: usize,
     pub(super) destroyed: usize,
@@ -100,6 +105,8 @@ impl World {
             joined: 0,
             mail: HashMap::new(),
             misuse: Vec::new(),
+            called: 0,
+            captured: 0,
             aborted: 0,
             destroyed: 0,
             shrunk: HashMap::new(),
@@ -135,8 +142,51 @@ struct Comm {
     alive: AtomicBool,
     /// Questions left before what is under way is through.
     slow: AtomicU32,
+    /// What it has connections for: exchanges of these kinds and sizes were called for before.
+    connected: Mutex<HashSet<Connection>>,
+    /// Captured calls that hold it.
+    held: AtomicUsize,
     /// A smaller communicator under way, and where its pointer goes.
     child: Mutex<Option<(usize, Box<Comm>)>>,
+}
+
+impl Comm {
+    fn new(world: Arc<Mutex<World>>, rank: usize, ranks: usize, slow: u32) -> Self {
+        Self {
+            world,
+            rank,
+            ranks,
+            alive: AtomicBool::new(true),
+            slow: AtomicU32::new(slow),
+            connected: Mutex::default(),
+            held: AtomicUsize::new(0),
+            child: Mutex::default(),
+        }
+    }
+
+    /// An exchange was called for, on a stream that captures or on one that does not.
+    fn called(&self, connection: Connection, captures: bool) {
+        let mut world = lock(&self.world);
+        world.called += 1;
+        world.captured += usize::from(captures);
+        // NCCL allocates when it connects, which ends a capture as likely as not.
+        if lock(&self.connected).insert(connection) && captures {
+            world.misuse.push(format!("rank {} connects while it is captured", self.rank));
+        }
+    }
+
+    /// It ends, and waits for the end of all graphs that hold it.
+    fn end(&self) {
+        self.alive.store(false, Ordering::SeqCst);
+        let begun = Instant::now();
+        while self.held.load(Ordering::SeqCst) > 0 {
+            if begun.elapsed() > HANG_MAX {
+                lock(&self.world).misuse.push(format!("graphs hold rank {} for ever", self.rank));
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// The communicator behind a pointer, if it may be used.
@@ -194,16 +244,8 @@ unsafe extern "C" fn init(
         return code;
     }
     lock(&world).joined += 1;
-    let comm = Comm {
-        world,
-        rank,
-        ranks,
-        alive: AtomicBool::new(true),
-        slow: AtomicU32::new(faults.slow),
-        child: Mutex::default(),
-    };
     // SAFETY: the caller's pointer.
-    unsafe { *out = leak(comm) };
+    unsafe { *out = leak(Comm::new(world, rank, ranks, faults.slow)) };
     IN_PROGRESS
 }
 
@@ -239,7 +281,7 @@ unsafe extern "C" fn async_error(pointer: ncclComm_t, out: *mut c_int) -> c_int 
 
 unsafe extern "C" fn abort(pointer: ncclComm_t) -> c_int {
     let Some(comm) = comm(pointer, "ncclCommAbort") else { return INVALID_USAGE };
-    comm.alive.store(false, Ordering::SeqCst);
+    comm.end();
     let begun = Instant::now();
     while lock(&comm.world).faults(comm.rank).abort_hangs && begun.elapsed() < HANG_MAX {
         std::thread::sleep(Duration::from_millis(1));
@@ -255,7 +297,7 @@ unsafe extern "C" fn finalize(pointer: ncclComm_t) -> c_int {
 
 unsafe extern "C" fn destroy(pointer: ncclComm_t) -> c_int {
     let Some(comm) = comm(pointer, "ncclCommDestroy") else { return INVALID_USAGE };
-    comm.alive.store(false, Ordering::SeqCst);
+    comm.end();
     lock(&comm.world).destroyed += 1;
     SUCCESS
 }
@@ -327,8 +369,10 @@ unsafe extern "C" fn all_gather(
     let (from, into) = (source.expose_provenance(), into.expose_provenance());
     let receive = |rank| Pending { comm, from: rank, into: into + rank * count, bytes: count, refused: false };
     let sends = (0..comm.ranks).map(|to| Sending { comm, to, from, bytes: count }).collect();
-    enqueue(stream, Work::Group(Group { sends, receives: (0..comm.ranks).map(receive).collect() }));
-    SUCCESS
+    enqueue(stream, Work::Group(Group { sends, receives: (0..comm.ranks).map(receive).collect(), gathers: true }));
+    let slow = lock(&comm.world).faults(comm.rank).slow;
+    comm.slow.store(slow, Ordering::SeqCst);
+    if slow > 0 { IN_PROGRESS } else { SUCCESS }
 }
 
 unsafe extern "C" fn shrink(
@@ -354,9 +398,7 @@ unsafe extern "C" fn shrink(
     let smaller = Arc::clone(world.shrunk.entry(excluded.clone()).or_insert_with(World::new));
     lock(&smaller).joined += 1;
     let below = excluded.iter().filter(|&&rank| usize::try_from(rank).is_ok_and(|rank| rank < comm.rank)).count();
-    let (rank, ranks) = (comm.rank - below, comm.ranks - excluded.len());
-    let (alive, slow) = (AtomicBool::new(true), AtomicU32::new(0));
-    let child = Comm { world: smaller, rank, ranks, alive, slow, child: Mutex::default() };
+    let child = Comm::new(smaller, comm.rank - below, comm.ranks - excluded.len(), 0);
     // As NCCL does: there is no pointer before all have joined, and the old communicator tells when.
     *lock(&comm.child) = Some((out.expose_provenance(), Box::new(child)));
     IN_PROGRESS

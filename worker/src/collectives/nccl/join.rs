@@ -29,6 +29,8 @@ pub struct JoinOptions {
     pub channels_max: Option<u32>,
     /// What decides how rows travel.
     pub shape: Shape,
+    /// Whether exchanges in slots become part of graphs; the same on all ranks.
+    pub captures: bool,
 }
 
 /// Why the ranks of an epoch did not join over NCCL.
@@ -73,11 +75,14 @@ pub fn join_if_all_can(
         return Ok(Err(control));
     }
     tracing::info!("rows travel between GPUs over NCCL: {}", chosen.why);
+    if chosen.captures && std::env::var("NCCL_GRAPH_REGISTER").as_deref() != Ok("0") {
+        tracing::warn!("set NCCL_GRAPH_REGISTER=0: else NCCL may register memory with other ranks as it is captured");
+    }
     // Ranks that share a GPU need its multiprocessors for each other's exchanges, too.
     let channels_max = if chosen.shared { Some(1) } else { options.channels_max };
     let api = api().map_err(|missing| JoinError::Library(missing.to_string()))?;
     let free = port.free_memory();
-    let joined = Nccl::join(api, control, port, JoinOptions { channels_max, ..options })?;
+    let joined = Nccl::join(api, control, port, JoinOptions { channels_max, captures: chosen.captures, ..options })?;
     if let Some((before, after)) = free.zip(joined.free_memory()) {
         let taken = before.saturating_sub(after);
         tracing::info!(taken, planned = LIBRARY_BYTES, "bytes of the GPU that NCCL took to join");

@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code, reason = "one of the two homes of unsafe: a C library and addresses on devices")]
 
+mod captures;
 mod communicator;
 mod exchange;
 #[cfg(test)]

@@ -31,6 +31,16 @@ pub enum ExchangeRequest {
     Tcp,
     /// NCCL; nothing else will do.
     Nccl,
+    /// NCCL, with the exchanges of small steps within graphs; on all ranks or none.
+    NcclGraphs,
+}
+
+impl ExchangeRequest {
+    /// Whether nothing but NCCL will do.
+    #[must_use]
+    pub const fn insists_on_nccl(self) -> bool {
+        matches!(self, Self::Nccl | Self::NcclGraphs)
+    }
 }
 
 impl FromStr for ExchangeRequest {
@@ -41,7 +51,8 @@ impl FromStr for ExchangeRequest {
             "auto" => Ok(Self::Auto),
             "tcp" => Ok(Self::Tcp),
             "nccl" => Ok(Self::Nccl),
-            _ => Err("give auto, tcp or nccl".to_owned()),
+            "nccl-graphs" => Ok(Self::NcclGraphs),
+            _ => Err("give auto, tcp, nccl or nccl-graphs".to_owned()),
         }
     }
 }
@@ -52,6 +63,7 @@ impl fmt::Display for ExchangeRequest {
             Self::Auto => "auto",
             Self::Tcp => "tcp",
             Self::Nccl => "nccl",
+            Self::NcclGraphs => "nccl-graphs",
         })
     }
 }
@@ -93,6 +105,7 @@ impl Offer {
             ExchangeRequest::Auto => 0,
             ExchangeRequest::Tcp => 1,
             ExchangeRequest::Nccl => 2,
+            ExchangeRequest::NcclGraphs => 3,
         };
         bytes[1] = u8::from(self.shared);
         bytes[2..6].copy_from_slice(&self.nccl.to_le_bytes());
@@ -106,6 +119,7 @@ impl Offer {
             0 => ExchangeRequest::Auto,
             1 => ExchangeRequest::Tcp,
             2 => ExchangeRequest::Nccl,
+            3 => ExchangeRequest::NcclGraphs,
             _ => return None,
         };
         let shared = match bytes[1] {
@@ -121,25 +135,31 @@ impl Offer {
 /// Why ranks cannot exchange as they are asked to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoCarrier {
-    /// One is asked for NCCL and another for TCP.
-    #[error("rank {nccl} is started with --exchange nccl and rank {tcp} with --exchange tcp; start all alike")]
+    /// They are asked for what does not go together.
+    #[error("rank {0} is started with --exchange {1} and rank {2} with --exchange {3}; start all alike", .ranks[0], .asked[0], .ranks[1], .asked[1])]
     Asked {
-        /// The one.
-        nccl: Rank,
-        /// The other.
-        tcp: Rank,
+        /// Two of them.
+        ranks: [Rank; 2],
+        /// What each is asked for.
+        asked: [ExchangeRequest; 2],
     },
     /// NCCL is asked for where there is no GPU.
-    #[error("rank {rank} computes on CPUs, where --exchange nccl is of no use; give --exchange auto, or --device cuda")]
+    #[error(
+        "rank {rank} computes on CPUs, where --exchange {asked} is of no use; give --exchange auto, or --device cuda"
+    )]
     Cpu {
         /// The rank.
         rank: Rank,
+        /// What it is asked for.
+        asked: ExchangeRequest,
     },
     /// NCCL is asked for, and one cannot.
-    #[error("rank {rank} is started with --exchange nccl, but {why}; or use --exchange auto")]
+    #[error("rank {rank} is started with --exchange {asked}, but {why}; or use --exchange auto")]
     Nccl {
         /// The rank that is asked.
         rank: Rank,
+        /// For what.
+        asked: ExchangeRequest,
         /// What is missing.
         why: String,
     },
@@ -152,6 +172,8 @@ pub struct Carrier {
     pub nccl: bool,
     /// Whether ranks share a GPU.
     pub shared: bool,
+    /// Whether exchanges become part of graphs.
+    pub captures: bool,
     /// Why, to be said once.
     pub why: String,
 }
@@ -162,14 +184,20 @@ pub struct Carrier {
 /// The ranks are not asked for the same, or not for what they can.
 pub fn carrier(offers: &[Offer]) -> Result<Carrier, NoCarrier> {
     let ranks = || (0..).map(Rank).zip(offers);
-    let asked = |request| ranks().find(|(_, offer)| offer.request == request).map(|(rank, _)| rank);
-    let (nccl, tcp) = (asked(ExchangeRequest::Nccl), asked(ExchangeRequest::Tcp));
-    if let (Some(nccl), Some(tcp)) = (nccl, tcp) {
-        return Err(NoCarrier::Asked { nccl, tcp });
+    let asked = |is: fn(ExchangeRequest) -> bool| {
+        ranks().find(|(_, offer)| is(offer.request)).map(|(rank, offer)| (rank, offer.request))
+    };
+    let nccl = asked(ExchangeRequest::insists_on_nccl);
+    let tcp = asked(|request| request == ExchangeRequest::Tcp);
+    let captures = asked(|request| request == ExchangeRequest::NcclGraphs);
+    // A rank whose exchanges are not captured does not meet one whose are: so all are asked, or none.
+    let other = captures.and_then(|_| asked(|request| request != ExchangeRequest::NcclGraphs));
+    if let Some(((rank, one), (other, another))) = nccl.zip(tcp).or_else(|| captures.zip(other)) {
+        return Err(NoCarrier::Asked { ranks: [rank, other], asked: [one, another] });
     }
     let gpus: BTreeSet<[u8; 16]> = offers.iter().map(|offer| offer.gpu).collect();
     let shared = gpus.len() < offers.len();
-    let lacks = if let Some(rank) = tcp {
+    let lacks = if let Some((rank, _)) = tcp {
         Some(format!("rank {rank} is started with --exchange tcp"))
     } else if let Some((rank, _)) = ranks().find(|(_, offer)| offer.nccl <= 0) {
         Some(format!("rank {rank} has no NCCL; `pip install nvidia-nccl-cu13` and put its folder on LD_LIBRARY_PATH"))
@@ -183,11 +211,12 @@ pub fn carrier(offers: &[Offer]) -> Result<Carrier, NoCarrier> {
     match (lacks, nccl) {
         (None, _) => {
             let version = offers.iter().map(|offer| offer.nccl).min().unwrap_or(0);
-            let why = format!("all ranks have NCCL, {} or newer", Version::packed(version));
-            Ok(Carrier { nccl: true, shared, why })
+            let graphs = if captures.is_some() { ", and within graphs as all are asked to" } else { "" };
+            let why = format!("all ranks have NCCL, {} or newer{graphs}", Version::packed(version));
+            Ok(Carrier { nccl: true, shared, captures: captures.is_some(), why })
         }
-        (Some(why), Some(rank)) => Err(NoCarrier::Nccl { rank, why }),
-        (Some(why), None) => Ok(Carrier { nccl: false, shared, why }),
+        (Some(why), Some((rank, asked))) => Err(NoCarrier::Nccl { rank, asked, why }),
+        (Some(why), None) => Ok(Carrier { nccl: false, shared, captures: false, why }),
     }
 }
 
@@ -222,6 +251,9 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+
+    const REQUESTS: [ExchangeRequest; 4] =
+        [ExchangeRequest::Auto, ExchangeRequest::Tcp, ExchangeRequest::Nccl, ExchangeRequest::NcclGraphs];
 
     fn offers(n: u8) -> Vec<Offer> {
         let offer = |gpu| Offer { request: ExchangeRequest::Auto, nccl: 23_007, gpu: [gpu; 16], shared: false };
@@ -280,19 +312,38 @@ mod tests {
         let error = carrier(&all).unwrap_err().to_string();
         assert!(error.contains("rank 1 is started with --exchange nccl, but rank 0 has no NCCL"), "{error}");
         all[2].request = ExchangeRequest::Tcp;
-        assert_eq!(carrier(&all), Err(NoCarrier::Asked { nccl: Rank(1), tcp: Rank(2) }));
+        let error = carrier(&all).unwrap_err().to_string();
+        let asked = "rank 1 is started with --exchange nccl and rank 2 with --exchange tcp; start all alike";
+        assert_eq!(error, asked);
+    }
+
+    #[test]
+    fn exchanges_become_part_of_graphs_on_all_ranks_or_none() {
+        let mut all = offers(3);
+        assert!(!carrier(&all).unwrap().captures);
+        all.iter_mut().for_each(|offer| offer.request = ExchangeRequest::NcclGraphs);
+        let chosen = carrier(&all).unwrap();
+        assert!(chosen.nccl && chosen.captures && chosen.why.contains("within graphs"), "{chosen:?}");
+        all[1].nccl = 0;
+        let error = carrier(&all).unwrap_err().to_string();
+        assert!(error.contains("rank 0 is started with --exchange nccl-graphs, but rank 1 has no NCCL"), "{error}");
+        for request in [ExchangeRequest::Auto, ExchangeRequest::Nccl, ExchangeRequest::Tcp] {
+            all[2].request = request;
+            let error = carrier(&all).unwrap_err().to_string();
+            assert!(error.contains(&format!("rank 2 with --exchange {request}; start all alike")), "{error}");
+        }
     }
 
     #[test]
     fn offers_survive_the_wire_and_nothing_else_is_one() {
-        for request in [ExchangeRequest::Auto, ExchangeRequest::Tcp, ExchangeRequest::Nccl] {
+        for request in REQUESTS {
             let offer = Offer { request, nccl: 23_203, gpu: std::array::from_fn(|i| i as u8), shared: true };
             assert_eq!(Offer::decode(&offer.encode()), Some(offer));
             assert_eq!(request.to_string().parse(), Ok(request));
         }
         let good = offers(1)[0].encode();
         assert_eq!(Offer::decode(&good[1..]), None);
-        for (at, byte) in [(0, 3), (1, 2)] {
+        for (at, byte) in [(0, 4), (1, 2)] {
             let mut bad = good;
             bad[at] = byte;
             assert_eq!(Offer::decode(&bad), None);

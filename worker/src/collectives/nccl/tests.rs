@@ -3,7 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod ahead;
+mod graphs;
 mod ways;
+
+// The same suites where exchanges in slots are captured when they come a second time.
+#[allow(clippy::duplicate_mod, reason = "they ask by which name they are included")]
+#[path = "tests/ahead.rs"]
+mod ahead_captured;
+#[allow(clippy::duplicate_mod, reason = "as above")]
+#[path = "tests/ways.rs"]
+mod ways_captured;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -99,7 +108,7 @@ fn options() -> JoinOptions {
     let deadline = Instant::now() + PATIENCE;
     // Nothing is said of a step's rows, so nothing goes in slots.
     let shape = Shape { ranks: 0, experts: 0, top_k: 0, row_bytes: [0; 2], rows_max: 0, room: 0 };
-    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4), shape }
+    JoinOptions { fence: epoch(), deadline, payload_max: PAYLOAD_MAX, channels_max: Some(4), shape, captures: false }
 }
 
 fn join(control: Tcp, options: JoinOptions) -> Result<Hosted, JoinError> {
@@ -591,11 +600,11 @@ fn nothing_is_enqueued_unless_ready() {
 fn an_abort_that_hangs_holds_nobody() {
     let (mut pair, world) = communicators(API, 2);
     fake::lock(&world).faults(0).abort_hangs = true;
-    assert!(!pair[0].abort_within(Duration::from_millis(20)));
+    assert!(!pair[0].abort_within(Duration::from_millis(20), || ()));
     assert_eq!(pair[0].state(), State::Aborted);
-    assert!(pair[0].abort_within(Duration::ZERO), "it is not asked again");
+    assert!(pair[0].abort_within(Duration::ZERO, || ()), "it is not asked again");
     fake::lock(&world).faults(0).abort_hangs = false;
-    assert!(pair[1].abort_within(PATIENCE));
+    assert!(pair[1].abort_within(PATIENCE, || ()));
 }
 
 /// Whatever the library answers, nothing panics: not the calls, and not the drop.

@@ -1,22 +1,25 @@
 //! The emulated device with a stream: ops and the stand-in's exchanges follow each other, and the host is ahead of both.
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cudarc::nccl::sys::cudaStream_t;
 use phalanx_kernels::KernelError;
-use phalanx_kernels::cuda::{Device, Emulated, Family, Graph, Launch, Pinned, Sequence};
+use phalanx_kernels::cuda::{Capture, Captured, Device, Emulated, Family, Graph, Launch, Node, Pinned, Sequence};
 
 use super::lock;
-use super::stream::{Work, enqueue, groups_max, new_stream, try_advance};
+use super::stream::{Recording, Work, capture, enqueue, groups_max, new_stream, try_advance};
 
 /// A device in the order of a stream of the stand-in's.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(in super::super) struct Ordered {
     stream: usize,
     /// What every look at the stream finds.
     pub(in super::super) fault: Mutex<Option<String>>,
+    /// Nothing can be captured.
+    pub(in super::super) no_captures: AtomicBool,
     /// How often the host found that the stream was not where it waits for it.
     pub(in super::super) waits: Arc<AtomicUsize>,
 }
@@ -24,7 +27,7 @@ pub(in super::super) struct Ordered {
 impl Ordered {
     pub(in super::super) fn new() -> Arc<Self> {
         let stream = new_stream().expose_provenance();
-        Arc::new(Self { stream, fault: Mutex::default(), waits: Arc::default() })
+        Arc::new(Self { stream, ..Self::default() })
     }
 
     fn raw(&self) -> cudaStream_t {
@@ -106,8 +109,20 @@ impl Device for Ordered {
         emulated().family()
     }
 
-    fn graph(&self, _nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
-        Err(KernelError::Device { what: "make graphs", why: "its stream takes one op after the other".to_owned() })
+    fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
+        let device = Self { stream: self.stream, ..Self::default() };
+        Ok(Box::new(OrderedGraph { device, nodes: nodes.nodes().map(alone).collect() }))
+    }
+
+    fn capture(
+        &self,
+        enqueue: &mut dyn FnMut(*mut c_void) -> Result<(), KernelError>,
+    ) -> Result<Captured, KernelError> {
+        if self.no_captures.load(Ordering::SeqCst) {
+            return Err(KernelError::Device { what: "capture", why: "planted".to_owned() });
+        }
+        let recording = capture(|stream| enqueue(stream.cast()))?;
+        Ok(Captured::new(OrderedCapture { stream: self.stream, recording }))
     }
 
     fn pin(&self, bytes: usize) -> Result<Box<dyn Pinned>, KernelError> {
@@ -132,6 +147,50 @@ impl Device for Ordered {
 
     fn uuid(&self) -> Result<[u8; 16], KernelError> {
         Ok([0; 16])
+    }
+}
+
+/// What the stand-in enqueued.
+struct OrderedCapture {
+    stream: usize,
+    recording: Recording,
+}
+
+impl fmt::Debug for OrderedCapture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OrderedCapture").finish_non_exhaustive()
+    }
+}
+
+impl Capture for OrderedCapture {
+    unsafe fn launch(&self) -> Result<(), KernelError> {
+        self.recording.enqueue(std::ptr::with_exposed_provenance_mut(self.stream));
+        Ok(())
+    }
+}
+
+fn alone(node: Node<'_>) -> Sequence {
+    let mut sequence = Sequence::default();
+    sequence.push(node);
+    sequence
+}
+
+/// Puts its own copies of its nodes onto the stream.
+#[derive(Debug)]
+struct OrderedGraph {
+    device: Ordered,
+    nodes: Vec<Sequence>,
+}
+
+impl Graph for OrderedGraph {
+    unsafe fn update(&mut self, at: usize, node: Node<'_>) -> Result<(), KernelError> {
+        self.nodes[at] = alone(node);
+        Ok(())
+    }
+
+    unsafe fn launch(&mut self) -> Result<(), KernelError> {
+        // SAFETY: the caller promises that every node may be run.
+        self.nodes.iter().flat_map(Sequence::nodes).try_for_each(|node| unsafe { node.enqueue(&self.device) })
     }
 }
 

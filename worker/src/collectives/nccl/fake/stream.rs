@@ -18,13 +18,16 @@ pub(super) enum Work {
 }
 
 /// A group of calls.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Group {
     pub(super) sends: Vec<Sending>,
     pub(super) receives: Vec<Pending>,
+    /// It is one call, by which all are sent the same.
+    pub(super) gathers: bool,
 }
 
 /// A send that waits on a stream.
+#[derive(Clone)]
 pub(super) struct Sending {
     pub(super) comm: &'static Comm,
     pub(super) to: usize,
@@ -46,6 +49,7 @@ impl Sending {
 }
 
 /// A receive that waits on a stream.
+#[derive(Clone)]
 pub(super) struct Pending {
     pub(super) comm: &'static Comm,
     pub(super) from: usize,
@@ -74,6 +78,11 @@ impl Pending {
 }
 
 impl Group {
+    /// The communicator that it was called on, unless it does nothing.
+    fn comm(&self) -> Option<&'static Comm> {
+        self.sends.first().map(|sending| sending.comm).or_else(|| self.receives.first().map(|pending| pending.comm))
+    }
+
     /// Goes as far as it can. Whether it is done.
     fn advance(&mut self) -> bool {
         let alive = |comm: &Comm| comm.alive.load(Ordering::SeqCst);
@@ -99,6 +108,8 @@ pub(super) struct Stream {
     error: Option<KernelError>,
     /// Most groups at once.
     groups_max: usize,
+    /// What is put on it is kept, and not done.
+    captures: bool,
 }
 
 fn stream_of(stream: cudaStream_t) -> &'static Mutex<Stream> {
@@ -113,9 +124,60 @@ pub(in super::super) fn new_stream() -> cudaStream_t {
 
 pub(super) fn enqueue(stream: cudaStream_t, work: Work) {
     let mut stream = lock(stream_of(stream));
+    if let Work::Group(group) = &work
+        && let Some(comm) = group.comm()
+    {
+        let most = group.receives.iter().map(|pending| pending.bytes).max().unwrap_or(0);
+        comm.called((group.gathers, most), stream.captures);
+    }
     stream.work.push_back(work);
     let groups = stream.work.iter().filter(|work| matches!(work, Work::Group(_))).count();
     stream.groups_max = stream.groups_max.max(groups);
+}
+
+/// The groups that `enqueue` puts onto a stream that it is told.
+pub(super) fn capture<E>(enqueue: impl FnOnce(cudaStream_t) -> Result<(), E>) -> Result<Recording, E> {
+    let raw = new_stream();
+    lock(stream_of(raw)).captures = true;
+    enqueue(raw)?;
+    let work = std::mem::take(&mut lock(stream_of(raw)).work);
+    let group = |work| match work {
+        Work::Group(group) => Some(group),
+        Work::Op(_) => None,
+    };
+    let groups: Vec<Group> = work.into_iter().filter_map(group).collect();
+    for comm in groups.iter().filter_map(Group::comm) {
+        comm.held.fetch_add(1, Ordering::SeqCst);
+    }
+    Ok(Recording { groups })
+}
+
+/// Groups that were captured; their communicators must not end before it.
+pub(super) struct Recording {
+    groups: Vec<Group>,
+}
+
+impl Recording {
+    /// Puts them onto a stream.
+    pub(super) fn enqueue(&self, stream: cudaStream_t) {
+        let mut stream = lock(stream_of(stream));
+        for group in &self.groups {
+            if let Some(comm) = group.comm()
+                && !comm.alive.load(Ordering::SeqCst)
+            {
+                lock(&comm.world).misuse.push(format!("a graph of rank {} after its end", comm.rank));
+            }
+            stream.work.push_back(Work::Group(group.clone()));
+        }
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        for comm in self.groups.iter().filter_map(Group::comm) {
+            comm.held.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 /// The most groups that ever waited on the stream.

@@ -31,6 +31,11 @@ const LIMITS: Limits = Limits {
 /// A step that is not to end by its deadline.
 const LONG: u32 = 120_000;
 
+/// Whether exchanges are captured here.
+fn captures() -> bool {
+    module_path!().ends_with("_captured")
+}
+
 /// One rank of a cell.
 struct Member {
     rank: Box<dyn LoadedRank>,
@@ -48,7 +53,7 @@ fn member(checkpoint: &Checkpoint, control: Tcp) -> Member {
     let model = GptOss::load(backend, stored, &placement, rank, ranks, &LIMITS, &mut |_, _| ()).unwrap();
     let shape = shape(&model, ranks, &LIMITS);
     let port = Port::new(model.backend(), shape.slots_bytes()).unwrap();
-    let nccl = Nccl::join(API, control, port, JoinOptions { shape, ..options() }).unwrap();
+    let nccl = Nccl::join(API, control, port, JoinOptions { shape, captures: captures(), ..options() }).unwrap();
     let world = fake::world_of(nccl.communicator().raw());
     Member { rank: Box::new(Runner::new(model, nccl, LIMITS, epoch())), device, world }
 }
@@ -359,13 +364,12 @@ fn that_a_rank_is_gone_is_heard_while_nobody_waits() {
             return;
         }
         let [third, fourth] = third_and_fourth(&mut member, &plans, |member| {
-            let begun = Instant::now();
             while !member.rank.is_done() {
-                // Long before the deadline of either step.
-                assert!(begun.elapsed() < PATIENCE / 8);
                 std::thread::yield_now();
             }
         });
+        // Not the deadline of either step, which would be said.
+        assert!(!third.as_ref().unwrap_err().to_string().contains("deadline passed"), "{third:?}");
         assert_eq!((blamed(&third), &third), (&[Rank(1)][..], &fourth));
     });
 }
@@ -429,7 +433,8 @@ fn a_step_that_a_rank_refuses_ends_on_the_others() {
 /// NCCL fails at rank 0, once both steps are under way, or in the middle of enqueuing the second.
 #[test]
 fn a_failure_in_either_step_fails_both_and_all_ranks_name_it() {
-    for enqueuing in [false, true] {
+    // Of what is captured, no call is left that could fail in the middle.
+    for enqueuing in [false, true].into_iter().take(if captures() { 1 } else { 2 }) {
         let plans = plans(2, false);
         let expected = undisturbed(2, &plans);
         let outcomes = cell(2, |rank, mut member| {

@@ -16,17 +16,22 @@ const TOP_K: usize = 3;
 const ROWS_MAX: usize = 24;
 const SHAPE: ExpertShape = ExpertShape { hidden: HIDDEN, intermediate: 32, limit: 7.0 };
 
+/// Whether exchanges are captured here.
+fn captures() -> bool {
+    module_path!().ends_with("_captured")
+}
+
 /// Experts of each row of each rank, in the order of the choices.
-type Routing = Vec<Vec<[usize; TOP_K]>>;
+pub(super) type Routing = Vec<Vec<[usize; TOP_K]>>;
 
 /// One rank with one layer of experts, which it uses again and again.
-struct Member {
-    nccl: Nccl,
+pub(super) struct Member {
+    pub(super) nccl: Nccl,
     /// The step that has begun.
     begun: Fence,
     /// Where the host's waits can be counted.
-    device: Option<Arc<Ordered>>,
-    backend: Cuda,
+    pub(super) device: Option<Arc<Ordered>>,
+    pub(super) backend: Cuda,
     held: Experts,
     places: Places,
     routes: Routes,
@@ -37,8 +42,8 @@ struct Member {
 
 /// What came of a step.
 #[derive(Debug, PartialEq)]
-struct Outcome {
-    residual: Vec<u32>,
+pub(super) struct Outcome {
+    pub(super) residual: Vec<u32>,
     /// What the first dispatch brought, if it was not gathered.
     received: Option<HostParts>,
 }
@@ -65,7 +70,7 @@ impl Member {
         let room = n * (64 + 32 * row_bytes[0].max(TOP_K * row_bytes[1]));
         let shape = Shape { ranks: n, experts: EXPERTS, top_k: TOP_K, row_bytes, rows_max: ROWS_MAX as u32, room };
         let port = Port::new(&b, shape.slots_bytes()).unwrap();
-        let options = JoinOptions { shape, channels_max: Some(1), ..options() };
+        let options = JoinOptions { shape, channels_max: Some(1), captures: captures(), ..options() };
         let nccl = Nccl::join(api, control, port, options).unwrap();
 
         let per_rank = EXPERTS.div_ceil(n);
@@ -121,7 +126,7 @@ impl Member {
         Self { nccl, begun: epoch(), device: None, backend: b, held, places, routes, x, outgoing, incoming }
     }
 
-    fn dispatch(&mut self, layer: u32) -> Result<(), CollectiveError> {
+    pub(super) fn dispatch(&mut self, layer: u32) -> Result<(), CollectiveError> {
         let b = &mut self.backend;
         let row_bytes = b.dispatch_record(TOP_K, HIDDEN);
         let exchange = Exchange { row_bytes, ..exchange(layer, DISPATCH) };
@@ -131,7 +136,7 @@ impl Member {
         self.nccl.finish(exchange, &mut self.incoming)
     }
 
-    fn experts_and_combine(&mut self, layer: u32) -> Result<(), CollectiveError> {
+    pub(super) fn experts_and_combine(&mut self, layer: u32) -> Result<(), CollectiveError> {
         let b = &mut self.backend;
         let n = self.nccl.size() as usize;
         let mut work = b.work(n * ROWS_MAX, TOP_K, SHAPE);
@@ -145,7 +150,7 @@ impl Member {
         Ok(())
     }
 
-    fn begin(&mut self, step: u64, deadline: Instant, routing: &Routing, way: Option<Way>) {
+    pub(super) fn begin(&mut self, step: u64, deadline: Instant, routing: &Routing, way: Option<Way>) {
         self.begun = fence(step);
         self.nccl.begin(self.begun, deadline);
         let rows: Vec<u32> = routing.iter().map(|rows| rows.len() as u32).collect();
@@ -156,13 +161,13 @@ impl Member {
     }
 
     /// Ends the step that has begun and waits for it.
-    fn settle(&mut self) -> Result<(), CollectiveError> {
+    pub(super) fn settle(&mut self) -> Result<(), CollectiveError> {
         self.nccl.end()?;
         self.nccl.settle(self.begun)
     }
 
     /// A step of so many layers.
-    fn step(
+    pub(super) fn step(
         &mut self,
         step: u64,
         routing: &Routing,
@@ -193,7 +198,7 @@ impl Member {
 }
 
 /// Does something on every rank of a cell.
-fn cell<R: Send>(routing: &Routing, work: impl Fn(Member) -> R + Sync) -> Vec<R> {
+pub(super) fn cell<R: Send>(routing: &Routing, work: impl Fn(Member) -> R + Sync) -> Vec<R> {
     cell_of(Member::new, routing, work)
 }
 
@@ -220,7 +225,7 @@ fn run(routing: &Routing, way: Option<Way>, layers: u32) -> (Vec<Outcome>, u64) 
     (outcomes.into_iter().map(|(outcome, _)| outcome).collect(), sent)
 }
 
-fn any(seed: u64, rows: &[usize]) -> Routing {
+pub(super) fn any(seed: u64, rows: &[usize]) -> Routing {
     let mut rng = Rng(seed);
     let mut chosen = || {
         let first = rng.below(EXPERTS);
@@ -398,7 +403,7 @@ fn enqueue_first_layer(member: &mut Member, step: u64, routing: &Routing, way: W
     member.nccl.end().unwrap();
 }
 
-const WAYS: [Way; 2] = [Way::Slots { rows: 8 }, Way::Gather { rows: 8 }];
+pub(super) const WAYS: [Way; 2] = [Way::Slots { rows: 8 }, Way::Gather { rows: 8 }];
 
 #[test]
 fn a_rank_that_dies_while_nobody_waits_is_named_when_somebody_does() {
@@ -542,11 +547,19 @@ mod gpu {
         for way in [Way::Exact, Way::Slots { rows: 8 }, Way::Gather { rows: 8 }] {
             let expected = whole(way);
             let errors = cell_of(&make, &routing, |mut member| {
-                member.begin(1, Instant::now() + PATIENCE, &routing, Some(way));
+                // Until exchanges are captured, where they are.
+                for step in [1, 2] {
+                    member.step(step, &routing, Some(way), 2).unwrap();
+                }
+                member.begin(3, Instant::now() + PATIENCE, &routing, Some(way));
                 if member.nccl.rank() == Rank(1) {
                     return None;
                 }
-                let sent = member.dispatch(0).and_then(|()| member.settle());
+                let graphs = member.backend.counts().graphs;
+                let sent = member.dispatch(0).and_then(|()| member.experts_and_combine(0));
+                let in_flight = member.backend.counts().graphs > graphs;
+                assert!(in_flight || !captures() || way == Way::Exact, "no graph holds the exchange");
+                let sent = sent.and_then(|()| member.settle());
                 assert_eq!(member.nccl.communicator().state(), State::Aborted);
                 Some(sent.unwrap_err())
             });
