@@ -286,8 +286,8 @@ pub struct RankState {
     pub decoding: BTreeSet<Key>,
     /// Sequences with tokens still to be read.
     pub prefilling: BTreeSet<Key>,
-    /// Those tokens.
-    pub prefill_tokens: u64,
+    /// Those tokens, by class in the order of [`Class`].
+    pub prefill_tokens: [u64; 2],
     /// Blocks that prefilling sequences will still take.
     pub claimed: u64,
     /// A sequence that did not fit: it does not before blocks have come back.
@@ -307,9 +307,15 @@ impl RankState {
         self.decoding.len() + self.prefilling.len()
     }
 
+    /// Tokens that are read before those of a new sequence of this class.
+    #[must_use]
+    pub fn reads_before(&self, class: Class) -> u64 {
+        self.prefill_tokens[..=class as usize].iter().sum()
+    }
+
     /// What a new sequence would wait for.
     fn load(&self) -> u64 {
-        self.prefill_tokens + self.running() as u64 * SEQUENCE_TOKENS
+        self.reads_before(Class::Batch) + self.running() as u64 * SEQUENCE_TOKENS
     }
 }
 
@@ -371,7 +377,7 @@ impl Engine {
             memory: Memory::new(&config.limits),
             decoding: BTreeSet::new(),
             prefilling: BTreeSet::new(),
-            prefill_tokens: 0,
+            prefill_tokens: [0; 2],
             claimed: 0,
             refused: None,
             release: Vec::new(),
@@ -599,7 +605,7 @@ impl Engine {
         rank.memory.give_back(&mut home.table, last, is_tail);
         rank.decoding.remove(&key);
         if rank.prefilling.remove(&key) {
-            rank.prefill_tokens -= u64::from(len - home.planned);
+            rank.prefill_tokens[key.0 as usize] -= u64::from(len - home.planned);
             rank.claimed -= u64::from(home.claim);
             rank.memory.returned = true;
         }
@@ -660,7 +666,7 @@ impl Engine {
         }
         self.weigh(rank, |state| {
             state.prefilling.insert(key);
-            state.prefill_tokens += u64::from(len - cached);
+            state.prefill_tokens[key.0 as usize] += u64::from(len - cached);
             state.claimed += u64::from(claim);
         });
     }

@@ -19,6 +19,9 @@ use crate::sequence::{Home, Pending, Sequence, State, span};
 
 /// A rank may always fill this part of a step with prompts, however little the others have to read.
 pub const LEVEL_SHARE: u32 = 4;
+/// This part of the rows that a rank has for prompts is for those of batch requests, while it reads any: interactive
+/// ones that come without end do not keep them, and the blocks they hold, for ever.
+pub const BATCH_SHARE: u32 = 8;
 /// The least loaded ranks that are looked at for a place.
 const CANDIDATES: usize = 4;
 
@@ -26,7 +29,7 @@ const CANDIDATES: usize = 4;
 pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     place_waiting(engine);
     let fence = engine.fence.next();
-    let prefill: u64 = engine.ranks.iter().map(|rank| rank.prefill_tokens).sum();
+    let prefill: u64 = engine.ranks.iter().map(|rank| rank.reads_before(Class::Batch)).sum();
     let mean = prefill.div_ceil(u64::from(engine.config.ranks.max(1)));
     let level = u32::try_from(mean).unwrap_or(u32::MAX).max(engine.config.limits.step_rows_max.div_ceil(LEVEL_SHARE));
     let mut plans = Vec::with_capacity(engine.ranks.len());
@@ -113,11 +116,13 @@ fn place(engine: &mut Engine, (class, seq): Key, its_turn: bool) -> bool {
 }
 
 /// What is to be done on a rank before the sequence's next token, and what is cached of it there; `None` if it does not
-/// fit. A rank takes new prompts only while it has less to read than one step holds, so that planning looks at few.
+/// fit. A rank takes new prompts only while it has less to read before them than one step holds, so that planning looks
+/// at few.
 fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
     let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
     let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
-    let busy = state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max);
+    let reads_enough = state.reads_before(sequence.key().0) >= u64::from(limits.step_rows_max);
+    let busy = state.running() >= limits.seqs_max as usize || reads_enough;
     if busy || (state.refused == Some(seq) && !state.memory.returned && state.running() > 0) {
         return None;
     }
@@ -141,8 +146,8 @@ fn evict_batch(engine: &mut Engine, seq: SeqId) -> bool {
         loop {
             engine.work.touch();
             let state = &engine.ranks[rank.index()];
-            if state.prefill_tokens >= u64::from(engine.config.limits.step_rows_max) || state.memory.full.cooling() > 0
-            {
+            let reads = state.reads_before(Class::Interactive);
+            if reads >= u64::from(engine.config.limits.step_rows_max) || state.memory.full.cooling() > 0 {
                 break;
             }
             let batch = |keys: &std::collections::BTreeSet<Key>| keys.last().copied().filter(|k| k.0 == Class::Batch);
@@ -187,7 +192,11 @@ impl OfRank {
     fn prefill(&mut self, engine: &mut Engine, level: u32) {
         let mut budget = self.budget.min(level);
         let keys: Vec<Key> = engine.ranks[self.rank.index()].prefilling.iter().copied().collect();
+        let of_batch = if keys.last().is_some_and(|key| key.0 == Class::Batch) { budget / BATCH_SHARE } else { 0 };
         for key in keys {
+            if budget == 0 {
+                return;
+            }
             engine.work.touch();
             let Some(sequence) = engine.sequences.get(&key.1) else { continue };
             let (mut rows, planned) = match (sequence.pending(), &sequence.state) {
@@ -198,9 +207,13 @@ impl OfRank {
             if sequence.request.want == Want::Logits && planned < sequence.told {
                 rows = rows.min(sequence.told - planned);
             }
-            let rows = rows.min(budget).min(engine.config.chunk_max);
+            let kept = if key.0 == Class::Interactive { of_batch } else { 0 };
+            let rows = rows.min(budget - kept).min(engine.config.chunk_max);
+            if rows == 0 {
+                continue;
+            }
             // Nobody who came later gets blocks that this one lacks.
-            if rows == 0 || !self.run(engine, key, rows) {
+            if !self.run(engine, key, rows) {
                 return;
             }
             budget -= rows;
@@ -249,7 +262,7 @@ impl OfRank {
         if engine.ranks[rank.index()].prefilling.contains(&key) {
             let claim = if reads_all { self.claim_of(engine, key) } else { 0 };
             engine.weigh(rank, |state| {
-                state.prefill_tokens -= u64::from(rows);
+                state.prefill_tokens[key.0 as usize] -= u64::from(rows);
                 state.claimed -= u64::from(released + claim);
                 if reads_all {
                     state.prefilling.remove(&key);

@@ -496,6 +496,41 @@ fn interactive_requests_wait_for_a_busy_rank_rather_than_drive_batch_out() {
 }
 
 #[test]
+fn an_interactive_request_does_not_wait_until_a_batch_prompt_is_read() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 64, 64), 1) });
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 900), 2) }).unwrap();
+    cell.step();
+    cell.engine.submit(endless(2, &prompt(2, 20), 2)).unwrap();
+    cell.plan();
+    assert_eq!(rows_of(&cell), [[(2, 20), (1, 44)]], "the batch prompt has the rows that are left");
+    cell.run();
+    assert_eq!(cell.engine.stats().preemptions, 0);
+    // A second batch prompt waits, as there is a step of the first to read.
+    for seq in 3..=4 {
+        let own = prompt(u32::try_from(seq).unwrap(), 400);
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &own, 2) }).unwrap();
+    }
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (1, 1));
+}
+
+#[test]
+fn interactive_prompts_without_end_do_not_keep_a_batch_prompt_that_is_read() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(8, 64, 64), 1) });
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 400), 2) }).unwrap();
+    cell.step();
+    let mut seq = 2;
+    while !cell.events.iter().any(|e| matches!(e, Event::Finished { seq: SeqId(1), .. })) {
+        while cell.engine.waiting() < 4 {
+            cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 60), 1)).unwrap();
+            seq += 1;
+        }
+        cell.step();
+        assert!(seq < 200, "it is never read");
+    }
+}
+
+#[test]
 fn no_more_batch_sequences_are_driven_out_than_needed() {
     let mut cell = Cell::new(EngineConfig { depth: 3, ..config(limits(8, 256, 24), 1) });
     for seq in 1..=3 {
