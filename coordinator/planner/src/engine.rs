@@ -632,7 +632,13 @@ impl Engine {
     pub(crate) fn place(&mut self, seq: SeqId, rank: Rank, found: &Match, its_turn: bool) {
         let size = self.config.limits.block_size;
         let Some(sequence) = self.sequences.get(&seq) else { return };
+        let class = sequence.key().0;
         self.wait_no_more(sequence.key(), sequence.len());
+        // A batch request that waits until others are read waits for nobody who came here.
+        let reads = self.ranks[rank.index()].reads_before(Class::Batch);
+        if class == Class::Interactive && reads < u64::from(self.config.limits.step_rows_max) {
+            self.queue.pass();
+        }
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let (len, first) = (sequence.len(), sequence.life == 0);
         let mut table = BlockTable::default();

@@ -496,6 +496,52 @@ fn interactive_requests_wait_for_a_busy_rank_rather_than_drive_batch_out() {
 }
 
 #[test]
+fn nobody_is_driven_out_for_one_that_does_not_fit_even_then() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(3, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 100)).unwrap();
+    cell.engine.submit(Request { class: Class::Batch, ..endless(2, &prompt(2, 60), 20) }).unwrap();
+    while cell.tokens(2).is_empty() {
+        cell.step();
+    }
+    // 13 and 4 of 24 blocks are held: neither the 7 that are free nor these and 4 more are 12.
+    cell.engine.submit(endless(3, &prompt(3, 180), 2)).unwrap();
+    while cell.tokens(2).len() < 20 {
+        cell.step();
+        assert_eq!((cell.engine.waiting(), cell.engine.stats().preemptions), (1, 0));
+    }
+    cell.run();
+    assert_eq!(cell.started(), [1, 2, 3]);
+    // The same with no seat left.
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(2, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 100)).unwrap();
+    cell.engine.submit(Request { class: Class::Batch, ..endless(2, &prompt(2, 60), 20) }).unwrap();
+    cell.step();
+    cell.engine.submit(endless(3, &prompt(3, 180), 2)).unwrap();
+    cell.run();
+    assert_eq!((cell.started(), cell.engine.stats().preemptions), (vec![1, 2, 3], 0));
+}
+
+#[test]
+fn what_batch_sequences_share_comes_back_when_the_last_of_them_goes() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 60), 100)).unwrap();
+    for seq in 2..=3 {
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &prompt(2, 240), 40) }).unwrap();
+        cell.step();
+    }
+    // 15 of 24 blocks are held for both, and the one sequence that stays has 5.
+    let ask = |cell: &mut Cell, seq, len| cell.engine.submit(endless(seq, &prompt(9, len), 2)).unwrap();
+    ask(&mut cell, 4, 320);
+    cell.step();
+    assert_eq!((cell.engine.waiting(), cell.engine.stats().preemptions), (1, 0), "21 blocks there are not");
+    cell.engine.cancel(SeqId(4));
+    ask(&mut cell, 5, 200);
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.stats().preemptions), (2, 2), "13 there are without both");
+    cell.run();
+}
+
+#[test]
 fn an_interactive_request_does_not_wait_until_a_batch_prompt_is_read() {
     let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 64, 64), 1) });
     cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 900), 2) }).unwrap();
