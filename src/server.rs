@@ -39,6 +39,9 @@ const DRIVER_WAIT: Duration = Duration::from_secs(2);
 /// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
 /// lose.
 const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
+/// How long a cell with work may go without a step before `/livez` reports it: beyond every deadline, whose end the driver
+/// tells itself if it still can.
+const STALL_MAX: Duration = Duration::from_secs(150);
 /// Exit code after an interrupt, as shells have it.
 const EXIT_INTERRUPTED: u8 = 130;
 /// Exit code after a request to terminate.
@@ -250,7 +253,7 @@ fn check_same_model(cells: &[Workers]) -> Result<()> {
 }
 
 fn api_limits(args: &ApiArgs) -> ApiLimits {
-    let mut limits = ApiLimits::default();
+    let mut limits = ApiLimits { stall_max: STALL_MAX, ..ApiLimits::default() };
     if let Some(seconds) = args.drain_seconds {
         limits.grace = Duration::from_secs(seconds);
     }

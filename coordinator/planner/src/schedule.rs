@@ -2,7 +2,8 @@
 //! class and order of arrival, within a budget of rows for each rank.
 //!
 //! Ranks march in lockstep, so a step is as long as its fullest rank's: what is read of prompts is levelled, no rank
-//! reads more than the mean of what there is to read (or a [`LEVEL_SHARE`]th of a step, whichever is more).
+//! reads more than the mean of what there is to read (or a [`LEVEL_SHARE`]th of a step, whichever is more). Chunks are
+//! such that a step is over long before its deadline, as far as is known what it takes.
 //!
 //= arXiv:2403.02310 (Sarathi-Serve)
 
@@ -11,7 +12,7 @@ use phalanx_proto::{
 };
 
 use crate::blocks::Short;
-use crate::cost::{PhaseSeconds, RankShape, StepShape};
+use crate::cost::{RankShape, StepShape};
 use crate::engine::{Asked, Class, Engine, Flight, Want};
 use crate::prefix::Match;
 use crate::queue::Key;
@@ -34,14 +35,16 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let level = u32::try_from(mean).unwrap_or(u32::MAX).max(engine.config.limits.step_rows_max.div_ceil(LEVEL_SHARE));
     let mut plans = Vec::with_capacity(engine.ranks.len());
     let mut asked = Vec::with_capacity(engine.ranks.len());
+    let mut shape = StepShape::default();
     for rank in (0..engine.config.ranks).map(Rank) {
         engine.work.touch();
         let budget = engine.config.limits.step_rows_max;
-        let mut of_rank = OfRank { rank, step: fence.step, plan: StepPlan::default(), asked: Vec::new(), budget };
+        let mut of_rank = OfRank::new(rank, fence.step, budget);
         of_rank.decode(engine);
         of_rank.prefill(engine, level);
         plans.push(of_rank.plan);
         asked.push(Some(of_rank.asked));
+        shape.0.push(of_rank.shape);
     }
     if plans.iter().all(|plan| plan.rows.is_empty()) {
         return None;
@@ -50,7 +53,10 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let rows_of_rank: Vec<u32> = plans.iter().map(count).collect();
     let (most, sum) = (rows_of_rank.iter().max().copied().unwrap_or(0), rows_of_rank.iter().sum::<u32>());
     engine.imbalance = f64::from(most) * rows_of_rank.len() as f64 / f64::from(sum);
-    let (deadline_ms, expected) = expect(engine, &asked);
+    let (deadline_ms, expected) = match &engine.pace {
+        Some(pace) => (pace.deadline(&shape), pace.cost().phases(&shape)),
+        None => (engine.config.deadline_ms, Vec::new()),
+    };
     for (plan, rank) in plans.iter_mut().zip(&mut engine.ranks) {
         let applied = engine.applied;
         plan.header = StepHeader { fence, deadline_ms, applied, rows_of_rank: rows_of_rank.clone() };
@@ -63,20 +69,6 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     engine.fence = fence;
     engine.flights.push_back(Flight { fence, asked, expected });
     Some(plans)
-}
-
-/// How long ranks may wait for each other in a step, and what each is expected to take.
-fn expect(engine: &Engine, asked: &[Option<Vec<Asked>>]) -> (u32, Vec<PhaseSeconds>) {
-    let Some(pace) = &engine.pace else { return (engine.config.deadline_ms, Vec::new()) };
-    let of_rank = |asked: &Option<Vec<Asked>>| {
-        let mut shape = RankShape::default();
-        for run in asked.iter().flatten() {
-            shape.add_run(run.start, run.end - run.start, u32::from(run.samples), engine.config.window);
-        }
-        shape
-    };
-    let shape = StepShape(asked.iter().map(of_rank).collect());
-    (pace.deadline(&shape), pace.cost().phases(&shape))
 }
 
 /// Gives waiting sequences a rank, for as long as who is next fits somewhere.
@@ -217,9 +209,15 @@ struct OfRank {
     asked: Vec<Asked>,
     /// Rows that the step has left.
     budget: u32,
+    /// What is planned so far.
+    shape: RankShape,
 }
 
 impl OfRank {
+    fn new(rank: Rank, step: StepId, budget: u32) -> Self {
+        Self { rank, step, plan: StepPlan::default(), asked: Vec::new(), budget, shape: RankShape::default() }
+    }
+
     /// A row for each sequence that only lacks its next token. There are hardly ever more of them than rows in a step:
     /// each had a row beside the others when its prompt was read.
     fn decode(&mut self, engine: &mut Engine) {
@@ -255,23 +253,41 @@ impl OfRank {
                 rows = rows.min(sequence.told - planned);
             }
             let kept = if key.0 == Class::Interactive { of_batch } else { 0 };
-            let rows = rows.min(budget - kept).min(engine.config.chunk_max);
-            if rows == 0 {
+            let wanted = rows.min(budget - kept).min(engine.config.chunk_max);
+            if wanted == 0 {
                 continue;
             }
+            let rows = self.in_time(engine, planned, wanted);
             // Nobody who came later gets blocks that this one lacks.
             if !self.run(engine, key, rows) {
                 return;
             }
-            budget -= rows;
+            budget = if rows < wanted { kept } else { budget - rows };
         }
+    }
+
+    /// As many of `rows` rows from position `start` on as keep the step short; a block of them at least, so that every
+    /// prompt is read at last.
+    fn in_time(&self, engine: &mut Engine, start: u32, mut rows: u32) -> u32 {
+        let Some(pace) = &engine.pace else { return rows };
+        let least = engine.config.limits.block_size;
+        while rows > least {
+            engine.work.touch();
+            let mut shape = self.shape;
+            shape.add_run(start, rows, 0, engine.config.window);
+            if pace.is_short(&shape) {
+                break;
+            }
+            rows = (rows / 2).max(least);
+        }
+        rows
     }
 
     /// Plans the next `rows` rows of a sequence, if there are blocks for them.
     fn run(&mut self, engine: &mut Engine, key: Key, rows: u32) -> bool {
         let Some(grants) = self.take_blocks(engine, key, rows) else { return false };
         let rank = self.rank;
-        let block_size = engine.config.limits.block_size;
+        let (block_size, window) = (engine.config.limits.block_size, engine.config.window);
         let sequence = engine.sequences.get_mut(&key.1).expect("it has blocks, so it exists");
         let (len, life) = (sequence.len(), sequence.life);
         let State::Running(home) = &mut sequence.state else { unreachable!("it has just been given blocks") };
@@ -290,6 +306,7 @@ impl OfRank {
             Want::Tokens => Outputs::None,
         };
         let samples = outputs == Outputs::Sample;
+        self.shape.add_run(start, rows, u32::from(samples), window);
         home.planned = end;
         home.sampled = samples;
         home.sampling += u32::from(samples);

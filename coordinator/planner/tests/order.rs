@@ -612,7 +612,7 @@ fn what_is_cached_is_not_asked_room_for_twice() {
 
 #[test]
 fn deadlines_are_those_of_the_rows_planned() {
-    let rule = DeadlineRule { factor: 1e6, min_ms: 1, max_ms: u32::MAX };
+    let rule = DeadlineRule { factor: 1e3, min_ms: 1, max_ms: u32::MAX };
     let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::H100);
     let pace = Calibrated::new(cost, rule);
     let mut cell = Cell::new(EngineConfig { depth: 4, chunk_max: 24, ..config(limits(4, 64, 64), 1) });
@@ -649,4 +649,31 @@ fn deadlines_follow_what_steps_take() {
     assert!(first < 1000, "{first} ms for a step of an H100");
     assert!((2_000..=9_000).contains(&later), "{later} ms where steps take 800");
     assert!(cell.plans[0].header.deadline_ms <= 60_000);
+}
+
+#[test]
+fn chunks_of_prompts_are_as_long_as_the_deadline_has_time_for() {
+    let rule = DeadlineRule { factor: 20.0, min_ms: 1, max_ms: 120_000 };
+    let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::CPU_2_CORES);
+    // The rows of each step of a rank that takes so many microseconds for each, and the longest deadline.
+    let read = |micros: u64| {
+        let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 256), 1) });
+        cell.engine.set_pace(Calibrated::new(cost.clone(), rule));
+        cell.engine.submit(endless(1, &prompt(1, 3000), 2)).unwrap();
+        let (mut rows, mut longest) = (Vec::new(), 0);
+        while cell.plan() {
+            rows.push(rows_of(&cell)[0][0].1);
+            longest = longest.max(cell.plans[0].header.deadline_ms);
+            let mut result = cell.results().remove(0);
+            result.phases.add(Phase::Attention, micros * rows.last().copied().unwrap_or(0) as u64);
+            cell.engine.apply(result).unwrap();
+        }
+        assert!(cell.engine.is_idle());
+        (rows, longest)
+    };
+    let (rows, _) = read(100);
+    assert_eq!(rows[..3], [16, 512, 512], "at first nobody knows how fast it is");
+    let (rows, longest) = read(100_000);
+    assert!(rows[..20].iter().all(|&rows| (16..128).contains(&rows)), "512 would take 51 seconds: {rows:?}");
+    assert!(longest < 120_000, "{longest} ms");
 }
