@@ -229,9 +229,9 @@ pub struct EngineConfig {
     pub window: u32,
     /// Size of the vocabulary.
     pub vocab: u32,
-    /// Requests that may wait.
+    /// Requests that may wait, beside those that there are seats for.
     pub queue_max: usize,
-    /// Tokens of prompts that may wait.
+    /// Tokens of prompts that may wait, beside those that there are seats for.
     pub queue_tokens_max: u64,
     /// Steps that may be under way at once.
     pub depth: u32,
@@ -325,9 +325,7 @@ pub(crate) struct Asked {
     pub(crate) seq: SeqId,
     /// Which life of the sequence.
     pub(crate) life: u32,
-    /// The first position,
-    pub(crate) start: u32,
-    /// and one past the last.
+    /// One past the last position.
     pub(crate) end: u32,
     /// Whether a result is awaited.
     pub(crate) wants: bool,
@@ -358,6 +356,10 @@ pub struct Engine {
     pub(crate) sequences: BTreeMap<SeqId, Sequence>,
     pub(crate) queue: Queue,
     waiting_tokens: u64,
+    /// Whether somebody found no room when the last step was planned.
+    pub(crate) backed_up: bool,
+    /// Whether sequences stop behind their first token.
+    pub(crate) answers_held: bool,
     pub(crate) flights: VecDeque<Flight>,
     /// What steps cost, if deadlines follow it.
     pub(crate) pace: Option<Calibrated>,
@@ -394,6 +396,8 @@ impl Engine {
             sequences: BTreeMap::new(),
             queue: Queue::default(),
             waiting_tokens: 0,
+            backed_up: false,
+            answers_held: false,
             flights: VecDeque::new(),
             pace: None,
             events: Vec::new(),
@@ -440,8 +444,11 @@ impl Engine {
             return Err(Refused::Sampling { field: "constraint", range: "must name a state of a table" });
         }
         let (waiting, tokens) = (self.queue.len(), self.waiting_tokens);
-        let full = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max && waiting > 0;
-        if waiting >= self.config.queue_max || full {
+        // Those that the next step has seats for do not wait, unless others do already.
+        let seats = self.config.limits.seqs_max as usize * self.ranks.len();
+        let seats = if self.backed_up { 0 } else { seats.saturating_sub(self.running()) };
+        let too_long = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max;
+        if waiting >= self.config.queue_max.saturating_add(seats) || (too_long && waiting >= seats.max(1)) {
             return Err(Refused::QueueFull { waiting, tokens });
         }
         if self.sequences.contains_key(&request.seq) {
@@ -471,6 +478,12 @@ impl Engine {
     /// Bounds the rows of one sequence in one step from the next step on.
     pub fn set_chunk_max(&mut self, rows: u32) {
         self.config.chunk_max = rows.clamp(1, self.config.limits.step_rows_max);
+    }
+
+    /// Whether sequences stop behind their first token: a measurement reads all prompts before any answer goes on, so
+    /// that no step has rows of both.
+    pub const fn hold_answers(&mut self, held: bool) {
+        self.answers_held = held;
     }
 
     /// Forgets a sequence at any moment. No event of it follows.
@@ -684,6 +697,7 @@ impl Engine {
         let (key, len) = (sequence.key(), sequence.len());
         self.wait(key, len);
         self.preemptions += 1;
+        self.backed_up = true;
         self.work.touch();
     }
 

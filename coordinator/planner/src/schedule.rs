@@ -29,6 +29,7 @@ const CANDIDATES: usize = 4;
 /// Plans the next step, or nothing if no rank has a row to compute.
 pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     place_waiting(engine);
+    engine.backed_up = !engine.queue.is_empty();
     let fence = engine.fence.next();
     let prefill: u64 = engine.ranks.iter().map(|rank| rank.reads_before(Class::Batch)).sum();
     let mean = prefill.div_ceil(u64::from(engine.config.ranks.max(1)));
@@ -221,6 +222,9 @@ impl OfRank {
     /// A row for each sequence that only lacks its next token. There are hardly ever more of them than rows in a step:
     /// each had a row beside the others when its prompt was read.
     fn decode(&mut self, engine: &mut Engine) {
+        if engine.answers_held {
+            return;
+        }
         let keys: Vec<Key> = engine.ranks[self.rank.index()].decoding.iter().copied().collect();
         for key in keys {
             engine.work.touch();
@@ -321,7 +325,7 @@ impl OfRank {
             self.plan.admit.push(admission(sequence, cached));
         }
         self.plan.rows.push(Rows { seq: key.1, start: from, tokens, outputs, grants: all });
-        self.asked.push(Asked { seq: key.1, life, start, end, wants: outputs != Outputs::None, samples });
+        self.asked.push(Asked { seq: key.1, life, end, wants: outputs != Outputs::None, samples });
         self.budget -= rows;
         if engine.ranks[rank.index()].prefilling.contains(&key) {
             let claim = if reads_all { self.claim_of(engine, key) } else { 0 };
