@@ -101,7 +101,7 @@ pub struct ServeBenchArgs {
 impl ServeBenchArgs {
     /// Clients for so many requests.
     fn clients(&self, requests: u64) -> u32 {
-        let most = self.concurrency.unwrap_or(if self.rate.is_some() { CLIENTS_MAX } else { CLIENTS });
+        let most = self.concurrency.unwrap_or_else(|| if self.rate.is_some() { CLIENTS_MAX } else { CLIENTS });
         most.min(u32::try_from(requests).unwrap_or(u32::MAX))
     }
 }
