@@ -39,8 +39,8 @@ const DRIVER_WAIT: Duration = Duration::from_secs(2);
 /// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
 /// lose.
 const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
-/// How long a cell with work may go without a step before `/livez` reports it: beyond every deadline, whose end the driver
-/// tells itself if it still can.
+/// How long a cell with work may go without a step before `/livez` reports it: beyond every deadline, whose end the
+/// driver tells itself if it still can.
 const STALL_MAX: Duration = Duration::from_secs(150);
 /// Exit code after an interrupt, as shells have it.
 const EXIT_INTERRUPTED: u8 = 130;
@@ -125,8 +125,8 @@ impl Server {
             bail!("there is no cell; name at least one worker");
         };
         let model = api.served_model_name.clone().unwrap_or_else(|| model.clone());
-        // What the queue and the seats have room for is not refused on its way there, and what they never have room for is
-        // refused for good.
+        // What the queue and the seats have room for is not refused on its way there, and what they never have room for
+        // is refused for good.
         let submissions = engine.queue_requests.saturating_add(limits.seqs_max.saturating_mul(layout.ep));
         let app_limits = api_limits(&api);
         let app_limits = ApiLimits { choices_max: app_limits.choices_max.min(submissions), ..app_limits };

@@ -159,7 +159,8 @@ pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
     let load = Load { target, shape, dataset: asked, seed: args.seed };
     let stop = stop_on_interrupt()?;
     if args.warmup > 0 {
-        // Numbers of their own, so that nothing they leave in a cache is asked for again, unless a dataset has too few lines.
+        // Numbers of their own, so that nothing they leave in a cache is asked for again; unless a dataset has too few
+        // lines.
         Run::new(&args, args.requests, args.warmup, false).drive(&load, &stop)?;
     }
     let run = Run::new(&args, 0, args.requests, !args.json && std::io::stderr().is_terminal());
