@@ -8,7 +8,7 @@
 //= arXiv:2403.02310 (Sarathi-Serve)
 
 use phalanx_proto::{
-    Admission, BlockGrant, History, Outputs, Position, Rank, Rows, SeqId, Start, StepHeader, StepId, StepPlan, Tokens,
+    Admission, BlockGrant, History, Outputs, Position, Rank, Rows, Start, StepHeader, StepId, StepPlan, Tokens,
 };
 
 use crate::blocks::Short;
