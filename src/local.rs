@@ -112,7 +112,10 @@ impl LocalCell {
         // it is done with one, as it would behind a coordinator; elsewhere nothing is gained by it.
         let depth = if options.workers == 1 && options.device.processor != Processor::Cpu { 2 } else { 1 };
         let engine = EngineConfig::new(config, options.limits, options.workers);
-        let engine = Engine::new(EngineConfig { depth, prefix_cache: false, ..engine }, Fence::default());
+        // Whoever measures or proves submits all at once.
+        let (queue_max, queue_tokens_max) = (usize::MAX, u64::MAX);
+        let engine = EngineConfig { depth, prefix_cache: false, queue_max, queue_tokens_max, ..engine };
+        let engine = Engine::new(engine, Fence::default());
         Ok(Self { engine, plans, answers, threads, totals: Totals::default() })
     }
 
@@ -129,7 +132,12 @@ impl LocalCell {
         self.engine.set_chunk_max(rows);
     }
 
-    /// Steps until every request has ended.
+    /// Whether sequences stop behind their first token.
+    pub const fn hold_answers(&mut self, held: bool) {
+        self.engine.hold_answers(held);
+    }
+
+    /// Steps until every request has ended or, while answers are held, has its first token.
     ///
     /// # Errors
     /// A step failed on some rank.

@@ -39,6 +39,9 @@ const DRIVER_WAIT: Duration = Duration::from_secs(2);
 /// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
 /// lose.
 const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
+/// How long a cell with work may go without a step before `/livez` reports it: beyond every deadline, whose end the
+/// driver tells itself if it still can.
+const STALL_MAX: Duration = Duration::from_secs(150);
 /// Exit code after an interrupt, as shells have it.
 const EXIT_INTERRUPTED: u8 = 130;
 /// Exit code after a request to terminate.
@@ -118,10 +121,15 @@ impl Server {
         let formed = form_cells(&options, term, &progress).await?;
         let ServerOptions { api, engine, .. } = options;
         check_same_model(&formed)?;
-        let Some(Workers { model, config, limits, .. }) = formed.first() else {
+        let Some(Workers { model, config, limits, layout, .. }) = formed.first() else {
             bail!("there is no cell; name at least one worker");
         };
         let model = api.served_model_name.clone().unwrap_or_else(|| model.clone());
+        // What the queue and the seats have room for is not refused on its way there, and what they never have room for
+        // is refused for good.
+        let submissions = engine.queue_requests.saturating_add(limits.seqs_max.saturating_mul(layout.ep));
+        let app_limits = api_limits(&api);
+        let app_limits = ApiLimits { choices_max: app_limits.choices_max.min(submissions), ..app_limits };
         let app_config = ApiConfig {
             served_model_name: model.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -130,14 +138,12 @@ impl Server {
             eos: config.eos.iter().map(|&id| TokenId(id)).collect(),
             reasoning_effort: api.effort(),
             api_keys: api.keys(),
-            limits: api_limits(&api),
+            limits: app_limits,
             model_identity: api.model_identity,
             current_date: api.current_date,
         };
-        // What the queue has room for is not refused on its way there.
-        let submissions = engine.queue_requests as usize;
         let metrics = Arc::new(Metrics::new(&model, formed.len()));
-        let (client, commands) = engine_client::channels(formed.len(), submissions);
+        let (client, commands) = engine_client::channels(formed.len(), submissions as usize);
         let (drain, draining) = watch::channel(false);
         let (mut workers, mut drivers) = (Vec::new(), Vec::new());
         for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
@@ -250,7 +256,7 @@ fn check_same_model(cells: &[Workers]) -> Result<()> {
 }
 
 fn api_limits(args: &ApiArgs) -> ApiLimits {
-    let mut limits = ApiLimits::default();
+    let mut limits = ApiLimits { stall_max: STALL_MAX, ..ApiLimits::default() };
     if let Some(seconds) = args.drain_seconds {
         limits.grace = Duration::from_secs(seconds);
     }

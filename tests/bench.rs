@@ -49,13 +49,15 @@ fn a_real_server_is_measured() {
     let tokens: u64 = lines.iter().map(|line| line["completion_tokens"].as_u64().unwrap()).sum();
     assert_eq!((lines.len(), tokens), (6, 48));
 
+    assert!(report["late_ms_max"].is_null(), "{report}");
+
     // Open loop, in one piece, for people; the prompts begin alike and the server notices.
     let more = ["--rate", "50", "--no-stream", "--shared-prefix-tokens", "64", "--input-tokens", "80"];
     let open = ["--requests", "6", "--output-tokens", "4"];
     let out = bench(&serve.url, &[&open[..], &more].concat());
     let text = String::from_utf8(out.stdout).unwrap();
     assert!(out.status.success() && text.contains("6 requests in") && text.contains("24 generated"), "{text}");
-    assert!(!text.contains("(0 cached)"), "{text}");
+    assert!(!text.contains("(0 cached)") && text.contains("after they were due"), "{text}");
 
     let out = bench(&serve.url, &[&sizes[..], &["--model", "no-such-model", "--json"]].concat());
     assert_eq!(out.status.code(), Some(1));
@@ -75,6 +77,15 @@ fn a_dataset_is_asked_and_a_bad_line_named() {
     let args = ["--dataset", file.to_str().unwrap(), "--requests", "4", "--output-tokens", "5", "--json"];
     let out = bench(&serve.url, &args);
     assert_eq!(measured(&out)["completion_tokens"], 2 * 3 + 2 * 5);
+    // What was asked before is not what is measured.
+    let lines: String = ["time", "people", "water", "night"]
+        .map(|word| format!("{{\"prompt\": \"{}\"}}\n", [word; 60].join(" ")))
+        .concat();
+    let more = folder.path().join("more.jsonl");
+    std::fs::write(&more, lines).unwrap();
+    let each = ["--requests", "2", "--warmup", "2", "--concurrency", "1", "--output-tokens", "2", "--json"];
+    let report = measured(&bench(&serve.url, &[&["--dataset", more.to_str().unwrap()][..], &each].concat()));
+    assert!(report["cached_prompt_tokens"].as_u64() < Some(2 * 100), "{report}");
     for (bad, says) in
         [("{\"text\": 1}", "neither"), ("{", "no JSON"), ("{\"prompt\": \"a\", \"max_tokens\": -1}", "max_tokens")]
     {
@@ -133,6 +144,27 @@ fn what_goes_wrong_is_counted_by_kind() {
             assert_eq!(report["retry_after_s_max"], 7.0);
         }
     }
+}
+
+#[test]
+fn requests_at_a_rate_do_not_wait_for_answers_to_others() {
+    const REQUESTS: usize = 12;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        // Nobody has an answer before all have asked.
+        let mut streams: Vec<_> = listener.incoming().take(REQUESTS).map(Result::unwrap).collect();
+        for stream in &mut streams {
+            drop(stream.read(&mut [0; 65_536]));
+            let answer = "HTTP/1.1 503 Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            drop(stream.write_all(answer.as_bytes()));
+        }
+    });
+    let requests = REQUESTS.to_string();
+    let args = ["--model", "m", "--rate", "1000", "--requests", &requests, "--timeout-seconds", "20", "--json"];
+    let report = measured(&bench(&url, &args));
+    assert_eq!((&report["errors"], &report["concurrency_max"]), (&json!({"status 503": 12}), &json!(12)), "{report}");
+    assert!(report["late_ms_max"].is_number(), "{report}");
 }
 
 #[test]

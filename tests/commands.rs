@@ -120,6 +120,26 @@ fn bench_offline_measures_several_batches_with_one_load() {
     // 40 rows, and 3 times 10 rows, by 16; then four tokens after each first one.
     assert_eq!((numbers("prefill_steps"), numbers("decode_steps")), (vec![3, 2], vec![4, 4]));
     assert_eq!(lines[0]["load_s"], lines[1]["load_s"]);
+    // However long the prompts are read, all decode side by side.
+    let long = json(&[
+        "bench",
+        "offline",
+        "--batch",
+        "8",
+        "--prompt-len",
+        "64",
+        "--gen-len",
+        "3",
+        "--step-rows",
+        "16",
+        "--json",
+    ]);
+    assert_eq!((&long["decode_rows_per_step"], &long["prefill_steps"]), (&8.0.into(), &32.into()), "{long}");
+    let out = phalanx(&["bench", "offline", "--batch", "17", "--step-rows", "16"]);
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("raise --step-rows"), "{out:?}");
+    let many =
+        ["bench", "offline", "--batch", "1025", "--prompt-len", "1", "--gen-len", "3", "--step-rows", "2048", "--json"];
+    assert_eq!(json(&many)["decode_rows_per_step"], 1025.0);
     let out = phalanx(&[&args[..], &["40,10,10"]].concat());
     assert!(!out.status.success());
     assert!(String::from_utf8_lossy(&out.stderr).contains("3 lengths of prompts are given for 2 batches"), "{out:?}");

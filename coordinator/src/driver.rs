@@ -16,12 +16,9 @@ use crate::engine_client::{
     SubmitError, WorkerState, WorkerStatus,
 };
 use crate::metrics::{CellMetrics, RequestTimes};
+use crate::pace::Pace;
 use crate::workers::{CellEvent, CellLink};
 
-/// When a refused client should come again: between these, by how long the queue lasts at the present pace.
-const RETRY_AFTER: std::ops::RangeInclusive<f64> = 0.1..=60.0;
-/// How much the latest step counts in the pace.
-const PACE_SHARE: f64 = 0.1;
 /// How long a failed step waits for the news of which worker was lost, before the word of the others is taken.
 const BLAME_WAIT: Duration = Duration::from_millis(700);
 /// How long beyond a step's deadline its results may be on their way.
@@ -70,8 +67,7 @@ pub struct Driver<L> {
     /// When a step was applied last, or work came after there was none.
     progress_at: Instant,
     awaited: VecDeque<Awaited>,
-    /// Rows a second, lately.
-    pace: f64,
+    pace: Pace,
 }
 
 impl<L: CellLink> Driver<L> {
@@ -88,7 +84,7 @@ impl<L: CellLink> Driver<L> {
             steps: 0,
             progress_at: Instant::now(),
             awaited: VecDeque::new(),
-            pace: 0.0,
+            pace: Pace::default(),
         }
     }
 
@@ -196,10 +192,9 @@ impl<L: CellLink> Driver<L> {
         }
     }
 
-    /// When half of what there is to do will be done, at the present pace.
+    /// When half of what there is to do will be done.
     fn retry_after_ms(&self) -> u64 {
-        let seconds = self.engine.stats().load as f64 / 2.0 / self.pace.max(1.0);
-        (seconds.clamp(*RETRY_AFTER.start(), *RETRY_AFTER.end()) * 1000.0) as u64
+        self.pace.retry_after_ms(self.engine.stats().load)
     }
 
     /// Ends the sequences that nobody listens to.
@@ -252,8 +247,7 @@ impl<L: CellLink> Driver<L> {
             && let Some(done) = self.awaited.pop_front()
         {
             let now = Instant::now();
-            let took = now.saturating_duration_since(self.progress_at).as_secs_f64().max(1e-6);
-            self.pace += PACE_SHARE * (done.rows as f64 / took - self.pace);
+            self.pace.observe(done.rows, now.saturating_duration_since(self.progress_at));
             self.steps += 1;
             self.progress_at = now;
             self.metrics.step_applied();

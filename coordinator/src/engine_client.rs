@@ -17,7 +17,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 /// Longest wait for the engine's answer to a submission.
 pub const SUBMIT_WAIT_MAX: Duration = Duration::from_secs(10);
 /// When to come again if a cell has not said so, in milliseconds.
-const RETRY_AFTER_MS: u64 = 1000;
+pub(crate) const RETRY_AFTER_MS: u64 = 1000;
 /// Blocks of prompts of which the router remembers where they went.
 const ROUTER_BLOCKS: usize = 1 << 18;
 

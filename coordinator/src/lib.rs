@@ -5,4 +5,5 @@ pub mod driver;
 pub mod engine_client;
 pub mod harmony;
 pub mod metrics;
+mod pace;
 pub mod workers;

@@ -77,7 +77,7 @@ pub struct ExportArgs {
     /// The embedded model
     #[arg(value_parser = [nano::SPEC])]
     model: String,
-    /// Where to write
+    /// Where to write; must not exist or be empty
     dir: PathBuf,
 }
 

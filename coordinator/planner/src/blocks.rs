@@ -181,6 +181,23 @@ impl Memory {
         self.full.ready() + self.cache.idle()
     }
 
+    /// Blocks for full layers that come back if the sequences with these tables go, without those `found` for another;
+    /// and how many were looked at.
+    pub fn held_only_by<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>, found: &Match) -> (usize, usize) {
+        let (mut own, mut looked_at) = (0, 0);
+        let mut holders = BTreeMap::<NodeId, u32>::new();
+        for held in tables.flat_map(BlockTable::full) {
+            looked_at += 1;
+            match held.node {
+                Some(node) => *holders.entry(node).or_default() += 1,
+                None => own += 1,
+            }
+        }
+        found.nodes.iter().for_each(|node| _ = holders.remove(node));
+        let alone = holders.iter().filter(|(node, holders)| self.cache.node(**node).users == **holders).count();
+        (own + alone, looked_at)
+    }
+
     /// Takes blocks for the positions of a span, evicting from the cache as needed; all of them or none. `planned` is
     /// the last step planned.
     ///

@@ -210,16 +210,20 @@ impl Cost {
     /// O(R).
     #[must_use]
     pub fn phases(&self, shape: &StepShape) -> Vec<PhaseSeconds> {
-        let all_rows: u64 = shape.0.iter().map(|rank| rank.rows).sum();
-        let most_rows = shape.0.iter().map(|rank| rank.rows).max().unwrap_or(0);
+        self.phases_of(&shape.0, shape.0.iter().map(|rank| rank.rows).sum()).collect()
+    }
+
+    /// Seconds of each phase on some ranks, if all ranks together have so many rows.
+    fn phases_of(&self, ranks: &[RankShape], all_rows: u64) -> impl Iterator<Item = PhaseSeconds> {
+        let most_rows = ranks.iter().map(|rank| rank.rows).max().unwrap_or(0);
         let experts = self.seconds(self.experts_of(all_rows));
         let (dispatch, combine) = self.exchange(most_rows, all_rows);
-        let before = |rank: &RankShape| {
+        let before = move |rank: &RankShape| {
             let [projections, attention, router] = self.before_exchange(rank).map(|part| self.seconds(part));
             (projections + attention, router)
         };
-        let slowest = shape.0.iter().map(|rank| before(rank).0 + before(rank).1).fold(0.0, f64::max);
-        let of_rank = |rank: &RankShape| {
+        let slowest = ranks.iter().map(|rank| before(rank).0 + before(rank).1).fold(0.0, f64::max);
+        let of_rank = move |rank: &RankShape| {
             let (attention, router) = before(rank);
             let wait = slowest - attention - router;
             let mut phases = PhaseSeconds::default();
@@ -234,7 +238,7 @@ impl Cost {
             phases[Phase::Sample as usize] = logits / self.hardware.bandwidth;
             phases
         };
-        shape.0.iter().map(of_rank).collect()
+        ranks.iter().map(of_rank)
     }
 
     fn seconds(&self, effort: Effort) -> f64 {
@@ -297,7 +301,7 @@ pub struct DeadlineRule {
     pub factor: f64,
     /// Milliseconds at least: what a busy machine may lose without being broken.
     pub min_ms: u32,
-    /// Milliseconds at most.
+    /// Milliseconds at most. Prompts are read in chunks that are small enough for it.
     pub max_ms: u32,
 }
 
@@ -353,6 +357,20 @@ impl Calibrated {
         let ratios = Phase::ALL.map(|phase| self.ratio(phase));
         let of_rank = |phases: &PhaseSeconds| phases.iter().zip(ratios).map(|(seconds, ratio)| seconds * ratio).sum();
         self.cost.phases(shape).iter().map(of_rank).fold(0.0, f64::max)
+    }
+
+    /// Whether a step in which every rank does as much as this one is over long before the longest deadline, by what
+    /// steps took lately. A phase of which nothing is known may be as slow as is believed at all. O(1).
+    #[must_use]
+    pub fn is_short(&self, rank: &RankShape) -> bool {
+        let ratio = |phase| {
+            if self.predicted[phase as usize] > 0.0 { self.ratio(phase) } else { *Self::RATIOS.end() }
+        };
+        let ratios = Phase::ALL.map(ratio);
+        let all_rows = rank.rows * self.cost.ranks as u64;
+        let phases = self.cost.phases_of(std::slice::from_ref(rank), all_rows);
+        let seconds: f64 = phases.flat_map(|phases| phases.into_iter().zip(ratios)).map(|(s, ratio)| s * ratio).sum();
+        seconds * self.rule.factor * 1e3 <= f64::from(self.rule.max_ms)
     }
 
     /// Milliseconds after which a wait within a step of this shape counts as a failure.

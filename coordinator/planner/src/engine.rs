@@ -229,9 +229,9 @@ pub struct EngineConfig {
     pub window: u32,
     /// Size of the vocabulary.
     pub vocab: u32,
-    /// Requests that may wait.
+    /// Requests that may wait, beside those that there are seats for.
     pub queue_max: usize,
-    /// Tokens of prompts that may wait.
+    /// Tokens of prompts that may wait, beside those that there are seats for.
     pub queue_tokens_max: u64,
     /// Steps that may be under way at once.
     pub depth: u32,
@@ -286,8 +286,8 @@ pub struct RankState {
     pub decoding: BTreeSet<Key>,
     /// Sequences with tokens still to be read.
     pub prefilling: BTreeSet<Key>,
-    /// Those tokens.
-    pub prefill_tokens: u64,
+    /// Those tokens, by class in the order of [`Class`].
+    pub prefill_tokens: [u64; 2],
     /// Blocks that prefilling sequences will still take.
     pub claimed: u64,
     /// A sequence that did not fit: it does not before blocks have come back.
@@ -307,9 +307,15 @@ impl RankState {
         self.decoding.len() + self.prefilling.len()
     }
 
+    /// Tokens that are read before those of a new sequence of this class.
+    #[must_use]
+    pub fn reads_before(&self, class: Class) -> u64 {
+        self.prefill_tokens[..=class as usize].iter().sum()
+    }
+
     /// What a new sequence would wait for.
     fn load(&self) -> u64 {
-        self.prefill_tokens + self.running() as u64 * SEQUENCE_TOKENS
+        self.reads_before(Class::Batch) + self.running() as u64 * SEQUENCE_TOKENS
     }
 }
 
@@ -319,9 +325,7 @@ pub(crate) struct Asked {
     pub(crate) seq: SeqId,
     /// Which life of the sequence.
     pub(crate) life: u32,
-    /// The first position,
-    pub(crate) start: u32,
-    /// and one past the last.
+    /// One past the last position.
     pub(crate) end: u32,
     /// Whether a result is awaited.
     pub(crate) wants: bool,
@@ -352,6 +356,10 @@ pub struct Engine {
     pub(crate) sequences: BTreeMap<SeqId, Sequence>,
     pub(crate) queue: Queue,
     waiting_tokens: u64,
+    /// Whether somebody found no room when the last step was planned.
+    pub(crate) backed_up: bool,
+    /// Whether sequences stop behind their first token.
+    pub(crate) answers_held: bool,
     pub(crate) flights: VecDeque<Flight>,
     /// What steps cost, if deadlines follow it.
     pub(crate) pace: Option<Calibrated>,
@@ -371,7 +379,7 @@ impl Engine {
             memory: Memory::new(&config.limits),
             decoding: BTreeSet::new(),
             prefilling: BTreeSet::new(),
-            prefill_tokens: 0,
+            prefill_tokens: [0; 2],
             claimed: 0,
             refused: None,
             release: Vec::new(),
@@ -388,6 +396,8 @@ impl Engine {
             sequences: BTreeMap::new(),
             queue: Queue::default(),
             waiting_tokens: 0,
+            backed_up: false,
+            answers_held: false,
             flights: VecDeque::new(),
             pace: None,
             events: Vec::new(),
@@ -434,8 +444,11 @@ impl Engine {
             return Err(Refused::Sampling { field: "constraint", range: "must name a state of a table" });
         }
         let (waiting, tokens) = (self.queue.len(), self.waiting_tokens);
-        let full = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max && waiting > 0;
-        if waiting >= self.config.queue_max || full {
+        // Those that the next step has seats for do not wait, unless others do already.
+        let seats = self.config.limits.seqs_max as usize * self.ranks.len();
+        let seats = if self.backed_up { 0 } else { seats.saturating_sub(self.running()) };
+        let too_long = tokens + request.prompt.len() as u64 > self.config.queue_tokens_max;
+        if waiting >= self.config.queue_max.saturating_add(seats) || (too_long && waiting >= seats.max(1)) {
             return Err(Refused::QueueFull { waiting, tokens });
         }
         if self.sequences.contains_key(&request.seq) {
@@ -465,6 +478,12 @@ impl Engine {
     /// Bounds the rows of one sequence in one step from the next step on.
     pub fn set_chunk_max(&mut self, rows: u32) {
         self.config.chunk_max = rows.clamp(1, self.config.limits.step_rows_max);
+    }
+
+    /// Whether sequences stop behind their first token: a measurement reads all prompts before any answer goes on, so
+    /// that no step has rows of both.
+    pub const fn hold_answers(&mut self, held: bool) {
+        self.answers_held = held;
     }
 
     /// Forgets a sequence at any moment. No event of it follows.
@@ -599,7 +618,7 @@ impl Engine {
         rank.memory.give_back(&mut home.table, last, is_tail);
         rank.decoding.remove(&key);
         if rank.prefilling.remove(&key) {
-            rank.prefill_tokens -= u64::from(len - home.planned);
+            rank.prefill_tokens[key.0 as usize] -= u64::from(len - home.planned);
             rank.claimed -= u64::from(home.claim);
             rank.memory.returned = true;
         }
@@ -626,7 +645,13 @@ impl Engine {
     pub(crate) fn place(&mut self, seq: SeqId, rank: Rank, found: &Match, its_turn: bool) {
         let size = self.config.limits.block_size;
         let Some(sequence) = self.sequences.get(&seq) else { return };
+        let class = sequence.key().0;
         self.wait_no_more(sequence.key(), sequence.len());
+        // A batch request that waits until others are read waits for nobody who came here.
+        let reads = self.ranks[rank.index()].reads_before(Class::Batch);
+        if class == Class::Interactive && reads < u64::from(self.config.limits.step_rows_max) {
+            self.queue.pass();
+        }
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let (len, first) = (sequence.len(), sequence.life == 0);
         let mut table = BlockTable::default();
@@ -660,7 +685,7 @@ impl Engine {
         }
         self.weigh(rank, |state| {
             state.prefilling.insert(key);
-            state.prefill_tokens += u64::from(len - cached);
+            state.prefill_tokens[key.0 as usize] += u64::from(len - cached);
             state.claimed += u64::from(claim);
         });
     }
@@ -672,6 +697,7 @@ impl Engine {
         let (key, len) = (sequence.key(), sequence.len());
         self.wait(key, len);
         self.preemptions += 1;
+        self.backed_up = true;
         self.work.touch();
     }
 

@@ -91,14 +91,17 @@ fn sums_are_right(engine: &Engine, rank: Rank, state: &RankState) -> Result<(), 
     if running > max {
         return Err(format!("{running} sequences of {max}"));
     }
-    let reading = || state.prefilling.iter().filter_map(|key| engine.sequences.get(&key.1));
-    let of = |f: fn(&Home) -> u32| -> u64 {
-        let homes = reading().filter_map(|s| if let State::Running(home) = &s.state { Some(home) } else { None });
-        homes.map(|home| u64::from(f(home))).sum()
-    };
-    let tokens = reading().map(|s| u64::from(s.len())).sum::<u64>() - of(|home| home.planned);
-    if (tokens, of(|home| home.claim)) != (state.prefill_tokens, state.claimed) {
-        return Err(format!("{tokens} tokens to read, counted as {}", state.prefill_tokens));
+    let (mut tokens, mut claimed) = ([0; 2], 0);
+    for (class, seq) in &state.prefilling {
+        let Some(sequence) = engine.sequences.get(seq) else { continue };
+        if let State::Running(home) = &sequence.state {
+            tokens[*class as usize] += u64::from(sequence.len() - home.planned);
+            claimed += u64::from(home.claim);
+        }
+    }
+    if (tokens, claimed) != (state.prefill_tokens, state.claimed) {
+        let counted = (state.prefill_tokens, state.claimed);
+        return Err(format!("{tokens:?} tokens to read and {claimed} blocks to take, counted as {counted:?}"));
     }
     if !engine.by_load.contains(&(state.weighed, rank.0)) || engine.by_load.len() != engine.ranks.len() {
         return Err("it has lost its place among the ranks".to_owned());

@@ -3,6 +3,7 @@
 //! - [`Engine`]: the life of every request of one cell, from submission to its last token.
 //! - [`queue`]: who waits, and who is next.
 //! - [`router`]: in which cell and on which rank a request lives.
+//! - `place`: which rank a waiting sequence is given.
 //! - [`schedule`]: what each rank does in the next step.
 //! - [`blocks`]: which KV block belongs to whom, and [`prefix`]: which are kept for prompts that begin alike.
 //! - [`work`]: what planning costs.
@@ -15,6 +16,7 @@ pub mod blocks;
 pub mod cost;
 pub mod engine;
 pub mod invariants;
+mod place;
 pub mod prefix;
 pub mod queue;
 pub mod router;

@@ -50,10 +50,13 @@ impl Queue {
         self.batch -= usize::from(removed && key.0 == Class::Batch);
         if removed && first == Some(key) {
             self.passed = 0;
-        } else if removed && key.0 == Class::Interactive && first.is_some() {
-            self.passed += 1;
         }
         removed
+    }
+
+    /// An interactive request was given room that the first batch request could have had.
+    pub fn pass(&mut self) {
+        self.passed += u32::from(self.batch > 0);
     }
 
     /// The sequences, first to last of each class.
@@ -120,12 +123,14 @@ mod tests {
         {
             assert_eq!(offer.key, key(Class::Interactive, u64::from(passed) + 2));
             queue.remove(offer.key);
+            queue.pass();
             passed += 1;
         }
         assert_eq!(passed, PASSED_FIRST);
         // It did not fit: others may pass, but not for ever.
         while let [Some(Offer { may_pass: true, .. }), Some(second)] = queue.offers() {
             queue.remove(second.key);
+            queue.pass();
             passed += 1;
         }
         assert_eq!(passed, PASSED_MAX);
@@ -133,6 +138,17 @@ mod tests {
         assert_eq!(first, Offer { key: key(Class::Batch, 1), may_pass: false, its_turn: true });
         queue.remove(first.key);
         assert_eq!(queue.offers()[0].unwrap().key.0, Class::Interactive);
+    }
+
+    #[test]
+    fn who_gives_up_waiting_has_passed_nobody() {
+        let mut queue = Queue::default();
+        queue.push(key(Class::Batch, 1));
+        for seq in 2..200 {
+            queue.push(key(Class::Interactive, seq));
+        }
+        (2..100).for_each(|seq| assert!(queue.remove(key(Class::Interactive, seq))));
+        assert_eq!(queue.offers()[0].unwrap().key, key(Class::Interactive, 100));
     }
 
     #[test]

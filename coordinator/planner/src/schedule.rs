@@ -2,43 +2,48 @@
 //! class and order of arrival, within a budget of rows for each rank.
 //!
 //! Ranks march in lockstep, so a step is as long as its fullest rank's: what is read of prompts is levelled, no rank
-//! reads more than the mean of what there is to read (or a [`LEVEL_SHARE`]th of a step, whichever is more).
+//! reads more than the mean of what there is to read (or a [`LEVEL_SHARE`]th of a step, whichever is more). Chunks are
+//! such that a step is over long before its deadline, as far as is known what it takes.
 //!
 //= arXiv:2403.02310 (Sarathi-Serve)
 
 use phalanx_proto::{
-    Admission, BlockGrant, History, Outputs, Position, Rank, Rows, SeqId, Start, StepHeader, StepId, StepPlan, Tokens,
+    Admission, BlockGrant, History, Outputs, Position, Rank, Rows, Start, StepHeader, StepId, StepPlan, Tokens,
 };
 
 use crate::blocks::Short;
-use crate::cost::{PhaseSeconds, RankShape, StepShape};
+use crate::cost::{RankShape, StepShape};
 use crate::engine::{Asked, Class, Engine, Flight, Want};
-use crate::prefix::Match;
+use crate::place;
 use crate::queue::Key;
 use crate::sequence::{Home, Pending, Sequence, State, span};
 
 /// A rank may always fill this part of a step with prompts, however little the others have to read.
 pub const LEVEL_SHARE: u32 = 4;
-/// The least loaded ranks that are looked at for a place.
-const CANDIDATES: usize = 4;
+/// This part of the rows that a rank has for prompts is for those of batch requests, while it reads any: interactive
+/// ones that come without end do not keep them, and the blocks they hold, for ever.
+pub const BATCH_SHARE: u32 = 8;
 
 /// Plans the next step, or nothing if no rank has a row to compute.
 pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
-    place_waiting(engine);
+    place::all_waiting(engine);
+    engine.backed_up = !engine.queue.is_empty();
     let fence = engine.fence.next();
-    let prefill: u64 = engine.ranks.iter().map(|rank| rank.prefill_tokens).sum();
+    let prefill: u64 = engine.ranks.iter().map(|rank| rank.reads_before(Class::Batch)).sum();
     let mean = prefill.div_ceil(u64::from(engine.config.ranks.max(1)));
     let level = u32::try_from(mean).unwrap_or(u32::MAX).max(engine.config.limits.step_rows_max.div_ceil(LEVEL_SHARE));
     let mut plans = Vec::with_capacity(engine.ranks.len());
     let mut asked = Vec::with_capacity(engine.ranks.len());
+    let mut shape = StepShape::default();
     for rank in (0..engine.config.ranks).map(Rank) {
         engine.work.touch();
         let budget = engine.config.limits.step_rows_max;
-        let mut of_rank = OfRank { rank, step: fence.step, plan: StepPlan::default(), asked: Vec::new(), budget };
+        let mut of_rank = OfRank::new(rank, fence.step, budget);
         of_rank.decode(engine);
         of_rank.prefill(engine, level);
         plans.push(of_rank.plan);
         asked.push(Some(of_rank.asked));
+        shape.0.push(of_rank.shape);
     }
     if plans.iter().all(|plan| plan.rows.is_empty()) {
         return None;
@@ -47,7 +52,10 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     let rows_of_rank: Vec<u32> = plans.iter().map(count).collect();
     let (most, sum) = (rows_of_rank.iter().max().copied().unwrap_or(0), rows_of_rank.iter().sum::<u32>());
     engine.imbalance = f64::from(most) * rows_of_rank.len() as f64 / f64::from(sum);
-    let (deadline_ms, expected) = expect(engine, &asked);
+    let (deadline_ms, expected) = match &engine.pace {
+        Some(pace) => (pace.deadline(&shape), pace.cost().phases(&shape)),
+        None => (engine.config.deadline_ms, Vec::new()),
+    };
     for (plan, rank) in plans.iter_mut().zip(&mut engine.ranks) {
         let applied = engine.applied;
         plan.header = StepHeader { fence, deadline_ms, applied, rows_of_rank: rows_of_rank.clone() };
@@ -62,101 +70,6 @@ pub(crate) fn step(engine: &mut Engine) -> Option<Vec<StepPlan>> {
     Some(plans)
 }
 
-/// How long ranks may wait for each other in a step, and what each is expected to take.
-fn expect(engine: &Engine, asked: &[Option<Vec<Asked>>]) -> (u32, Vec<PhaseSeconds>) {
-    let Some(pace) = &engine.pace else { return (engine.config.deadline_ms, Vec::new()) };
-    let of_rank = |asked: &Option<Vec<Asked>>| {
-        let mut shape = RankShape::default();
-        for run in asked.iter().flatten() {
-            shape.add_run(run.start, run.end - run.start, u32::from(run.samples), engine.config.window);
-        }
-        shape
-    };
-    let shape = StepShape(asked.iter().map(of_rank).collect());
-    (pace.deadline(&shape), pace.cost().phases(&shape))
-}
-
-/// Gives waiting sequences a rank, for as long as who is next fits somewhere.
-fn place_waiting(engine: &mut Engine) {
-    while !engine.queue.is_empty() {
-        let [first, second] = engine.queue.offers();
-        let its_turn = first.is_some_and(|offer| offer.its_turn);
-        let placed = first.is_some_and(|offer| place(engine, offer.key, its_turn));
-        let second = second.filter(|_| first.is_some_and(|offer| offer.may_pass));
-        if !placed && second.is_none_or(|offer| !place(engine, offer.key, false)) {
-            return;
-        }
-    }
-}
-
-/// Gives a sequence a rank: of those least loaded and the one that has seen most of its prompt, the one where least
-/// is to be done before its next token. An interactive sequence may take the place of batch sequences.
-fn place(engine: &mut Engine, (class, seq): Key, its_turn: bool) -> bool {
-    let seen = engine.sequences[&seq].seen_by;
-    let least = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank);
-    let mut candidates: Vec<u32> = least.chain(seen).collect();
-    candidates.sort_unstable();
-    candidates.dedup();
-    let mut best: Option<(u64, u32, Match)> = None;
-    for rank in candidates {
-        engine.work.touch();
-        let Some((cost, found)) = cost(engine, seq, Rank(rank)) else { continue };
-        if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
-            best = Some((cost, rank, found));
-        }
-    }
-    if let Some((_, rank, found)) = best {
-        engine.place(seq, Rank(rank), &found, its_turn);
-        return true;
-    }
-    class == Class::Interactive && evict_batch(engine, seq)
-}
-
-/// What is to be done on a rank before the sequence's next token, and what is cached of it there; `None` if it does not
-/// fit. A rank takes new prompts only while it has less to read than one step holds, so that planning looks at few.
-fn cost(engine: &mut Engine, seq: SeqId, rank: Rank) -> Option<(u64, Match)> {
-    let (config, sequence) = (&engine.config, &engine.sequences[&seq]);
-    let (limits, state) = (&config.limits, &engine.ranks[rank.index()]);
-    let busy = state.running() >= limits.seqs_max as usize || state.prefill_tokens >= u64::from(limits.step_rows_max);
-    if busy || (state.refused == Some(seq) && !state.memory.returned && state.running() > 0) {
-        return None;
-    }
-    let found = state.memory.cache.find(&sequence.tokens, &sequence.hashes, limits.block_size, config.window);
-    engine.work.touch_all(found.nodes.len());
-    let cached = found.nodes.len() as u64;
-    let need = u64::from((sequence.len() + 1).div_ceil(limits.block_size)) - cached + u64::from(found.idle);
-    if state.running() > 0 && need + state.claimed > state.memory.available() as u64 {
-        let state = &mut engine.ranks[rank.index()];
-        (state.refused, state.memory.returned) = (Some(seq), false);
-        return None;
-    }
-    Some((state.weighed + u64::from(sequence.len()) - cached * u64::from(limits.block_size), found))
-}
-
-/// Sends batch sequences of the least loaded rank that has any back to the queue, the last first, until the interactive
-/// one fits there. Blocks that cool will do as well: then it waits for those.
-fn evict_batch(engine: &mut Engine, seq: SeqId) -> bool {
-    let ranks: Vec<u32> = engine.by_load.iter().take(CANDIDATES).map(|(_, rank)| *rank).collect();
-    for rank in ranks.into_iter().map(Rank) {
-        loop {
-            engine.work.touch();
-            let state = &engine.ranks[rank.index()];
-            if state.prefill_tokens >= u64::from(engine.config.limits.step_rows_max) || state.memory.full.cooling() > 0
-            {
-                break;
-            }
-            let batch = |keys: &std::collections::BTreeSet<Key>| keys.last().copied().filter(|k| k.0 == Class::Batch);
-            let Some(victim) = batch(&state.decoding).max(batch(&state.prefilling)) else { break };
-            engine.preempt(victim.1);
-            if let Some((_, found)) = cost(engine, seq, rank) {
-                engine.place(seq, rank, &found, false);
-                return true;
-            }
-        }
-    }
-    false
-}
-
 /// The plan of one rank while it is made.
 struct OfRank {
     rank: Rank,
@@ -165,12 +78,21 @@ struct OfRank {
     asked: Vec<Asked>,
     /// Rows that the step has left.
     budget: u32,
+    /// What is planned so far.
+    shape: RankShape,
 }
 
 impl OfRank {
+    fn new(rank: Rank, step: StepId, budget: u32) -> Self {
+        Self { rank, step, plan: StepPlan::default(), asked: Vec::new(), budget, shape: RankShape::default() }
+    }
+
     /// A row for each sequence that only lacks its next token. There are hardly ever more of them than rows in a step:
     /// each had a row beside the others when its prompt was read.
     fn decode(&mut self, engine: &mut Engine) {
+        if engine.answers_held {
+            return;
+        }
         let keys: Vec<Key> = engine.ranks[self.rank.index()].decoding.iter().copied().collect();
         for key in keys {
             engine.work.touch();
@@ -187,7 +109,11 @@ impl OfRank {
     fn prefill(&mut self, engine: &mut Engine, level: u32) {
         let mut budget = self.budget.min(level);
         let keys: Vec<Key> = engine.ranks[self.rank.index()].prefilling.iter().copied().collect();
+        let of_batch = if keys.last().is_some_and(|key| key.0 == Class::Batch) { budget / BATCH_SHARE } else { 0 };
         for key in keys {
+            if budget == 0 {
+                return;
+            }
             engine.work.touch();
             let Some(sequence) = engine.sequences.get(&key.1) else { continue };
             let (mut rows, planned) = match (sequence.pending(), &sequence.state) {
@@ -198,20 +124,42 @@ impl OfRank {
             if sequence.request.want == Want::Logits && planned < sequence.told {
                 rows = rows.min(sequence.told - planned);
             }
-            let rows = rows.min(budget).min(engine.config.chunk_max);
+            let kept = if key.0 == Class::Interactive { of_batch } else { 0 };
+            let wanted = rows.min(budget - kept).min(engine.config.chunk_max);
+            if wanted == 0 {
+                continue;
+            }
+            let rows = self.in_time(engine, planned, wanted);
             // Nobody who came later gets blocks that this one lacks.
-            if rows == 0 || !self.run(engine, key, rows) {
+            if !self.run(engine, key, rows) {
                 return;
             }
-            budget -= rows;
+            budget = if rows < wanted { kept } else { budget - rows };
         }
+    }
+
+    /// As many of `rows` rows from position `start` on as keep the step short; a block of them at least, so that every
+    /// prompt is read at last.
+    fn in_time(&self, engine: &mut Engine, start: u32, mut rows: u32) -> u32 {
+        let Some(pace) = &engine.pace else { return rows };
+        let least = engine.config.limits.block_size;
+        while rows > least {
+            engine.work.touch();
+            let mut shape = self.shape;
+            shape.add_run(start, rows, 0, engine.config.window);
+            if pace.is_short(&shape) {
+                break;
+            }
+            rows = (rows / 2).max(least);
+        }
+        rows
     }
 
     /// Plans the next `rows` rows of a sequence, if there are blocks for them.
     fn run(&mut self, engine: &mut Engine, key: Key, rows: u32) -> bool {
         let Some(grants) = self.take_blocks(engine, key, rows) else { return false };
         let rank = self.rank;
-        let block_size = engine.config.limits.block_size;
+        let (block_size, window) = (engine.config.limits.block_size, engine.config.window);
         let sequence = engine.sequences.get_mut(&key.1).expect("it has blocks, so it exists");
         let (len, life) = (sequence.len(), sequence.life);
         let State::Running(home) = &mut sequence.state else { unreachable!("it has just been given blocks") };
@@ -230,6 +178,7 @@ impl OfRank {
             Want::Tokens => Outputs::None,
         };
         let samples = outputs == Outputs::Sample;
+        self.shape.add_run(start, rows, u32::from(samples), window);
         home.planned = end;
         home.sampled = samples;
         home.sampling += u32::from(samples);
@@ -244,12 +193,12 @@ impl OfRank {
             self.plan.admit.push(admission(sequence, cached));
         }
         self.plan.rows.push(Rows { seq: key.1, start: from, tokens, outputs, grants: all });
-        self.asked.push(Asked { seq: key.1, life, start, end, wants: outputs != Outputs::None, samples });
+        self.asked.push(Asked { seq: key.1, life, end, wants: outputs != Outputs::None, samples });
         self.budget -= rows;
         if engine.ranks[rank.index()].prefilling.contains(&key) {
             let claim = if reads_all { self.claim_of(engine, key) } else { 0 };
             engine.weigh(rank, |state| {
-                state.prefill_tokens -= u64::from(rows);
+                state.prefill_tokens[key.0 as usize] -= u64::from(rows);
                 state.claimed -= u64::from(released + claim);
                 if reads_all {
                     state.prefilling.remove(&key);

@@ -128,8 +128,25 @@ fn what_can_never_be_served_is_refused_before_it_waits() {
 #[test]
 fn a_full_queue_refuses() {
     let mut engine = Engine::new(EngineConfig { queue_max: 1, ..config(limits(2, 16, 4), 1) }, Fence::default());
-    engine.submit(request(1, &[1], 5)).unwrap();
-    assert_eq!(engine.submit(request(2, &[1], 5)).unwrap_err(), Refused::QueueFull { waiting: 1, tokens: 1 });
+    for seq in 1..=3 {
+        engine.submit(request(seq, &[1], 5)).unwrap();
+    }
+    let refused = |waiting| Refused::QueueFull { waiting, tokens: waiting as u64 };
+    assert_eq!(engine.submit(request(4, &[1], 5)).unwrap_err(), refused(3), "two have seats and one waits");
+    engine.plan().unwrap();
+    engine.cancel(SeqId(1));
+    assert_eq!(engine.submit(request(4, &[1], 5)).unwrap_err(), refused(1), "the free seat is for who waits");
+}
+
+#[test]
+fn prompts_of_a_request_with_many_choices_are_not_too_long_for_an_idle_engine() {
+    let few = EngineConfig { queue_tokens_max: 20, ..config(limits(2, 16, 8), 1) };
+    let mut engine = Engine::new(few, Fence::default());
+    for seq in 1..=2 {
+        engine.submit(request(seq, &[1; 15], 5)).unwrap();
+    }
+    let refused = engine.submit(request(3, &[1; 15], 5)).unwrap_err();
+    assert_eq!(refused, Refused::QueueFull { waiting: 2, tokens: 30 }, "there are two seats");
 }
 
 #[test]

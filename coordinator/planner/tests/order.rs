@@ -496,6 +496,87 @@ fn interactive_requests_wait_for_a_busy_rank_rather_than_drive_batch_out() {
 }
 
 #[test]
+fn nobody_is_driven_out_for_one_that_does_not_fit_even_then() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(3, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 100)).unwrap();
+    cell.engine.submit(Request { class: Class::Batch, ..endless(2, &prompt(2, 60), 20) }).unwrap();
+    while cell.tokens(2).is_empty() {
+        cell.step();
+    }
+    // 13 and 4 of 24 blocks are held: neither the 7 that are free nor these and 4 more are 12.
+    cell.engine.submit(endless(3, &prompt(3, 180), 2)).unwrap();
+    while cell.tokens(2).len() < 20 {
+        cell.step();
+        assert_eq!((cell.engine.waiting(), cell.engine.stats().preemptions), (1, 0));
+    }
+    cell.run();
+    assert_eq!(cell.started(), [1, 2, 3]);
+    // The same with no seat left.
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(2, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 200), 100)).unwrap();
+    cell.engine.submit(Request { class: Class::Batch, ..endless(2, &prompt(2, 60), 20) }).unwrap();
+    cell.step();
+    cell.engine.submit(endless(3, &prompt(3, 180), 2)).unwrap();
+    cell.run();
+    assert_eq!((cell.started(), cell.engine.stats().preemptions), (vec![1, 2, 3], 0));
+}
+
+#[test]
+fn what_batch_sequences_share_comes_back_when_the_last_of_them_goes() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 24), 1) });
+    cell.engine.submit(endless(1, &prompt(1, 60), 100)).unwrap();
+    for seq in 2..=3 {
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &prompt(2, 240), 40) }).unwrap();
+        cell.step();
+    }
+    // 15 of 24 blocks are held for both, and the one sequence that stays has 5.
+    let ask = |cell: &mut Cell, seq, len| cell.engine.submit(endless(seq, &prompt(9, len), 2)).unwrap();
+    ask(&mut cell, 4, 320);
+    cell.step();
+    assert_eq!((cell.engine.waiting(), cell.engine.stats().preemptions), (1, 0), "21 blocks there are not");
+    cell.engine.cancel(SeqId(4));
+    ask(&mut cell, 5, 200);
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.stats().preemptions), (2, 2), "13 there are without both");
+    cell.run();
+}
+
+#[test]
+fn an_interactive_request_does_not_wait_until_a_batch_prompt_is_read() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 64, 64), 1) });
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 900), 2) }).unwrap();
+    cell.step();
+    cell.engine.submit(endless(2, &prompt(2, 20), 2)).unwrap();
+    cell.plan();
+    assert_eq!(rows_of(&cell), [[(2, 20), (1, 44)]], "the batch prompt has the rows that are left");
+    cell.run();
+    assert_eq!(cell.engine.stats().preemptions, 0);
+    // A second batch prompt waits, as there is a step of the first to read.
+    for seq in 3..=4 {
+        let own = prompt(u32::try_from(seq).unwrap(), 400);
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &own, 2) }).unwrap();
+    }
+    cell.step();
+    assert_eq!((cell.engine.running(), cell.engine.waiting()), (1, 1));
+}
+
+#[test]
+fn interactive_prompts_without_end_do_not_keep_a_batch_prompt_that_is_read() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(8, 64, 64), 1) });
+    cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 400), 2) }).unwrap();
+    cell.step();
+    let mut seq = 2;
+    while !cell.events.iter().any(|e| matches!(e, Event::Finished { seq: SeqId(1), .. })) {
+        while cell.engine.waiting() < 4 {
+            cell.engine.submit(endless(seq, &prompt(u32::try_from(seq).unwrap(), 60), 1)).unwrap();
+            seq += 1;
+        }
+        cell.step();
+        assert!(seq < 200, "it is never read");
+    }
+}
+
+#[test]
 fn no_more_batch_sequences_are_driven_out_than_needed() {
     let mut cell = Cell::new(EngineConfig { depth: 3, ..config(limits(8, 256, 24), 1) });
     for seq in 1..=3 {
@@ -531,7 +612,7 @@ fn what_is_cached_is_not_asked_room_for_twice() {
 
 #[test]
 fn deadlines_are_those_of_the_rows_planned() {
-    let rule = DeadlineRule { factor: 1e6, min_ms: 1, max_ms: u32::MAX };
+    let rule = DeadlineRule { factor: 1e3, min_ms: 1, max_ms: u32::MAX };
     let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::H100);
     let pace = Calibrated::new(cost, rule);
     let mut cell = Cell::new(EngineConfig { depth: 4, chunk_max: 24, ..config(limits(4, 64, 64), 1) });
@@ -568,4 +649,31 @@ fn deadlines_follow_what_steps_take() {
     assert!(first < 1000, "{first} ms for a step of an H100");
     assert!((2_000..=9_000).contains(&later), "{later} ms where steps take 800");
     assert!(cell.plans[0].header.deadline_ms <= 60_000);
+}
+
+#[test]
+fn chunks_of_prompts_are_as_long_as_the_deadline_has_time_for() {
+    let rule = DeadlineRule { factor: 20.0, min_ms: 1, max_ms: 120_000 };
+    let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::CPU_2_CORES);
+    // The rows of each step of a rank that takes so many microseconds for each, and the longest deadline.
+    let read = |micros: u64| {
+        let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 256), 1) });
+        cell.engine.set_pace(Calibrated::new(cost.clone(), rule));
+        cell.engine.submit(endless(1, &prompt(1, 3000), 2)).unwrap();
+        let (mut rows, mut longest) = (Vec::new(), 0);
+        while cell.plan() {
+            rows.push(rows_of(&cell)[0][0].1);
+            longest = longest.max(cell.plans[0].header.deadline_ms);
+            let mut result = cell.results().remove(0);
+            result.phases.add(Phase::Attention, micros * rows.last().copied().unwrap_or(0) as u64);
+            cell.engine.apply(result).unwrap();
+        }
+        assert!(cell.engine.is_idle());
+        (rows, longest)
+    };
+    let (rows, _) = read(100);
+    assert_eq!(rows[..3], [16, 512, 512], "at first nobody knows how fast it is");
+    let (rows, longest) = read(100_000);
+    assert!(rows[..20].iter().all(|&rows| (16..128).contains(&rows)), "512 would take 51 seconds: {rows:?}");
+    assert!(longest < 120_000, "{longest} ms");
 }

@@ -7,9 +7,12 @@ use phalanx_planner::{Class, Engine, EngineConfig, Event, Request, Stats, Work};
 use phalanx_proto::{Fence, Outputs, Position, Rank, RowsResult, SeqId, Start, StepId, StepPlan, StepResult, TokenId};
 
 use crate::cell::{Cell, Network, Occurrence, Pace, Sent, Worker};
-use crate::clock::Nanos;
+use crate::clock::{MILLISECOND, Nanos};
 use crate::random::Random;
 use crate::rank::RankError;
+
+/// How long a client that was refused waits before it asks for something else.
+const REFUSED_PAUSE: Nanos = 1_000 * MILLISECOND;
 
 /// How long prompts or answers are, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,13 +293,15 @@ impl Serving {
         });
         let prompt: Vec<TokenId> = prompt.collect();
         let answer = workload.answer.draw(random).max(1);
-        self.prompt_tokens += u64::from(length);
         let now = self.cell.now();
         match self.cell.engine.submit(Request { class, ..Request::greedy(seq, prompt, answer) }) {
-            Ok(()) => drop(self.open.insert(seq, Client { class, arrived: now, last_token: None })),
+            Ok(()) => {
+                self.prompt_tokens += u64::from(length);
+                self.open.insert(seq, Client { class, arrived: now, last_token: None });
+            }
             Err(_) => {
                 self.answer.refused += 1;
-                self.next_of_loop(class);
+                self.next_of_loop(class, REFUSED_PAUSE);
             }
         }
         if let Load::Rate(rate) = workload.load {
@@ -306,10 +311,10 @@ impl Serving {
         }
     }
 
-    /// In a closed loop, whoever ends makes room for the next.
-    fn next_of_loop(&mut self, class: Class) {
+    /// In a closed loop, whoever ends makes room for the next, who comes after a pause.
+    fn next_of_loop(&mut self, class: Class, pause: Nanos) {
         if let Load::Concurrency(_) = self.workload.load {
-            self.next_comes(self.cell.now(), class);
+            self.next_comes(self.cell.now() + pause, class);
         }
     }
 
@@ -327,7 +332,7 @@ impl Serving {
                 self.answer.finished += 1;
                 self.answer.seconds = now as f64 / 1e9;
                 if let Some(client) = self.open.remove(seq) {
-                    self.next_of_loop(client.class);
+                    self.next_of_loop(client.class, 0);
                 }
             }
             Event::Started { .. } | Event::Logits { .. } => {}

@@ -247,8 +247,9 @@ impl<'a> Run<'a> {
             format!("submit   {seq}: {prompt} tokens, {max} more, {class:?} {want:?}: {outcome:?}")
         });
         let too_long = prompt as u64 + u64::from(request.max_tokens) > u64::from(config.limits.context);
+        let seats = config.limits.seqs_max as usize * config.ranks as usize - before.running;
         let right = match &outcome {
-            Ok(()) => prompt > 0 && !too_long && waiting < config.queue_max,
+            Ok(()) => prompt > 0 && !too_long && waiting < config.queue_max + seats,
             Err(Refused::Prompt) => prompt == 0,
             Err(Refused::ContextLength { .. }) => too_long,
             Err(Refused::QueueFull { .. }) => {

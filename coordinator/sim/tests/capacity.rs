@@ -130,6 +130,19 @@ fn too_little_memory_costs_throughput_but_no_request() {
 }
 
 #[test]
+fn who_is_refused_comes_again_later_and_carries_nothing() {
+    let setup = steady(2, 0);
+    let setup = Setup { engine: EngineConfig { queue_max: 4, ..setup.engine }, ..setup };
+    let asked =
+        Workload { prompt: Length::Fixed(50), answer: Length::Fixed(50), ..workload(400, Load::Concurrency(64)) };
+    let answer = capacity(&asked, &setup);
+    assert!(answer.refused > 28 && answer.finished > 100, "{answer:?}");
+    assert_eq!(answer.finished + answer.refused, 400);
+    let prompts = answer.prompt_tokens_per_second * answer.seconds;
+    assert!((prompts / 50.0 - answer.finished as f64).abs() < 0.01, "{prompts} tokens of {} prompts", answer.finished);
+}
+
+#[test]
 fn more_ranks_carry_more_and_stay_level() {
     let ask = |ranks: u32| {
         capacity(&workload(256 * u64::from(ranks), Load::Concurrency(64 * ranks)), &h100(ranks, 64, 64 * 1200))

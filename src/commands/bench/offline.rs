@@ -1,6 +1,5 @@
 //! `phalanx bench offline`: the engine without HTTP.
 
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -64,6 +63,11 @@ impl OfflineArgs {
             prompts == 1 || prompts == batches,
             "{prompts} lengths of prompts are given for {batches} batches: give one, or one for each batch"
         );
+        let (largest, rows) = (self.batch.iter().max().copied().unwrap_or(0), self.step_rows);
+        ensure!(
+            largest.div_ceil(self.workers) <= rows,
+            "{largest} sequences do not decode side by side in steps of {rows} rows: raise --step-rows or lower --batch"
+        );
         let lengths = self.prompt_len.iter().cycle();
         let batch = |(&seqs, &prompt_len)| Batch { seqs, prompt_len, gen_len: self.gen_len };
         Ok(self.batch.iter().zip(lengths).map(batch).collect())
@@ -89,7 +93,7 @@ pub fn run(args: &OfflineArgs) -> Result<ExitCode> {
     let mut first_id = 0;
     for batch in batches {
         let measured = batch.measure(&mut cell, first_id, config.vocab)?;
-        first_id += 2 * u64::from(batch.seqs);
+        first_id += u64::from(batch.seqs);
         let rss_gb = memory_peak().0 as f64 / 1e9;
         if args.json {
             let mut line = json!({
@@ -123,6 +127,10 @@ impl Stretch {
         f64::from(self.tokens) / self.seconds
     }
 
+    fn rows_per_step(&self) -> f64 {
+        f64::from(self.tokens) / self.totals.steps as f64
+    }
+
     fn step_ms(&self) -> f64 {
         self.seconds * 1e3 / self.totals.steps as f64
     }
@@ -145,30 +153,19 @@ impl Batch {
         let prompt = |seq: u32| -> Vec<u32> {
             (0..prompt_len).map(|i| ((seq * 7919 + i).wrapping_mul(2_654_435_761) >> 7) % vocab).collect()
         };
-        // Prefill: every prompt up to its first token.
         for seq in 0..seqs {
-            cell.submit(request(first_id + u64::from(seq), &prompt(seq), 1, Want::Tokens))?;
+            cell.submit(request(first_id + u64::from(seq), &prompt(seq), gen_len, Want::Tokens))?;
         }
+        // Prefill: every prompt up to its first token.
+        cell.hold_answers(true);
         cell.take_totals();
         let begun = Instant::now();
         cell.run(|_| ())?;
         let seconds = begun.elapsed().as_secs_f64();
         let prefill = Stretch { tokens: prompt_len.saturating_mul(seqs), seconds, totals: cell.take_totals() };
 
-        // Decode: from the moment when every sequence has its first token.
-        let first_id = first_id + u64::from(seqs);
-        let mut missing: BTreeSet<u64> = (first_id..first_id + u64::from(seqs)).collect();
-        for (seq, &id) in (0..).zip(&missing) {
-            cell.submit(request(id, &prompt(seq), gen_len, Want::Tokens))?;
-        }
-        cell.run_while(|event| {
-            if let Event::Token { seq, .. } = event {
-                missing.remove(&seq.0);
-            }
-            !missing.is_empty()
-        })?;
-        // What is counted from here on is decoding alone.
-        cell.take_totals();
+        // Decode: all sequences side by side, to the end.
+        cell.hold_answers(false);
         let (begun, mut tokens) = (Instant::now(), 0);
         cell.run(|event| tokens += u32::from(matches!(event, Event::Token { .. })))?;
         let seconds = begun.elapsed().as_secs_f64();
@@ -192,6 +189,7 @@ impl Measured {
             ("prefill_step_ms", json!(prefill.step_ms())),
             ("decode_steps", json!(decode.totals.steps)),
             ("decode_step_ms", json!(decode.step_ms())),
+            ("decode_rows_per_step", json!(decode.rows_per_step())),
             ("decode_phase_us", phases.into()),
             (
                 "exchange",

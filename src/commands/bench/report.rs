@@ -72,14 +72,16 @@ pub struct Report {
     pub duration: Duration,
     /// Most requests that were under way at once.
     pub concurrency: usize,
+    /// How long after it was due a request was sent at most, if requests were due.
+    pub latest: Option<Duration>,
     outcomes: Vec<Outcome>,
 }
 
 impl Report {
     /// The report of a run.
     #[must_use]
-    pub const fn new(outcomes: Vec<Outcome>, duration: Duration, concurrency: usize) -> Self {
-        Self { duration, concurrency, outcomes }
+    pub const fn new(outcomes: Vec<Outcome>, duration: Duration, concurrency: usize, latest: Option<Duration>) -> Self {
+        Self { duration, concurrency, latest, outcomes }
     }
 
     fn good(&self) -> impl Iterator<Item = &Outcome> {
@@ -122,6 +124,7 @@ impl Report {
             "retry_after_s_max": refused,
             "duration_s": seconds,
             "concurrency_max": self.concurrency,
+            "late_ms_max": self.latest.map(|late| late.as_secs_f64() * 1e3),
             "prompt_tokens": prompt,
             "cached_prompt_tokens": self.sum(|o| o.cached_tokens),
             "completion_tokens": completion,
@@ -158,6 +161,12 @@ impl Report {
             value["cached_prompt_tokens"],
             value["completion_tokens"]
         ))?;
+        if self.latest.is_some() {
+            say(format_args!(
+                "sent up to {:.1} ms after they were due: times count from when they were sent",
+                number("late_ms_max")
+            ))?;
+        }
         let times = self.times();
         let names = times[0].1.columns().map(|(name, _)| format!("{name:>10}")).concat();
         say(format_args!("ms    {names}"))?;

@@ -1,7 +1,7 @@
 //! `phalanx bench serve`: load for any server that speaks OpenAI's API, and what its clients see.
 //!
 //! Closed loop: so many clients, each asks again as soon as it has its answer. Open loop: requests come at random at a
-//! rate, whatever the server does.
+//! rate, whatever the server does, for as long as a client is free; how late they were sent is reported.
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -25,6 +25,10 @@ use crate::server;
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 /// Stack of a client's thread, in bytes.
 const STACK_BYTES: usize = 512 << 10;
+/// Clients at once.
+const CLIENTS_MAX: u32 = 4096;
+/// Clients of a closed loop.
+const CLIENTS: u32 = 8;
 
 /// Arguments of `bench serve`.
 #[derive(Debug, Args)]
@@ -41,13 +45,13 @@ pub struct ServeBenchArgs {
     /// Requests in all
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     requests: u64,
-    /// Requests at once at most
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    concurrency: u32,
+    /// Requests at once at most [default: 8; with --rate as many as there are, up to 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(CLIENTS_MAX)))]
+    concurrency: Option<u32>,
     /// Requests a second, at random moments [default: each client asks again as soon as it has its answer]
     #[arg(long, value_name = "R", value_parser = positive)]
     rate: Option<f64>,
-    /// Requests before those that count
+    /// Requests before those that count; of a dataset, the lines that follow theirs
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000))]
     warmup: u64,
     /// Words of each prompt, of about one token each
@@ -94,6 +98,14 @@ pub struct ServeBenchArgs {
     json: bool,
 }
 
+impl ServeBenchArgs {
+    /// Clients for so many requests.
+    fn clients(&self, requests: u64) -> u32 {
+        let most = self.concurrency.unwrap_or_else(|| if self.rate.is_some() { CLIENTS_MAX } else { CLIENTS });
+        most.min(u32::try_from(requests).unwrap_or(u32::MAX))
+    }
+}
+
 fn number(text: &str, what: &str, right: impl Fn(f64) -> bool) -> Result<f64, String> {
     text.parse().ok().filter(|&number| right(number)).ok_or_else(|| format!("must be {what}"))
 }
@@ -124,8 +136,8 @@ pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
         .http_status_as_error(false)
         .timeout_connect(Some(CONNECT_WAIT))
         .timeout_global(Some(Duration::from_secs(args.timeout_seconds)))
-        .max_idle_connections(args.concurrency as usize)
-        .max_idle_connections_per_host(args.concurrency as usize)
+        .max_idle_connections(args.clients(args.requests) as usize)
+        .max_idle_connections_per_host(args.clients(args.requests) as usize)
         .build()
         .new_agent();
     let target = Target {
@@ -147,8 +159,9 @@ pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
     let load = Load { target, shape, dataset: asked, seed: args.seed };
     let stop = stop_on_interrupt()?;
     if args.warmup > 0 {
-        // Numbers of their own, so that nothing they leave in a cache is asked for again.
-        Run::new(&args, u64::MAX / 2, args.warmup, false).drive(&load, &stop)?;
+        // Numbers of their own, so that nothing they leave in a cache is asked for again; unless a dataset has too few
+        // lines.
+        Run::new(&args, args.requests, args.warmup, false).drive(&load, &stop)?;
     }
     let run = Run::new(&args, 0, args.requests, !args.json && std::io::stderr().is_terminal());
     let (sent, report) = run.drive(&load, &stop)?;
@@ -212,7 +225,7 @@ impl Run {
         Self {
             first,
             requests,
-            clients: args.concurrency.min(u32::try_from(requests).unwrap_or(u32::MAX)),
+            clients: args.clients(requests),
             due: args.rate.map(|rate| arrivals(rate, args.seed).take(count).collect()),
             until: Duration::from_secs(args.max_seconds),
             bar,
@@ -224,19 +237,22 @@ impl Run {
         let begun = Instant::now();
         let next = Mutex::new(0u64);
         let (busy, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let latest = Mutex::new(None);
         let sent = Mutex::new(Vec::new());
         let client = || {
             loop {
                 let number = {
                     let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
-                    if *next >= self.requests {
+                    // Whoever is next waits until it is due, and nobody else needs to before that.
+                    if *next >= self.requests || !self.wait_for(*next, begun, stop) {
                         return;
                     }
                     *next += 1;
                     *next - 1
                 };
-                if !self.wait_for(number, begun, stop) {
-                    return;
+                if let Some(due) = self.due(number) {
+                    let mut latest = latest.lock().unwrap_or_else(PoisonError::into_inner);
+                    *latest = (*latest).max(Some(begun.elapsed().saturating_sub(due)));
                 }
                 most.fetch_max(busy.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
                 let (at, number) = (begun.elapsed(), self.first + number);
@@ -258,13 +274,18 @@ impl Run {
         let mut sent = sent.into_inner().unwrap_or_else(PoisonError::into_inner);
         sent.sort_by_key(|(number, ..)| *number);
         let outcomes = sent.iter().map(|(.., outcome)| outcome.clone()).collect();
-        let report = Report::new(outcomes, begun.elapsed(), most.load(Ordering::Relaxed));
+        let latest = latest.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let report = Report::new(outcomes, begun.elapsed(), most.load(Ordering::Relaxed), latest);
         Ok((sent, report))
+    }
+
+    fn due(&self, number: u64) -> Option<Duration> {
+        self.due.as_ref().and_then(|due| due.get(usize::try_from(number).ok()?)).copied()
     }
 
     /// Waits until a request is due; false if it is not to be sent any more.
     fn wait_for(&self, number: u64, begun: Instant, stop: &AtomicBool) -> bool {
-        let due = self.due.as_ref().and_then(|due| due.get(usize::try_from(number).ok()?)).copied();
+        let due = self.due(number);
         loop {
             let now = begun.elapsed();
             if stop.load(Ordering::Relaxed) || now >= self.until {

@@ -3,7 +3,7 @@
 //! A pack is a checkpoint whose embedding and unembedding are short: of the 201,088 tokens 4,097 have a row of
 //! their own, all others share one. Expanded it is a checkpoint as any other, and goes through the same checks.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::names::{self, Expected};
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Image, header};
+use crate::synth::replace;
 
 /// What to ask for.
 pub const SPEC: &str = "nano";
@@ -72,21 +73,22 @@ pub fn checkpoint() -> Result<Checkpoint, CheckpointError> {
     Checkpoint::of_images(NAME, CONFIG, GENERATION, images.into())
 }
 
-/// Writes the full checkpoint as a directory that any program for gpt-oss reads.
+/// Writes the full checkpoint as a directory that any program for gpt-oss reads; into a new or an empty one.
 ///
 /// # Errors
-/// The directory or a file in it cannot be written.
+/// The directory holds something, or it or a file in it cannot be written.
 pub fn export(dir: &Path) -> Result<(), CheckpointError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |error| CheckpointError::Write { path, error }
-    };
-    fs::create_dir_all(dir).map_err(failed(dir))?;
+    let failed = |error| CheckpointError::Write { path: dir.to_owned(), error };
+    fs::create_dir_all(dir).map_err(failed)?;
+    if fs::read_dir(dir).map_err(failed)?.next().is_some() {
+        return Err(CheckpointError::Occupied { path: dir.to_owned() });
+    }
     let tensors = expand();
-    let path = dir.join("model.safetensors");
-    let file = File::create(&path).map_err(failed(&path))?;
-    let mut file = BufWriter::new(file);
-    write(&tensors, &mut file).and_then(|()| file.flush()).map_err(failed(&path))?;
+    replace(dir, "model.safetensors", |file| {
+        let mut file = BufWriter::new(file);
+        write(&tensors, &mut file)?;
+        file.flush()
+    })?;
 
     let total = size(&tensors);
     let map: Map<String, Value> =
@@ -97,16 +99,13 @@ pub fn export(dir: &Path) -> Result<(), CheckpointError> {
         serde_json::Serializer::with_formatter(&mut text, serde_json::ser::PrettyFormatter::with_indent(b" "));
     serde::Serialize::serialize(&index, &mut to_text).expect("an object of strings and numbers has a text");
     text.push(b'\n');
+    // The configuration last, because without it the directory is no checkpoint yet.
     let texts: [(&str, &[u8]); 3] = [
         ("model.safetensors.index.json", &text),
-        ("config.json", CONFIG.as_bytes()),
         ("generation_config.json", GENERATION.as_bytes()),
+        ("config.json", CONFIG.as_bytes()),
     ];
-    for (name, text) in texts {
-        let path = dir.join(name);
-        fs::write(&path, text).map_err(failed(&path))?;
-    }
-    Ok(())
+    texts.into_iter().try_for_each(|(name, text)| replace(dir, name, |file| file.write_all(text)))
 }
 
 /// The tensors of the full checkpoint, the two tables last.

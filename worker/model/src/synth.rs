@@ -424,7 +424,11 @@ fn claim(dir: &Path) -> Result<(), CheckpointError> {
 }
 
 /// Writes a file under another name and renames it when it is complete.
-fn replace(dir: &Path, name: &str, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), CheckpointError> {
+pub(crate) fn replace(
+    dir: &Path,
+    name: &str,
+    fill: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<(), CheckpointError> {
     let path = dir.join(name);
     let partial = dir.join(format!("{name}{PARTIAL}"));
     File::create(&partial)

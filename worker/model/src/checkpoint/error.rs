@@ -39,7 +39,7 @@ pub enum CheckpointError {
         error: io::Error,
     },
     /// A directory that is in use for something else.
-    #[error("{} is not empty and does not hold random weights made here; give a new directory", path.display())]
+    #[error("{} is not empty; give a new directory", path.display())]
     Occupied {
         /// The directory.
         path: PathBuf,

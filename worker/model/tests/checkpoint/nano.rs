@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use phalanx_model::checkpoint::names;
-use phalanx_model::{Checkpoint, nano};
+use phalanx_model::{Checkpoint, CheckpointError, nano};
 
 use crate::paths::root;
 
@@ -31,6 +31,8 @@ fn the_exported_directory_is_what_the_script_writes_and_loads_as_any_other() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     nano::export(&ours).unwrap();
+    let again = nano::export(&ours);
+    assert!(matches!(again, Err(CheckpointError::Occupied { .. })), "{again:?}");
     let pack = root().join("models/gpt-oss-nano");
     let script = Command::new("python3").arg(pack.join("train/expand.py")).args([&pack, &theirs]).output().unwrap();
     assert!(script.status.success(), "{}", String::from_utf8_lossy(&script.stderr));
