@@ -100,6 +100,10 @@ pub struct ApiLimits {
     pub stop_bytes_max: usize,
     /// Choices of a request.
     pub choices_max: u32,
+    /// Prompts encoded at once. That keeps a core busy each.
+    pub encoders: usize,
+    /// Longest wait of a request for its turn to be encoded.
+    pub encoder_wait: Duration,
     /// Silence after which a stream carries a comment, so that nobody in between closes it.
     pub keep_alive: Duration,
     /// How long a cell with work may go without a step before `/livez` reports it.
@@ -122,6 +126,8 @@ impl Default for ApiLimits {
             stops_max: 4,
             stop_bytes_max: 1024,
             choices_max: 8,
+            encoders: std::thread::available_parallelism().map_or(1, NonZero::get),
+            encoder_wait: Duration::from_secs(10),
             keep_alive: Duration::from_secs(15),
             stall_max: Duration::from_secs(60),
             grace: Duration::from_secs(30),
@@ -139,7 +145,6 @@ struct Shared {
     engine: EngineClient,
     metrics: Arc<Metrics>,
     tokenizer: Tokenizer,
-    /// Encoding keeps a core busy, so no more prompts are encoded at once than there are cores.
     encoders: Arc<Semaphore>,
 }
 
@@ -148,8 +153,7 @@ impl App {
     #[must_use]
     pub fn new(config: ApiConfig, engine: EngineClient, metrics: Arc<Metrics>) -> Self {
         metrics.expect_routes(&ROUTES);
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let encoders = Arc::new(Semaphore::new(cores));
+        let encoders = Arc::new(Semaphore::new(config.limits.encoders));
         Self(Arc::new(Shared { config, engine, metrics, tokenizer: Tokenizer::shared(), encoders }))
     }
 

@@ -1,6 +1,7 @@
 //! Requests that must be refused: the exact status, in the envelope, without reaching the engine.
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -198,6 +199,30 @@ async fn what_does_not_fit_the_context() {
         assert_eq!((reply.status, &error["code"]), (400, &json!("context_length_exceeded")), "{error}");
         assert_eq!(error["param"], "messages");
     }
+}
+
+#[tokio::test]
+async fn tools_that_print_many_times_as_long_as_they_are() {
+    let server = server().await;
+    let mut schema = json!({"type": "string", "examples": vec![""; 1_300_000]});
+    for _ in 0..57 {
+        schema = json!({"type": "object", "properties": {"a": schema}});
+    }
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": schema}}]);
+    let error = server.ask(json!({"tools": tools})).await.error();
+    assert_eq!(error["code"], "context_length_exceeded", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("messages and tools take more"), "{error}");
+}
+
+#[tokio::test]
+async fn a_request_waits_only_so_long_for_its_turn_to_be_read() {
+    let mut config = config();
+    config.limits.encoders = 0;
+    config.limits.encoder_wait = Duration::from_millis(20);
+    let server = start(config, |request| panic!("{request:?} reached the engine")).await;
+    let reply = server.ask(json!({})).await;
+    assert_eq!((reply.status, &reply.error()["code"]), (429, &json!("rate_limit_exceeded")));
+    assert_eq!(reply.header("retry-after-ms"), Some("20"));
 }
 
 #[tokio::test]

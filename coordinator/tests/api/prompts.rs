@@ -2,7 +2,8 @@
 
 use phalanx_coordinator::engine_client::GenerateRequest;
 use phalanx_coordinator::harmony::{
-    Channel, DeveloperContent, Message, ReasoningEffort, SystemContent, Tokenizer, ToolDefinition, prompt, special,
+    Bounds, Channel, DeveloperContent, Message, ReasoningEffort, SystemContent, Tokenizer, ToolDefinition, prompt,
+    special,
 };
 use phalanx_proto::{Sampling, TokenId};
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ async fn submitted(server: &mut Server, body: Value) -> GenerateRequest {
 }
 
 fn rendered(messages: &[Message]) -> Vec<TokenId> {
-    prompt(Tokenizer::shared(), messages).tokens
+    prompt(Tokenizer::shared(), messages, Bounds::NONE).unwrap().tokens
 }
 
 fn instructions(text: &str) -> Message {
