@@ -62,7 +62,7 @@ fn tokens(text: &str) -> Vec<TokenId> {
 }
 
 fn read(completion: &str) -> Turn {
-    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader);
+    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader, true);
     for token in tokens(completion) {
         reader.push(token);
     }
@@ -139,4 +139,5 @@ fn without_reasoning_the_prompt_opens_the_answer() {
     assert_eq!(shared, low.tokens);
     assert_eq!(opening, tokens("<|channel|>final<|message|>"));
     assert_eq!(none.tokens.last(), Some(&special::MESSAGE));
+    assert!(!none.may_call);
 }

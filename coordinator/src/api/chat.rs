@@ -19,7 +19,7 @@ use super::types::{
 };
 use super::{ApiConfig, App, RequestId, body, models, random, random_id, stream};
 use crate::engine_client::{EngineError, GenerateRequest, SubmitError};
-use crate::harmony::{self, Bounds, Prompt, TurnDelta, special};
+use crate::harmony::{self, Bounds, Prompt, TurnDelta, TurnReader, special};
 
 /// Answers in one piece, or with a stream of pieces.
 pub(super) async fn completions(
@@ -51,9 +51,10 @@ pub(super) async fn completions(
     let generations = try_join_all((0..request.choices).map(|choice| app.engine().submit(sequence(choice)))).await?;
     app.metrics().asked(request.choices, max_tokens);
     let choices = generations.into_iter().map(|generation| {
-        let reads = (app.tokenizer(), prompt.start);
-        let logprobs = request.choosing.sampling.logprobs.is_some();
-        Choice::new(generation, reads, &request.stops, (prompt_tokens, logprobs), (app.metrics().clone(), arrived))
+        let reader = TurnReader::new(app.tokenizer(), prompt.start, prompt.may_call);
+        let logprobs = request.choosing.sampling.logprobs.map(|_| app.tokenizer());
+        let clock = (app.metrics().clone(), arrived);
+        Choice::new(generation, reader, &request.stops, (prompt_tokens, logprobs), clock)
     });
     let choices: Vec<Choice> = choices.collect();
     let head = head(&app, if request.stream { "chat.completion.chunk" } else { "chat.completion" });

@@ -105,7 +105,7 @@ impl fmt::Display for ContentType {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReasoningEffort {
-    /// Not at all: the prompt itself opens the final channel.
+    /// Not at all: the prompt itself opens the final channel. As little as may be where there are functions to call.
     None,
     /// Briefly.
     Low,

@@ -20,6 +20,8 @@ pub struct Prompt {
     pub tokens: Vec<TokenId>,
     /// Where the prompt leaves off, for the [`Parser`](super::Parser) of what the model writes.
     pub start: Start,
+    /// Whether it declares functions, which the model may call.
+    pub may_call: bool,
 }
 
 /// How far rendering goes before it gives up.
@@ -39,24 +41,26 @@ impl Bounds<'_> {
 /// Renders `messages` without [past thinking](without_past_thinking) and opens the assistant's turn; none if that
 /// exceeds `bounds`, which shows early however long the rest is.
 ///
-/// With [`ReasoningEffort::None`] the prompt also opens the final channel, so the answer begins at once.
+/// With [`ReasoningEffort::None`] the prompt also opens the final channel, so the answer begins at once. It does not where
+/// functions are declared: their calls go to another channel, and the model must choose.
 #[must_use]
 pub fn prompt(tokenizer: Tokenizer, messages: &[Message], bounds: Bounds<'_>) -> Option<Prompt> {
     let mut writer = Writer { tokenizer, bounds, tokens: Vec::new() };
     writer.messages(&without_past_thinking(messages));
+    let may_call = declare_functions(messages);
     writer.control(special::START);
     writer.text(Role::Assistant.as_str());
     let silent = messages
         .iter()
         .any(|message| matches!(message, Message::System(system) if system.reasoning_effort == ReasoningEffort::None));
-    let start = if silent {
+    let start = if silent && !may_call {
         writer.channel(&Channel::Final);
         writer.control(special::MESSAGE);
         Start::FinalContent
     } else {
         Start::AssistantHeader
     };
-    writer.is_within().then_some(Prompt { tokens: writer.tokens, start })
+    writer.is_within().then_some(Prompt { tokens: writer.tokens, start, may_call })
 }
 
 /// The messages that the model is to read again: thinking is dropped once its turn ended in a final message.
@@ -79,6 +83,11 @@ pub fn render(tokenizer: Tokenizer, messages: &[&Message]) -> Vec<TokenId> {
     writer.tokens
 }
 
+fn declare_functions<'a>(messages: impl IntoIterator<Item = &'a Message>) -> bool {
+    let declares = |message: &Message| matches!(message, Message::Developer(m) if !m.functions.is_empty());
+    messages.into_iter().any(declares)
+}
+
 struct Writer<'a> {
     tokenizer: Tokenizer,
     bounds: Bounds<'a>,
@@ -91,9 +100,7 @@ impl Writer<'_> {
     }
 
     fn messages(&mut self, messages: &[&Message]) {
-        let has_functions = messages
-            .iter()
-            .any(|message| matches!(message, Message::Developer(developer) if !developer.functions.is_empty()));
+        let has_functions = declare_functions(messages.iter().copied());
         for message in messages {
             self.message(message, has_functions);
         }
