@@ -2,8 +2,8 @@
 
 use phalanx_proto::TokenId;
 
-use super::header::{FUNCTIONS, Header};
-use super::message::{Channel, Role};
+use super::header::Header;
+use super::message::{Channel, Role, short_name};
 use super::parse::{Event, Parser, Start};
 use super::repair::{RepairKind, Repairs};
 use super::{Tokenizer, special};
@@ -22,7 +22,7 @@ pub enum TurnDelta {
     ToolCall {
         /// Which call of the turn, counted from 0.
         index: usize,
-        /// The function, without namespace.
+        /// The function, without namespace; or another tool, with its own.
         name: String,
     },
     /// More of a call's arguments.
@@ -37,7 +37,7 @@ pub enum TurnDelta {
 /// A call of a tool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ToolCall {
-    /// The function, without namespace.
+    /// The function, without namespace; or another tool, with its own.
     pub name: String,
     /// Its arguments, as the model wrote them: JSON, if all went well.
     pub arguments: String,
@@ -147,7 +147,7 @@ impl TurnReader {
         self.fresh = true;
         self.kind = kind(header, self.may_call);
         let recipient = header.recipient.as_deref().filter(|_| self.kind == Kind::Call)?;
-        let name = recipient.strip_prefix(FUNCTIONS).filter(|name| !name.is_empty()).unwrap_or(recipient).to_owned();
+        let name = short_name(recipient).to_owned();
         let index = self.turn.tool_calls.len();
         self.turn.tool_calls.push(ToolCall { name: name.clone(), arguments: String::new() });
         Some(TurnDelta::ToolCall { index, name })
