@@ -33,6 +33,8 @@ async fn numbers_out_of_range() {
             refused(&server, json!({key: value}), key).await;
         }
     }
+    let error = server.ask(json!({"max_tokens": 7.0})).await.error();
+    assert_eq!(error["message"], "max_tokens must be a whole number, not 7.0");
     for temperature in [json!(-0.1), json!(2.1), json!(1e300), json!("hot"), json!({})] {
         refused(&server, json!({"temperature": temperature}), "temperature").await;
     }
@@ -87,6 +89,24 @@ async fn what_is_not_supported_is_refused_rather_than_ignored() {
     refused(&server, json!({"response_format": "text"}), "response_format").await;
     refused(&server, json!({"modalities": ["text", "audio"]}), "modalities").await;
     refused(&server, json!({"functions": [{"name": "f"}]}), "functions").await;
+    for (key, value) in [
+        ("guided_json", json!({"type": "object"})),
+        ("guided_choice", json!(["a", "b"])),
+        ("guided_regex", json!("a+")),
+        ("guided_grammar", json!("root ::= \"a\"")),
+        ("structured_outputs", json!({"regex": "a+"})),
+        ("stop_token_ids", json!([5])),
+        ("bad_words", json!(["x"])),
+        ("allowed_token_ids", json!([5])),
+        ("include_stop_str_in_output", json!(true)),
+        ("continue_final_message", json!(true)),
+        ("echo", json!(true)),
+        ("prompt_logprobs", json!(0)),
+        ("web_search_options", json!({})),
+        ("use_beam_search", json!(true)),
+    ] {
+        refused(&server, json!({key: value}), key).await;
+    }
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for choice in [json!("required"), json!("maybe"), json!({"type": "function", "function": {"name": "f"}}), json!(1)]
     {
@@ -94,6 +114,8 @@ async fn what_is_not_supported_is_refused_rather_than_ignored() {
     }
     for effort in [json!("extreme"), json!(3), json!("")] {
         refused(&server, json!({"reasoning_effort": effort}), "reasoning_effort").await;
+        let within = json!({"chat_template_kwargs": {"reasoning_effort": effort}});
+        refused(&server, within, "chat_template_kwargs.reasoning_effort").await;
     }
 }
 
@@ -142,6 +164,8 @@ async fn messages_that_are_none() {
         (json!([{"role": "tool", "content": "hi"}]), "messages[0].tool_call_id"),
         (json!([{"role": "tool", "content": "hi", "tool_call_id": "unknown"}]), "messages"),
         (call(json!({"name": "<|end|>", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
+        (call(json!({"name": "a b", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
+        (call(json!({"name": "", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
         (call(json!({"name": "f", "arguments": {}})), "messages[0].tool_calls[0].function.arguments"),
         (json!(vec![json!({"role": "user", "content": "hi"}); 4097]), "messages"),
     ] {
