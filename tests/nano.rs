@@ -51,7 +51,7 @@ fn tokens(text: &str) -> Vec<TokenId> {
 }
 
 fn read(tokens: &[TokenId]) -> Turn {
-    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader);
+    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader, true);
     for &token in tokens {
         reader.push(token);
     }

@@ -165,6 +165,23 @@ fn streams_are_the_same_from_the_cache() {
     assert!(metric(&serve, "vllm:prefix_cache_hits_total") > 0.0);
 }
 
+/// The engine is told to stop, and the sequence counts as any that came to its end.
+#[test]
+fn an_answer_that_a_stop_string_ends_is_measured_like_any_other() {
+    let serve = Serve::start(&["--workers", "1"]);
+    let mut body = body(0);
+    let (given, _) = ask(&serve, &body);
+    body["stop"] = json!(given.text.chars().last().unwrap().to_string());
+    let (stopped, cached) = ask(&serve, &body);
+    assert!(stopped.finish == "stop" && stopped.text != given.text, "{stopped:?}");
+    assert!(cached > 0, "the prompt was read before");
+    for name in
+        ["queue_time_seconds", "prefill_time_seconds", "decode_time_seconds", "prompt_tokens", "generation_tokens"]
+    {
+        until(name, || metric(&serve, &format!("vllm:request_{name}_count")) == 2.0);
+    }
+}
+
 #[test]
 fn clients_that_leave_free_their_memory_and_disturb_nobody() {
     let serve = Serve::start(&["--workers", "2"]);

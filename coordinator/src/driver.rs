@@ -12,7 +12,7 @@ use phalanx_proto::{NumericsId, Rank, SeqId, StepPlan, TokenId};
 use tokio::sync::watch;
 
 use crate::engine_client::{
-    CellState, CellStatus, EngineCommands, EngineError, EventSender, FinishReason, GenerateEvent, Submission,
+    CellState, CellStatus, EngineCommands, EngineError, EventSender, FinishReason, GenerateEvent, Hangup, Submission,
     SubmitError, WorkerState, WorkerStatus,
 };
 use crate::metrics::{CellMetrics, RequestTimes};
@@ -37,7 +37,6 @@ pub struct CellInfo {
 struct Open {
     events: EventSender,
     stop_tokens: Vec<TokenId>,
-    cached: u32,
     prompt_tokens: u32,
     generated: u32,
     submitted: Instant,
@@ -162,16 +161,8 @@ impl<L: CellLink> Driver<L> {
                 self.progress_at = now;
             }
             self.metrics.admitted(u64::from(prompt_tokens));
-            let open = Open {
-                events,
-                stop_tokens,
-                cached: 0,
-                prompt_tokens,
-                generated: 0,
-                submitted: now,
-                started: None,
-                first: None,
-            };
+            let open =
+                Open { events, stop_tokens, prompt_tokens, generated: 0, submitted: now, started: None, first: None };
             self.open.insert(seq, open);
             // Before the answer: whoever it reaches sees the request counted.
             self.publish(CellState::Ready);
@@ -199,9 +190,12 @@ impl<L: CellLink> Driver<L> {
 
     /// Ends the sequences that nobody listens to.
     fn drop_cancelled(&mut self) {
-        for seq in self.commands.hangups.take() {
-            if self.open.remove(&seq).is_some() {
+        for Hangup { seq, complete } in self.commands.hangups.take() {
+            if let Some(open) = self.open.remove(&seq) {
                 self.engine.cancel(seq);
+                if complete {
+                    self.metrics.finished(&open.times());
+                }
             }
         }
     }
@@ -282,8 +276,8 @@ impl<L: CellLink> Driver<L> {
         match event {
             Event::Started { seq, cached } => {
                 if let Some(open) = self.open.get_mut(&seq) {
-                    open.cached = cached;
                     open.started = Some(Instant::now());
+                    open.events.send(GenerateEvent::Started { cached_tokens: cached });
                     self.metrics.started(cached);
                 }
             }
@@ -305,7 +299,7 @@ impl<L: CellLink> Driver<L> {
                         EngineFinish::Length => FinishReason::Length,
                     };
                     self.metrics.finished(&open.times());
-                    open.events.send(GenerateEvent::Finished { reason, cached_tokens: open.cached });
+                    open.events.send(GenerateEvent::Finished { reason });
                 }
             }
             Event::Logits { .. } => {}

@@ -51,8 +51,6 @@ pub enum FinishReason {
     Stop(TokenId),
     /// `max_tokens` were generated.
     Length,
-    /// The [`Generation`] was dropped.
-    Cancelled,
 }
 
 /// Why a generation ended badly.
@@ -82,6 +80,11 @@ pub enum EngineError {
 /// What a generation tells.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GenerateEvent {
+    /// It left the queue; the first event, and there is one at most.
+    Started {
+        /// Prompt tokens whose keys and values are reused.
+        cached_tokens: u32,
+    },
     /// The next tokens, at least one.
     Tokens {
         /// The tokens.
@@ -93,8 +96,6 @@ pub enum GenerateEvent {
     Finished {
         /// Why it ended.
         reason: FinishReason,
-        /// Prompt tokens whose keys and values were reused.
-        cached_tokens: u32,
     },
     /// It ended badly; the last event.
     Failed(EngineError),
@@ -113,7 +114,7 @@ impl GenerateEvent {
     /// Whether no event follows this one.
     #[must_use]
     pub const fn is_last(&self) -> bool {
-        !matches!(self, Self::Tokens { .. })
+        matches!(self, Self::Finished { .. } | Self::Failed(_))
     }
 }
 
@@ -166,30 +167,21 @@ pub enum CellState {
 /// What a worker is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WorkerState {
-    /// It has not answered yet.
-    Joining,
-    /// It reads weights.
-    Loading,
     /// It marches.
     Ready,
-    /// It finishes its sequences and leaves.
-    Draining,
     /// It is gone.
     Lost,
 }
 
 impl WorkerState {
     /// Every state, in the order of a worker's life.
-    pub const ALL: [Self; 5] = [Self::Joining, Self::Loading, Self::Ready, Self::Draining, Self::Lost];
+    pub const ALL: [Self; 2] = [Self::Ready, Self::Lost];
 
     /// The name in health reports and metrics.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Joining => "joining",
-            Self::Loading => "loading",
             Self::Ready => "ready",
-            Self::Draining => "draining",
             Self::Lost => "lost",
         }
     }
@@ -299,23 +291,32 @@ pub struct Submission {
     pub reply: oneshot::Sender<Result<(), SubmitError>>,
 }
 
-/// Sequences whose [`Generation`] was dropped before its end.
+/// A sequence whose events nobody awaits any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hangup {
+    /// Which.
+    pub seq: SeqId,
+    /// Whether the answer is complete, and not abandoned.
+    pub complete: bool,
+}
+
+/// Sequences whose [`Generation`] was completed or dropped before its end.
 #[derive(Debug, Default)]
 pub struct Hangups {
-    seqs: Mutex<Vec<SeqId>>,
+    hangups: Mutex<Vec<Hangup>>,
     notify: Notify,
 }
 
 impl Hangups {
-    fn add(&self, seq: SeqId) {
-        self.seqs.lock().unwrap_or_else(PoisonError::into_inner).push(seq);
+    fn add(&self, hangup: Hangup) {
+        self.hangups.lock().unwrap_or_else(PoisonError::into_inner).push(hangup);
         self.notify.notify_one();
     }
 
     /// Those since the last call; as many at most as there are open requests.
     #[must_use]
-    pub fn take(&self) -> Vec<SeqId> {
-        std::mem::take(&mut *self.seqs.lock().unwrap_or_else(PoisonError::into_inner))
+    pub fn take(&self) -> Vec<Hangup> {
+        std::mem::take(&mut *self.hangups.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Waits until there may be some.
@@ -369,14 +370,23 @@ impl Generation {
         self.ended = stamped.event.is_last();
         Some(stamped)
     }
+
+    /// Ends the generation: the answer is complete without the tokens to come.
+    pub fn complete(&mut self) {
+        self.hang_up(true);
+    }
+
+    fn hang_up(&mut self, complete: bool) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.events.close();
+            self.hangups.add(Hangup { seq: self.seq, complete });
+        }
+    }
 }
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        if !self.ended {
-            self.events.close();
-            self.hangups.add(self.seq);
-        }
+        self.hang_up(false);
     }
 }
 
@@ -443,7 +453,8 @@ impl EngineClient {
         let index = self.choose(&request)?;
         let cell = &self.cells[index];
         let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
-        let room = usize::try_from(request.max_tokens).unwrap_or(usize::MAX).saturating_add(1);
+        // The start, each token by itself, and the end.
+        let room = usize::try_from(request.max_tokens).unwrap_or(usize::MAX).saturating_add(2);
         let (sender, events) = mpsc::channel(room.min(tokio::sync::Semaphore::MAX_PERMITS));
         let (reply, answer) = oneshot::channel();
         let tokens = request.prompt.len() as u64;

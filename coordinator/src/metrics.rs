@@ -399,7 +399,7 @@ impl CellMetrics {
         self.prompt_tokens_cached.inc_by(u64::from(cached_tokens));
     }
 
-    /// A sequence was given its last token.
+    /// A sequence was given the last token that it wanted.
     pub fn finished(&self, times: &RequestTimes) {
         self.queue_time.observe(times.queued.as_secs_f64());
         self.prefill_time.observe(times.prefill.as_secs_f64());

@@ -8,8 +8,8 @@
 mod paths;
 
 use phalanx_coordinator::harmony::{
-    Channel, DeveloperContent, Message, Start, SystemContent, Tokenizer, ToolCall, ToolDefinition, Turn, TurnReader,
-    prompt, special,
+    Bounds, Channel, DeveloperContent, Message, Start, SystemContent, Tokenizer, ToolCall, ToolDefinition, Turn,
+    TurnReader, prompt, special,
 };
 use phalanx_proto::TokenId;
 use serde_json::Value;
@@ -62,7 +62,7 @@ fn tokens(text: &str) -> Vec<TokenId> {
 }
 
 fn read(completion: &str) -> Turn {
-    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader);
+    let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader, true);
     for token in tokens(completion) {
         reader.push(token);
     }
@@ -72,7 +72,7 @@ fn read(completion: &str) -> Turn {
 #[test]
 fn prompts_have_the_token_counts_of_the_reference() {
     for row in rows() {
-        let prompt = prompt(Tokenizer::shared(), &conversation(&row));
+        let prompt = prompt(Tokenizer::shared(), &conversation(&row), Bounds::NONE).unwrap();
         assert_eq!(row["prompt_tokens"], prompt.tokens.len(), "{}", row["id"]);
         assert_eq!(prompt.start, Start::AssistantHeader);
     }
@@ -106,7 +106,7 @@ fn the_answers_of_the_model_are_read_back() {
 fn the_second_round_goes_on_from_what_the_model_wrote() {
     for row in rows().iter().filter(|row| row["nano_greedy"].as_array().unwrap().len() == 2) {
         let mut messages = conversation(row);
-        let mut expected = prompt(Tokenizer::shared(), &messages).tokens;
+        let mut expected = prompt(Tokenizer::shared(), &messages, Bounds::NONE).unwrap().tokens;
         let written = row["nano_greedy"][0].as_str().unwrap();
         let turn = read(written);
         let call = &turn.tool_calls[0];
@@ -123,7 +123,7 @@ fn the_second_round_goes_on_from_what_the_model_wrote() {
         }
         messages.push(Message::call(&call.name, call.arguments.as_str()));
         messages.push(Message::tool_result(&call.name, result));
-        assert_eq!(prompt(Tokenizer::shared(), &messages).tokens, expected, "{}", row["id"]);
+        assert_eq!(prompt(Tokenizer::shared(), &messages, Bounds::NONE).unwrap().tokens, expected, "{}", row["id"]);
     }
 }
 
@@ -131,12 +131,13 @@ fn the_second_round_goes_on_from_what_the_model_wrote() {
 fn without_reasoning_the_prompt_opens_the_answer() {
     let mut row = rows().swap_remove(0);
     row["reasoning_effort"] = "low".into();
-    let low = prompt(Tokenizer::shared(), &conversation(&row));
+    let low = prompt(Tokenizer::shared(), &conversation(&row), Bounds::NONE).unwrap();
     row["reasoning_effort"] = "none".into();
-    let none = prompt(Tokenizer::shared(), &conversation(&row));
+    let none = prompt(Tokenizer::shared(), &conversation(&row), Bounds::NONE).unwrap();
     assert_eq!(none.start, Start::FinalContent);
     let (shared, opening) = none.tokens.split_at(low.tokens.len());
     assert_eq!(shared, low.tokens);
     assert_eq!(opening, tokens("<|channel|>final<|message|>"));
     assert_eq!(none.tokens.last(), Some(&special::MESSAGE));
+    assert!(!none.may_call);
 }

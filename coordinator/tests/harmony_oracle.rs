@@ -12,8 +12,9 @@ use base64::Engine;
 use openai_harmony::chat::{self, Author};
 use openai_harmony::{HarmonyEncoding, HarmonyEncodingName, load_harmony_encoding};
 use phalanx_coordinator::harmony::{
-    AssistantMessage, Channel, ContentType, DeveloperContent, Event, Message, Parser, ReasoningEffort, RepairKind,
-    Repairs, Start, SystemContent, Tokenizer, ToolDefinition, prompt, render, special, without_past_thinking,
+    AssistantMessage, Bounds, Channel, ContentType, DeveloperContent, Event, Message, Parser, ReasoningEffort,
+    RepairKind, Repairs, Start, SystemContent, Tokenizer, ToolDefinition, prompt, render, special,
+    without_past_thinking,
 };
 use phalanx_proto::TokenId;
 use proptest::prelude::*;
@@ -405,7 +406,7 @@ fn generated_prompts_render_alike(oracle: &HarmonyEncoding) {
         let kept: Vec<chat::Message> = without_past_thinking(&messages).into_iter().map(to_oracle).collect();
         let expected = oracle.render_conversation_for_completion(&kept, chat::Role::Assistant, None).unwrap();
         let expected: Vec<TokenId> = expected.into_iter().map(TokenId).collect();
-        prop_assert_eq!(prompt(Tokenizer::shared(), &messages).tokens, expected);
+        prop_assert_eq!(prompt(Tokenizer::shared(), &messages, Bounds::NONE).unwrap().tokens, expected);
         Ok(())
     });
 }

@@ -307,7 +307,7 @@ fn a_character_in_pieces_comes_whole() {
 }
 
 fn turn(start: Start, ids: &[TokenId]) -> (Vec<TurnDelta>, Turn) {
-    let mut reader = TurnReader::new(Tokenizer::shared(), start);
+    let mut reader = TurnReader::new(Tokenizer::shared(), start, true);
     let mut deltas: Vec<TurnDelta> = ids.iter().flat_map(|&token| reader.push(token)).collect();
     let (last, turn) = reader.finish();
     deltas.extend(last);
@@ -377,6 +377,24 @@ fn what_the_model_writes_reaches_the_user_whatever_the_header() {
     check_turn("<|channel|>analysisx<|message|>a<|end|><|start|>user<|message|>b", "a\n\nb", "", &[]);
     check_turn("<|channel|>commentary to=python code<|message|>1+1<|call|>", "", "", &[("python", "1+1")]);
     check_turn("<|channel|>commentary to=functions.<|message|>1<|call|>", "", "", &[("functions.", "1")]);
+}
+
+#[test]
+fn where_nothing_may_be_called_a_call_is_text() {
+    for (header, reasoning, content) in [
+        (" to=functions.f<|channel|>commentary <|constrain|>json", "", "{}"),
+        ("<|channel|>commentary to=python code", "", "{}"),
+        ("<|channel|>final to=functions.f", "", "{}"),
+        ("<|channel|>analysis to=functions.f", "{}", "{}"),
+    ] {
+        let mut reader = TurnReader::new(Tokenizer::shared(), Start::AssistantHeader, false);
+        for token in tokens(&format!("{header}<|message|>{{}}<|call|>")) {
+            reader.push(token);
+        }
+        let turn = reader.finish().1;
+        assert_eq!((turn.reasoning.as_str(), turn.content.as_str()), (reasoning, content), "{header}");
+        assert_eq!(turn.tool_calls, [], "{header}");
+    }
 }
 
 #[test]

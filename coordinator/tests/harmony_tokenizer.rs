@@ -68,6 +68,33 @@ fn ids_outside_the_vocabulary_are_errors() {
 }
 
 #[test]
+fn no_token_is_longer_than_is_said() {
+    let tokenizer = Tokenizer::shared();
+    let len = |id| tokenizer.token_bytes(TokenId(id)).unwrap().len();
+    assert_eq!((0..special::FIRST_SPECIAL.0).map(len).max(), Some(special::TOKEN_BYTES_MAX));
+}
+
+#[test]
+fn long_text_that_is_encoded_in_parts_has_the_tokens_of_the_whole() {
+    let bpe = tiktoken_rs::o200k_harmony_singleton();
+    for unit in [
+        "word word ",
+        "// - \"\"\n        ",
+        "it's  \u{a0} 12345 \r\n /// a\t b\n\n  ",
+        "\u{301} !\u{301} 中文。 é🦀 ",
+        " ' s 're",
+        "  x",
+    ] {
+        // Of every length, so that the cuts fall everywhere.
+        for shift in 0..unit.chars().count() {
+            let text = "x".repeat(shift) + &unit.repeat(200_000 / unit.len());
+            let whole: Vec<TokenId> = bpe.encode_ordinary(&text).into_iter().map(TokenId).collect();
+            assert!(Tokenizer::shared().encode_ordinary(&text) == whole, "{unit:?} {shift}");
+        }
+    }
+}
+
+#[test]
 fn long_runs_of_one_kind_survive() {
     let tokenizer = Tokenizer::shared();
     for unit in [" ", "\n", "\t\u{a0}", "a", "!", "\u{301}"] {

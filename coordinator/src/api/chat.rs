@@ -8,6 +8,7 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use futures::future::try_join_all;
 use phalanx_proto::{Sampling, TokenId};
+use tokio::sync::oneshot;
 
 use super::auth::Tenant;
 use super::choice::{Choice, ChoiceEvent, Piece, total_usage};
@@ -17,8 +18,8 @@ use super::types::{
     Completion, CompletionChoice, FunctionCall, Head, Logprobs, Message, TokenLogprob, ToolCall, Usage,
 };
 use super::{ApiConfig, App, RequestId, body, models, random, random_id, stream};
-use crate::engine_client::{EngineError, GenerateRequest};
-use crate::harmony::{self, Prompt, TurnDelta, special};
+use crate::engine_client::{EngineError, GenerateRequest, SubmitError};
+use crate::harmony::{self, Bounds, Prompt, TurnDelta, TurnReader, special};
 
 /// Answers in one piece, or with a stream of pieces.
 pub(super) async fn completions(
@@ -50,9 +51,10 @@ pub(super) async fn completions(
     let generations = try_join_all((0..request.choices).map(|choice| app.engine().submit(sequence(choice)))).await?;
     app.metrics().asked(request.choices, max_tokens);
     let choices = generations.into_iter().map(|generation| {
-        let reads = (app.tokenizer(), prompt.start);
-        let logprobs = request.choosing.sampling.logprobs.is_some();
-        Choice::new(generation, reads, &request.stops, (prompt_tokens, logprobs), (app.metrics().clone(), arrived))
+        let reader = TurnReader::new(app.tokenizer(), prompt.start, prompt.may_call);
+        let logprobs = request.choosing.sampling.logprobs.map(|_| app.tokenizer());
+        let clock = (app.metrics().clone(), arrived);
+        Choice::new(generation, reader, &request.stops, (prompt_tokens, logprobs), clock)
     });
     let choices: Vec<Choice> = choices.collect();
     let head = head(&app, if request.stream { "chat.completion.chunk" } else { "chat.completion" });
@@ -64,17 +66,37 @@ pub(super) async fn completions(
     Ok(Json(Completion { head, choices, usage: total_usage(usages) }).into_response())
 }
 
-/// Parses the body and renders the prompt, on a thread where nobody's tokens wait for it.
+/// Parses the body and renders the prompt, on a thread where nobody's tokens wait for it, for as long as the client
+/// waits.
 async fn read(app: App, bytes: Vec<u8>) -> Result<(ChatRequest, Prompt), ApiError> {
-    let permit = app.encoders().acquire_owned().await.expect("the semaphore is never closed");
-    let read = tokio::task::spawn_blocking(move || {
+    let wait = app.config().limits.encoder_wait;
+    let permit = tokio::time::timeout(wait, app.encoders().acquire_owned()).await.map_err(|_| {
+        let retry_after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        SubmitError::QueueFull { retry_after_ms }
+    })?;
+    let permit = permit.expect("the semaphore is never closed");
+    let (reply, answer) = oneshot::channel();
+    tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        let request = ChatRequest::parse(&body::parse_json(&bytes)?, app.config())?;
-        models::check(&app, &request.model)?;
-        let prompt = harmony::prompt(app.tokenizer(), &request.messages);
-        Ok((request, prompt))
+        let read = read_now(&app, &bytes, &|| !reply.is_closed());
+        // Nobody waits for it if the client has left.
+        drop(reply.send(read));
     });
-    read.await.map_err(|_| ApiError::internal("the request could not be read, please report this"))?
+    answer.await.map_err(|_| ApiError::internal("the request could not be read, please report this"))?
+}
+
+fn read_now(app: &App, bytes: &[u8], wanted: &dyn Fn() -> bool) -> Result<(ChatRequest, Prompt), ApiError> {
+    let config = app.config();
+    let request = ChatRequest::parse(&body::parse_json(bytes)?, config)?;
+    models::check(app, &request.model)?;
+    let bounds = Bounds { tokens: config.context as usize, wanted };
+    let prompt = harmony::prompt(app.tokenizer(), &request.messages, bounds).ok_or_else(|| {
+        let context = config.context;
+        ApiError::context_length(format!(
+            "this model's context is {context} tokens, but messages and tools take more, shorten them"
+        ))
+    })?;
+    Ok((request, prompt))
 }
 
 /// Most tokens of each choice. What cannot fit the context is refused here, before it takes a place in the queue.

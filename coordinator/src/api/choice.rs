@@ -8,7 +8,7 @@ use phalanx_proto::{TokenId, TokenLogprobs};
 
 use super::types::{CompletionDetails, FinishReason, LikelyToken, PromptDetails, TokenLogprob, Usage};
 use crate::engine_client::{self, EngineError, GenerateEvent, Generation, Stamped};
-use crate::harmony::{Start, StopScanner, Tokenizer, TurnDelta, TurnReader, special};
+use crate::harmony::{StopScanner, Tokenizer, TurnDelta, TurnReader, special};
 use crate::metrics::{Metrics, Outcome};
 
 /// Stands for what is less likely, and for what JSON cannot say.
@@ -86,6 +86,7 @@ impl Likelihoods {
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     prompt: u32,
+    cached: u32,
     completion: u32,
     reasoning: u32,
     /// Tokens since the last that gave a piece of the answer: they belong to the next piece.
@@ -103,20 +104,20 @@ struct Clock {
 }
 
 impl Choice {
-    /// A choice of a request that `arrived` with a prompt of so many tokens, which left off at `start`.
+    /// A choice of a request that `arrived` with a prompt of so many tokens; logprobs, if asked for, need the tokenizer.
     pub(super) fn new(
         generation: Generation,
-        (tokenizer, start): (Tokenizer, Start),
+        reader: TurnReader,
         stops: &[String],
-        (prompt_tokens, logprobs): (u32, bool),
+        (prompt_tokens, logprobs): (u32, Option<Tokenizer>),
         (metrics, arrived): (Arc<Metrics>, Instant),
     ) -> Self {
         let cell = generation.cell();
-        let likelihoods = || Likelihoods { tokenizer, waiting: VecDeque::new(), read: 0, shown: 0 };
+        let likelihoods = |tokenizer| Likelihoods { tokenizer, waiting: VecDeque::new(), read: 0, shown: 0 };
         Self {
             generation,
-            logprobs: logprobs.then(likelihoods),
-            reader: Some(TurnReader::new(tokenizer, start)),
+            logprobs: logprobs.map(likelihoods),
+            reader: Some(reader),
             stops: StopScanner::new(stops),
             calls: false,
             usage: Counts { prompt: prompt_tokens, ..Counts::default() },
@@ -135,6 +136,11 @@ impl Choice {
         let Stamped { at, event } = self.generation.next().await?;
         let mut reader = self.reader.take()?;
         match event {
+            GenerateEvent::Started { cached_tokens } => {
+                self.usage.cached = cached_tokens;
+                self.reader = Some(reader);
+                Some(ChoiceEvent::Piece(Piece::default()))
+            }
             GenerateEvent::Tokens { tokens, logprobs } => {
                 self.clock.tokens(tokens.len() as u64, at);
                 let mut piece = Piece::default();
@@ -151,19 +157,16 @@ impl Choice {
                     read.into_iter().for_each(|delta| self.show(delta, &mut piece));
                     if self.stops.stopped() {
                         self.clock.metrics.repaired(reader.repairs());
-                        return Some(self.finished(piece, FinishReason::Stop, at, 0));
+                        self.generation.complete();
+                        return Some(self.finished(piece, FinishReason::Stop, at));
                     }
                 }
                 self.reader = Some(reader);
                 Some(ChoiceEvent::Piece(piece))
             }
-            GenerateEvent::Finished { reason, cached_tokens } => {
+            GenerateEvent::Finished { reason } => {
                 let mut read = Vec::new();
                 let reason = match reason {
-                    engine_client::FinishReason::Cancelled => {
-                        let reason = "the server cancelled the request".to_owned();
-                        return Some(self.failed(EngineError::Failed { reason }, at));
-                    }
                     engine_client::FinishReason::Length => FinishReason::Length,
                     engine_client::FinishReason::Stop(token) => {
                         // Any other token that ends the text is not for the reader: it would take it for text.
@@ -187,7 +190,7 @@ impl Choice {
                     piece.logprobs.extend(likelihoods.waiting.drain(..).map(|(_, entry)| entry));
                 }
                 let reason = if self.calls && reason == FinishReason::Stop { FinishReason::ToolCalls } else { reason };
-                Some(self.finished(piece, reason, at, cached_tokens))
+                Some(self.finished(piece, reason, at))
             }
             GenerateEvent::Failed(error) => Some(self.failed(error, at)),
         }
@@ -218,10 +221,10 @@ impl Choice {
         piece.deltas.push(delta);
     }
 
-    fn finished(&mut self, piece: Piece, reason: FinishReason, at: Instant, cached: u32) -> ChoiceEvent {
+    fn finished(&mut self, piece: Piece, reason: FinishReason, at: Instant) -> ChoiceEvent {
         let outcome = if reason == FinishReason::Length { Outcome::Length } else { Outcome::Stop };
         self.clock.end(outcome, at);
-        ChoiceEvent::Finished(piece, reason, self.usage.total(cached))
+        ChoiceEvent::Finished(piece, reason, self.usage.total())
     }
 
     fn failed(&mut self, error: EngineError, at: Instant) -> ChoiceEvent {
@@ -243,12 +246,12 @@ impl Counts {
         }
     }
 
-    fn total(self, cached_tokens: u32) -> Usage {
+    fn total(self) -> Usage {
         Usage {
             prompt_tokens: self.prompt,
             completion_tokens: self.completion,
             total_tokens: self.prompt + self.completion,
-            prompt_tokens_details: PromptDetails { cached_tokens },
+            prompt_tokens_details: PromptDetails { cached_tokens: self.cached },
             completion_tokens_details: CompletionDetails { reasoning_tokens: self.reasoning },
         }
     }

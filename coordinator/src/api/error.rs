@@ -81,7 +81,9 @@ impl ApiError {
 
     /// 404 because there is no such path.
     pub(super) fn unknown_path() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "unknown_url", "there is nothing at this path")
+        let message = "there is nothing at this path, use POST /v1/chat/completions, GET /v1/models, /health, /livez, \
+                       /readyz or /metrics";
+        Self::new(StatusCode::NOT_FOUND, "unknown_url", message)
     }
 
     /// 404 because another model is served.

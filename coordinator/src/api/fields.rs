@@ -118,7 +118,8 @@ pub(super) fn wrong_type(path: &str, wanted: &str, found: &Value) -> ApiError {
     let found = match found {
         Value::Null => "null",
         Value::Bool(_) => "a truth value",
-        Value::Number(_) => "a number",
+        // Which one: 5.0 is a number, but not one that counts.
+        Value::Number(number) => &number.to_string(),
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",

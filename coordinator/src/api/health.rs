@@ -3,14 +3,15 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::App;
 use super::error::ApiError;
+use super::{App, identify};
 use crate::engine_client::{CellState, CellStatus};
 
 /// What is answered before there is a model: the process lives, and nothing else can be served yet.
@@ -20,7 +21,7 @@ pub(super) fn loading(waits_for: watch::Receiver<String>) -> Router {
         ApiError::unavailable("loading", message)
     };
     let lives = get(async || Json(json!({"status": "loading"})));
-    Router::new().route("/livez", lives).fallback(not_yet)
+    Router::new().route("/livez", lives).fallback(not_yet).layer(middleware::from_fn(identify))
 }
 
 /// `/livez`: steps advance, or there is nothing to do. Anything else needs a restart.

@@ -51,7 +51,7 @@ fn expect_function(tool: &Fields<'_>) -> Result<(), ApiError> {
     }
 }
 
-/// A name that may stand in a header.
+/// The name of a function that the model may call.
 fn function_name(function: &Fields<'_>) -> Result<String, ApiError> {
     let name = function.required_text("name")?;
     let is_word = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
@@ -60,6 +60,16 @@ fn function_name(function: &Fields<'_>) -> Result<String, ApiError> {
             "a function's name has between 1 and {NAME_BYTES_MAX} letters, digits, _ and -, unlike {}",
             quote(name)
         );
+        return Err(ApiError::invalid(function.path("name"), message));
+    }
+    Ok(name.to_owned())
+}
+
+/// The name of a tool that the model called: whatever a header can hold, for it chose the name.
+fn called_name(function: &Fields<'_>) -> Result<String, ApiError> {
+    let name = function.required_text("name")?;
+    if name.is_empty() || name.contains(char::is_whitespace) || name.contains("<|") {
+        let message = format!("a called tool's name has no white space and no <|, unlike {}", quote(name));
         return Err(ApiError::invalid(function.path("name"), message));
     }
     Ok(name.to_owned())
@@ -131,7 +141,7 @@ fn assistant(message: &Fields<'_>, calls: &mut HashMap<String, String>) -> Resul
         expect_function(&call)?;
         let id = call.required_text("id")?;
         let function = call.object("function")?.ok_or_else(|| ApiError::missing(call.path("function")))?;
-        let name = function_name(&function)?;
+        let name = called_name(&function)?;
         read.push(Message::call(&name, function.required_text("arguments")?));
         calls.insert(id.to_owned(), name);
     }

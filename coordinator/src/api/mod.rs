@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -100,6 +100,10 @@ pub struct ApiLimits {
     pub stop_bytes_max: usize,
     /// Choices of a request.
     pub choices_max: u32,
+    /// Prompts encoded at once. That keeps a core busy each.
+    pub encoders: usize,
+    /// Longest wait of a request for its turn to be encoded.
+    pub encoder_wait: Duration,
     /// Silence after which a stream carries a comment, so that nobody in between closes it.
     pub keep_alive: Duration,
     /// How long a cell with work may go without a step before `/livez` reports it.
@@ -122,6 +126,8 @@ impl Default for ApiLimits {
             stops_max: 4,
             stop_bytes_max: 1024,
             choices_max: 8,
+            encoders: std::thread::available_parallelism().map_or(1, NonZero::get),
+            encoder_wait: Duration::from_secs(10),
             keep_alive: Duration::from_secs(15),
             stall_max: Duration::from_secs(60),
             grace: Duration::from_secs(30),
@@ -139,7 +145,6 @@ struct Shared {
     engine: EngineClient,
     metrics: Arc<Metrics>,
     tokenizer: Tokenizer,
-    /// Encoding keeps a core busy, so no more prompts are encoded at once than there are cores.
     encoders: Arc<Semaphore>,
 }
 
@@ -148,8 +153,7 @@ impl App {
     #[must_use]
     pub fn new(config: ApiConfig, engine: EngineClient, metrics: Arc<Metrics>) -> Self {
         metrics.expect_routes(&ROUTES);
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let encoders = Arc::new(Semaphore::new(cores));
+        let encoders = Arc::new(Semaphore::new(config.limits.encoders));
         Self(Arc::new(Shared { config, engine, metrics, tokenizer: Tokenizer::shared(), encoders }))
     }
 
@@ -191,20 +195,32 @@ pub fn router(app: App) -> Router {
         .fallback(async || ApiError::unknown_path())
         .method_not_allowed_fallback(async || ApiError::wrong_method())
         .layer(middleware::from_fn_with_state(app.clone(), auth::require_key))
-        .layer(middleware::from_fn_with_state(app.clone(), identify))
+        .layer(middleware::from_fn_with_state(app.clone(), count))
+        .layer(middleware::from_fn(identify))
         .with_state(app)
 }
 
-/// Gives the request its id, and counts the answer.
-async fn identify(State(app): State<App>, mut request: Request, next: Next) -> Response {
+/// Counts the answer.
+async fn count(
+    State(app): State<App>,
+    Extension(RequestId(id)): Extension<RequestId>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let route = route_of(request.uri().path());
+    let response = next.run(request).await;
+    app.metrics().answered(route, response.status().as_u16());
+    tracing::debug!(request_id = id, route, status = response.status().as_u16(), "answered");
+    response
+}
+
+/// Gives the request its id, and the answer the same.
+async fn identify(mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
     let id = given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX);
     let id = id.map_or_else(|| random_id("req_"), str::to_owned);
-    let route = route_of(request.uri().path());
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = next.run(request).await;
-    app.metrics().answered(route, response.status().as_u16());
-    tracing::debug!(request_id = id, route, status = response.status().as_u16(), "answered");
     if let Ok(id) = HeaderValue::try_from(id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }

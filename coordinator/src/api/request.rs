@@ -11,6 +11,23 @@ use crate::harmony::{DeveloperContent, Message, ReasoningEffort, SystemContent};
 
 /// Longest identity or date that a request may set, in bytes.
 const SYSTEM_TEXT_BYTES_MAX: usize = 1024;
+/// Fields of other servers that would change the answer. Null, false and the empty list ask for nothing.
+const UNSUPPORTED: [&str; 14] = [
+    "guided_json",
+    "guided_choice",
+    "guided_regex",
+    "guided_grammar",
+    "structured_outputs",
+    "stop_token_ids",
+    "bad_words",
+    "allowed_token_ids",
+    "include_stop_str_in_output",
+    "continue_final_message",
+    "echo",
+    "prompt_logprobs",
+    "web_search_options",
+    "use_beam_search",
+];
 
 /// A chat completion that was asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +86,8 @@ fn conversation(fields: &Fields<'_>, config: &ApiConfig) -> Result<Vec<Message>,
     Ok(messages)
 }
 
-/// The server's message. `chat_template_kwargs` may override identity and date; null there means harmony's default.
+/// The server's message. `chat_template_kwargs` may override identity and date, where null means harmony's default, and the
+/// effort unless the request itself gives one.
 fn system(fields: &Fields<'_>, config: &ApiConfig) -> Result<SystemContent, ApiError> {
     let overrides = fields.object("chat_template_kwargs")?;
     let text = |key: &str, configured: &Option<String>| -> Result<Option<String>, ApiError> {
@@ -84,11 +102,12 @@ fn system(fields: &Fields<'_>, config: &ApiConfig) -> Result<SystemContent, ApiE
         Ok(text.map(str::to_owned))
     };
     let default = SystemContent::default();
+    let effort_within = overrides.as_ref().map(effort).transpose()?.flatten();
     Ok(SystemContent {
         model_identity: text("model_identity", &config.model_identity)?.unwrap_or(default.model_identity),
         knowledge_cutoff: default.knowledge_cutoff,
         current_date: text("current_date", &config.current_date)?,
-        reasoning_effort: effort(fields)?.unwrap_or(config.reasoning_effort),
+        reasoning_effort: effort(fields)?.or(effort_within).unwrap_or(config.reasoning_effort),
     })
 }
 
@@ -100,8 +119,9 @@ fn effort(fields: &Fields<'_>) -> Result<Option<ReasoningEffort>, ApiError> {
         word => word.parse(),
     };
     effort.map(Some).map_err(|_| {
-        let message = format!("{key} must be none, minimal, low, medium or high, not {}", quote(word));
-        ApiError::invalid(key, message)
+        let path = fields.path(key);
+        let message = format!("{path} must be none, minimal, low, medium or high, not {}", quote(word));
+        ApiError::invalid(path, message)
     })
 }
 
@@ -147,6 +167,12 @@ fn stops(fields: &Fields<'_>, limits: &ApiLimits) -> Result<Vec<String>, ApiErro
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
     if fields.integer("min_tokens", 0..=u32::MAX)?.is_some_and(|least| least > 0) {
         return Err(ApiError::unsupported("min_tokens", "min_tokens is not supported yet, leave it out"));
+    }
+    for key in UNSUPPORTED {
+        let value = fields.get(key).filter(|value| **value != Value::Bool(false));
+        if value.is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty())) {
+            return Err(ApiError::unsupported(key, format!("{key} is not supported, leave it out")));
+        }
     }
     fields.integer("best_of", 1..=1)?;
     for key in ["functions", "function_call"] {

@@ -5,7 +5,7 @@
 //! one ran into its content: it is read as far as it makes sense, and the rest is content, to the letter.
 
 use super::detokenizer::Detokenizer;
-use super::message::{Channel, ContentType, Role};
+use super::message::{Channel, ContentType, FUNCTIONS, Role};
 use super::repair::{RepairKind, Repairs};
 
 /// What a header says.
@@ -368,9 +368,6 @@ impl Reader {
         }
     }
 }
-
-/// The namespace of the functions that a request defines.
-pub(super) const FUNCTIONS: &str = "functions.";
 
 fn is_known_channel(word: &str) -> bool {
     Channel::KNOWN.iter().any(|known| known.as_str() == word)

@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
+/// The namespace of the functions that a request defines.
+pub(super) const FUNCTIONS: &str = "functions.";
+
 /// Who wrote a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -105,7 +108,7 @@ impl fmt::Display for ContentType {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReasoningEffort {
-    /// Not at all: the prompt itself opens the final channel.
+    /// Not at all: the prompt itself opens the final channel. As little as may be where there are functions to call.
     None,
     /// Briefly.
     Low,
@@ -240,20 +243,31 @@ impl Message {
         Self::Assistant(AssistantMessage { channel, recipient: None, content_type: None, text: text.into() })
     }
 
-    /// A call of the function `name` (without namespace) with its arguments in JSON.
+    /// A call of the tool `name` with its arguments in JSON: of a function, unless the name says its namespace.
     #[must_use]
     pub fn call(name: &str, arguments: impl Into<String>) -> Self {
         Self::Assistant(AssistantMessage {
             channel: Channel::Commentary,
-            recipient: Some(format!("functions.{name}")),
+            recipient: Some(full_name(name)),
             content_type: Some(ContentType::json()),
             text: arguments.into(),
         })
     }
 
-    /// What the function `name` (without namespace) returned.
+    /// What the tool `name` returned, a function unless the name says its namespace.
     #[must_use]
     pub fn tool_result(name: &str, text: impl Into<String>) -> Self {
-        Self::Tool { name: format!("functions.{name}"), text: text.into() }
+        Self::Tool { name: full_name(name), text: text.into() }
     }
+}
+
+/// A tool's name as chat APIs know it: a function's without its namespace, another tool's with its own.
+pub(super) fn short_name(recipient: &str) -> &str {
+    let function = recipient.strip_prefix(FUNCTIONS).filter(|name| !name.is_empty() && !name.contains('.'));
+    function.unwrap_or(recipient)
+}
+
+/// The name with its namespace again; one without any is taken for a function's.
+fn full_name(name: &str) -> String {
+    if name.contains('.') { name.to_owned() } else { format!("{FUNCTIONS}{name}") }
 }

@@ -30,7 +30,7 @@ pub use message::{
     ToolDefinition, UnknownEffort,
 };
 pub use parse::{EndedBy, Event, HEADER_TOKENS_MAX, Parser, Start};
-pub use render::{Prompt, prompt, render, without_past_thinking};
+pub use render::{Bounds, Prompt, prompt, render, without_past_thinking};
 pub use repair::{RepairKind, Repairs};
 pub use stop::StopScanner;
 pub use tokenizer::{Tokenizer, UnknownToken};

@@ -3,8 +3,6 @@
 //! A message is `<|start|>HEADER<|message|>CONTENT` and `<|end|>`, or `<|call|>` after a call. Every piece between
 //! control tokens is encoded on its own, as ordinary text.
 
-use std::fmt::Write;
-
 use phalanx_proto::TokenId;
 
 use super::message::{
@@ -12,7 +10,8 @@ use super::message::{
     ToolDefinition,
 };
 use super::parse::Start;
-use super::{Tokenizer, schema, special};
+use super::schema::{Page, write_type};
+use super::{Tokenizer, special};
 
 /// A rendered conversation that waits for the assistant's turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,28 +20,47 @@ pub struct Prompt {
     pub tokens: Vec<TokenId>,
     /// Where the prompt leaves off, for the [`Parser`](super::Parser) of what the model writes.
     pub start: Start,
+    /// Whether it declares functions, which the model may call.
+    pub may_call: bool,
 }
 
-/// Renders `messages` without [past thinking](without_past_thinking) and opens the assistant's turn.
+/// How far rendering goes before it gives up.
+#[derive(Clone, Copy)]
+pub struct Bounds<'a> {
+    /// Most tokens.
+    pub tokens: usize,
+    /// Whether somebody still waits for them; asked again and again.
+    pub wanted: &'a dyn Fn() -> bool,
+}
+
+impl Bounds<'_> {
+    /// Goes to the end whatever it takes.
+    pub const NONE: Self = Self { tokens: usize::MAX, wanted: &|| true };
+}
+
+/// Renders `messages` without [past thinking](without_past_thinking) and opens the assistant's turn; none if that
+/// exceeds `bounds`, which shows early however long the rest is.
 ///
-/// With [`ReasoningEffort::None`] the prompt also opens the final channel, so the answer begins at once.
+/// With [`ReasoningEffort::None`] the prompt also opens the final channel, so the answer begins at once. It does not where
+/// functions are declared: their calls go to another channel, and the model must choose.
 #[must_use]
-pub fn prompt(tokenizer: Tokenizer, messages: &[Message]) -> Prompt {
-    let mut tokens = render(tokenizer, &without_past_thinking(messages));
-    let mut writer = Writer { tokenizer, tokens: &mut tokens };
+pub fn prompt(tokenizer: Tokenizer, messages: &[Message], bounds: Bounds<'_>) -> Option<Prompt> {
+    let mut writer = Writer { tokenizer, bounds, tokens: Vec::new() };
+    writer.messages(&without_past_thinking(messages));
+    let may_call = declare_functions(messages);
     writer.control(special::START);
     writer.text(Role::Assistant.as_str());
     let silent = messages
         .iter()
         .any(|message| matches!(message, Message::System(system) if system.reasoning_effort == ReasoningEffort::None));
-    let start = if silent {
+    let start = if silent && !may_call {
         writer.channel(&Channel::Final);
         writer.control(special::MESSAGE);
         Start::FinalContent
     } else {
         Start::AssistantHeader
     };
-    Prompt { tokens, start }
+    writer.is_within().then_some(Prompt { tokens: writer.tokens, start, may_call })
 }
 
 /// The messages that the model is to read again: thinking is dropped once its turn ended in a final message.
@@ -60,29 +78,45 @@ pub fn without_past_thinking(messages: &[Message]) -> Vec<&Message> {
 /// Renders all of `messages` and nothing else.
 #[must_use]
 pub fn render(tokenizer: Tokenizer, messages: &[&Message]) -> Vec<TokenId> {
-    let mut tokens = Vec::new();
-    let mut writer = Writer { tokenizer, tokens: &mut tokens };
-    let has_functions = messages
-        .iter()
-        .any(|message| matches!(message, Message::Developer(developer) if !developer.functions.is_empty()));
-    for message in messages {
-        writer.message(message, has_functions);
-    }
-    tokens
+    let mut writer = Writer { tokenizer, bounds: Bounds::NONE, tokens: Vec::new() };
+    writer.messages(messages);
+    writer.tokens
+}
+
+fn declare_functions<'a>(messages: impl IntoIterator<Item = &'a Message>) -> bool {
+    let declares = |message: &Message| matches!(message, Message::Developer(m) if !m.functions.is_empty());
+    messages.into_iter().any(declares)
 }
 
 struct Writer<'a> {
     tokenizer: Tokenizer,
-    tokens: &'a mut Vec<TokenId>,
+    bounds: Bounds<'a>,
+    tokens: Vec<TokenId>,
 }
 
 impl Writer<'_> {
+    fn is_within(&self) -> bool {
+        self.tokens.len() <= self.bounds.tokens && (self.bounds.wanted)()
+    }
+
+    fn messages(&mut self, messages: &[&Message]) {
+        let has_functions = declare_functions(messages.iter().copied());
+        for message in messages {
+            self.message(message, has_functions);
+        }
+    }
+
     fn control(&mut self, token: TokenId) {
         self.tokens.push(token);
     }
 
     fn text(&mut self, text: &str) {
-        self.tokens.extend(self.tokenizer.encode_ordinary(text));
+        let mut parts = self.tokenizer.encode_parts(text);
+        while self.is_within()
+            && let Some(part) = parts.next()
+        {
+            self.tokens.extend(part);
+        }
     }
 
     fn channel(&mut self, channel: &Channel) {
@@ -119,7 +153,9 @@ impl Writer<'_> {
             }
             Message::Developer(developer) => {
                 self.text(Role::Developer.as_str());
-                self.content(&developer_text(developer), special::END);
+                // A text that was cut has more tokens than there may be.
+                let bytes_max = self.bounds.tokens.saturating_mul(special::TOKEN_BYTES_MAX);
+                self.content(&developer_text(developer, bytes_max), special::END);
             }
             Message::User { name, text } => {
                 self.text(Role::User.as_str());
@@ -173,27 +209,31 @@ fn system_text(system: &SystemContent, has_functions: bool) -> String {
     format!("{about}\n\nReasoning: {}\n\n{channels}", effort.as_str())
 }
 
-fn developer_text(developer: &DeveloperContent) -> String {
-    let mut sections = Vec::new();
+/// The developer message, which may end early once it is longer than so many bytes.
+fn developer_text(developer: &DeveloperContent, bytes_max: usize) -> String {
+    let mut out = Page::new(bytes_max);
     if let Some(instructions) = &developer.instructions {
-        sections.push(format!("# Instructions\n\n{instructions}"));
+        out.add(["# Instructions\n\n", instructions]);
     }
     if !developer.functions.is_empty() {
-        sections.push(functions_text(&developer.functions));
+        out.add([if developer.instructions.is_some() { "\n\n" } else { "" }]);
+        write_functions(&mut out, &developer.functions);
     }
-    sections.join("\n\n")
+    out.into_text()
 }
 
-fn functions_text(functions: &[ToolDefinition]) -> String {
-    let mut out = "# Tools\n\n## functions\n\nnamespace functions {\n\n".to_owned();
+fn write_functions(out: &mut Page, functions: &[ToolDefinition]) {
+    out.add(["# Tools\n\n## functions\n\nnamespace functions {\n\n"]);
     for function in functions {
         for line in function.description.lines() {
-            out += &format!("// {line}\n");
+            out.add(["// ", line, "\n"]);
         }
-        let argument = function.parameters.as_ref().map(|schema| format!("_: {}", schema::to_type(schema)));
-        let argument = argument.unwrap_or_default();
-        writeln!(out, "type {} = ({argument}) => any;\n", function.name).expect("a string takes every write");
+        out.add(["type ", &function.name, " = ("]);
+        if let Some(schema) = &function.parameters {
+            out.add(["_: "]);
+            write_type(out, schema);
+        }
+        out.add([") => any;\n\n"]);
     }
-    out += "} // namespace functions";
-    out
+    out.add(["} // namespace functions"]);
 }

@@ -7,6 +7,9 @@ pub const VOCAB_SIZE: u32 = 201_088;
 /// The first special id; every id below stands for text.
 pub const FIRST_SPECIAL: TokenId = TokenId(199_998);
 
+/// No token stands for more bytes of text.
+pub const TOKEN_BYTES_MAX: usize = 128;
+
 /// `<|endoftext|>`: padding, and an end of generation.
 pub const END_OF_TEXT: TokenId = TokenId(199_999);
 /// `<|return|>`: the model's turn is over. Sampled only, never part of a history.

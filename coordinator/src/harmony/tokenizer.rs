@@ -5,6 +5,8 @@ use tiktoken_rs::CoreBPE;
 
 /// Longer runs of white space are encoded in parts, for the vocabulary's pattern takes a stack as deep as the run.
 const WHITE_SPACE_MAX: usize = 100_000;
+/// Bytes after which text is cut where that leaves its tokens as they are.
+const PART_BYTES: usize = 1 << 16;
 
 /// An id that the vocabulary does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,11 +29,12 @@ impl Tokenizer {
     /// The tokens of `text`, in which control markers such as `<|end|>` are text like any other.
     #[must_use]
     pub fn encode_ordinary(&self, text: &str) -> Vec<TokenId> {
-        let mut tokens = Vec::new();
-        for part in parts(text) {
-            tokens.extend(self.bpe.encode_ordinary(part).into_iter().map(TokenId));
-        }
-        tokens
+        self.encode_parts(text).flatten().collect()
+    }
+
+    /// The same tokens part by part, each encoded when it is asked for.
+    pub(super) fn encode_parts(self, text: &str) -> impl Iterator<Item = Vec<TokenId>> {
+        parts(text).map(move |part| self.bpe.encode_ordinary(part).into_iter().map(TokenId).collect())
     }
 
     /// The bytes of one token; a control token has the bytes of its marker.
@@ -55,12 +58,16 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// `text`, cut within runs of more than [`WHITE_SPACE_MAX`] white space characters.
+/// `text`, cut within runs of more than [`WHITE_SPACE_MAX`] white space characters, and after [`PART_BYTES`] before a
+/// space that ends a word: nothing that the vocabulary's pattern matches has a space behind anything but white space.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         let mut run = 0;
-        let cut = rest.char_indices().find(|(_, c)| {
+        let cut = rest.char_indices().find(|&(at, c)| {
+            if c == ' ' && run == 0 && at >= PART_BYTES {
+                return true;
+            }
             run = if c.is_whitespace() { run + 1 } else { 0 };
             run > WHITE_SPACE_MAX
         });

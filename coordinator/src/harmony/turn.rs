@@ -2,8 +2,8 @@
 
 use phalanx_proto::TokenId;
 
-use super::header::{FUNCTIONS, Header};
-use super::message::{Channel, Role};
+use super::header::Header;
+use super::message::{Channel, Role, short_name};
 use super::parse::{Event, Parser, Start};
 use super::repair::{RepairKind, Repairs};
 use super::{Tokenizer, special};
@@ -22,7 +22,7 @@ pub enum TurnDelta {
     ToolCall {
         /// Which call of the turn, counted from 0.
         index: usize,
-        /// The function, without namespace.
+        /// The function, without namespace; or another tool, with its own.
         name: String,
     },
     /// More of a call's arguments.
@@ -37,7 +37,7 @@ pub enum TurnDelta {
 /// A call of a tool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ToolCall {
-    /// The function, without namespace.
+    /// The function, without namespace; or another tool, with its own.
     pub name: String,
     /// Its arguments, as the model wrote them: JSON, if all went well.
     pub arguments: String,
@@ -58,12 +58,13 @@ pub struct Turn {
 
 /// Reads one turn of the assistant.
 ///
-/// A message with a recipient is a call. Of the others, those on the analysis channel are thinking, and all else is
+/// A message with a tool as its recipient is a call, if the model may call at all. Of the others, those on the analysis channel are thinking, and all else is
 /// the answer: unknown and missing channels too, so that what the model wrote reaches the user. What the model makes
 /// others say is thinking. If the model ends its turn with thinking alone, its last thought is the answer as well.
 #[derive(Clone, Debug)]
 pub struct TurnReader {
     parser: Parser,
+    may_call: bool,
     turn: Turn,
     /// What the open message is.
     kind: Kind,
@@ -83,11 +84,12 @@ enum Kind {
 }
 
 impl TurnReader {
-    /// A reader of the tokens that follow a prompt.
+    /// A reader of the tokens that follow a prompt, in which calls are possible or mere text.
     #[must_use]
-    pub fn new(tokenizer: Tokenizer, start: Start) -> Self {
+    pub fn new(tokenizer: Tokenizer, start: Start, may_call: bool) -> Self {
         Self {
             parser: Parser::new(tokenizer, start),
+            may_call,
             turn: Turn::default(),
             kind: Kind::Answer,
             fresh: true,
@@ -143,9 +145,9 @@ impl TurnReader {
 
     fn begin(&mut self, header: &Header) -> Option<TurnDelta> {
         self.fresh = true;
-        self.kind = kind(header);
+        self.kind = kind(header, self.may_call);
         let recipient = header.recipient.as_deref().filter(|_| self.kind == Kind::Call)?;
-        let name = recipient.strip_prefix(FUNCTIONS).filter(|name| !name.is_empty()).unwrap_or(recipient).to_owned();
+        let name = short_name(recipient).to_owned();
         let index = self.turn.tool_calls.len();
         self.turn.tool_calls.push(ToolCall { name: name.clone(), arguments: String::new() });
         Some(TurnDelta::ToolCall { index, name })
@@ -178,11 +180,11 @@ impl TurnReader {
     }
 }
 
-fn kind(header: &Header) -> Kind {
+fn kind(header: &Header, may_call: bool) -> Kind {
     if header.role != Role::Assistant {
         return Kind::Thought;
     }
-    if header.recipient.as_deref().is_some_and(is_tool) {
+    if may_call && header.recipient.as_deref().is_some_and(is_tool) {
         return Kind::Call;
     }
     match &header.channel {

@@ -46,10 +46,12 @@ async fn thinking_and_answer_stand_apart() {
 #[tokio::test]
 async fn the_engine_says_how_much_of_the_prompt_was_cached() {
     let tokens = harmony("<|channel|>final<|message|>7");
-    let script = vec![Play::Tokens(tokens), Play::Finish(FinishReason::Stop(special::RETURN), 48)];
+    let script = vec![Play::Begin(48), Play::Tokens(tokens), Play::Finish(FinishReason::Stop(special::RETURN))];
     let server = start(config(), move |_| Ok(script.clone())).await;
-    let json = server.ask(json!({})).await.json();
-    assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 48);
+    for more in [json!({}), json!({"stop": "7"})] {
+        let json = server.ask(more).await.json();
+        assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 48, "{json}");
+    }
 }
 
 #[tokio::test]
@@ -68,6 +70,26 @@ async fn a_call_is_a_tool_call() {
     assert!(call["id"].as_str().unwrap().starts_with("call_"));
     assert_eq!(call["type"], "function");
     assert_eq!(call["function"], json!({"name": "get_weather", "arguments": "{\"city\":\"Rome\"}"}));
+}
+
+#[tokio::test]
+async fn a_model_that_may_not_call_answers_with_what_it_wrote() {
+    let server = start_writing(
+        "<|channel|>analysis<|message|>Ask.<|end|><|start|>assistant to=functions.f<|channel|>commentary \
+         <|constrain|>json<|message|>{\"a\":1}<|call|>",
+    )
+    .await;
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    for more in [json!({"tools": tools, "tool_choice": "none"}), json!({})] {
+        let json = server.ask(more).await.json();
+        let choice = &json["choices"][0];
+        assert_eq!(choice["finish_reason"], "stop", "{json}");
+        assert_eq!(
+            (&choice["message"]["content"], &choice["message"]["reasoning"]),
+            (&json!("{\"a\":1}"), &json!("Ask."))
+        );
+        assert_eq!(choice["message"].get("tool_calls"), None);
+    }
 }
 
 #[tokio::test]
@@ -110,7 +132,7 @@ async fn a_stop_string_that_never_comes_whole_is_part_of_the_answer() {
 async fn choices_share_seed_and_prompt_but_not_their_number() {
     let mut server = start(config(), |request| {
         let text = format!("<|channel|>final<|message|>choice {}", request.sampling.choice);
-        Ok(vec![Play::Tokens(harmony(&text)), Play::Finish(FinishReason::Stop(special::RETURN), 0)])
+        Ok(vec![Play::Tokens(harmony(&text)), Play::Finish(FinishReason::Stop(special::RETURN))])
     })
     .await;
     let json = server.ask(json!({"n": 3, "seed": -1})).await.json();

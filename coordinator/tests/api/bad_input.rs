@@ -1,6 +1,7 @@
 //! Requests that must be refused: the exact status, in the envelope, without reaching the engine.
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -32,6 +33,8 @@ async fn numbers_out_of_range() {
             refused(&server, json!({key: value}), key).await;
         }
     }
+    let error = server.ask(json!({"max_tokens": 7.0})).await.error();
+    assert_eq!(error["message"], "max_tokens must be a whole number, not 7.0");
     for temperature in [json!(-0.1), json!(2.1), json!(1e300), json!("hot"), json!({})] {
         refused(&server, json!({"temperature": temperature}), "temperature").await;
     }
@@ -86,6 +89,24 @@ async fn what_is_not_supported_is_refused_rather_than_ignored() {
     refused(&server, json!({"response_format": "text"}), "response_format").await;
     refused(&server, json!({"modalities": ["text", "audio"]}), "modalities").await;
     refused(&server, json!({"functions": [{"name": "f"}]}), "functions").await;
+    for (key, value) in [
+        ("guided_json", json!({"type": "object"})),
+        ("guided_choice", json!(["a", "b"])),
+        ("guided_regex", json!("a+")),
+        ("guided_grammar", json!("root ::= \"a\"")),
+        ("structured_outputs", json!({"regex": "a+"})),
+        ("stop_token_ids", json!([5])),
+        ("bad_words", json!(["x"])),
+        ("allowed_token_ids", json!([5])),
+        ("include_stop_str_in_output", json!(true)),
+        ("continue_final_message", json!(true)),
+        ("echo", json!(true)),
+        ("prompt_logprobs", json!(0)),
+        ("web_search_options", json!({})),
+        ("use_beam_search", json!(true)),
+    ] {
+        refused(&server, json!({key: value}), key).await;
+    }
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for choice in [json!("required"), json!("maybe"), json!({"type": "function", "function": {"name": "f"}}), json!(1)]
     {
@@ -93,6 +114,8 @@ async fn what_is_not_supported_is_refused_rather_than_ignored() {
     }
     for effort in [json!("extreme"), json!(3), json!("")] {
         refused(&server, json!({"reasoning_effort": effort}), "reasoning_effort").await;
+        let within = json!({"chat_template_kwargs": {"reasoning_effort": effort}});
+        refused(&server, within, "chat_template_kwargs.reasoning_effort").await;
     }
 }
 
@@ -141,6 +164,8 @@ async fn messages_that_are_none() {
         (json!([{"role": "tool", "content": "hi"}]), "messages[0].tool_call_id"),
         (json!([{"role": "tool", "content": "hi", "tool_call_id": "unknown"}]), "messages"),
         (call(json!({"name": "<|end|>", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
+        (call(json!({"name": "a b", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
+        (call(json!({"name": "", "arguments": "{}"})), "messages[0].tool_calls[0].function.name"),
         (call(json!({"name": "f", "arguments": {}})), "messages[0].tool_calls[0].function.arguments"),
         (json!(vec![json!({"role": "user", "content": "hi"}); 4097]), "messages"),
     ] {
@@ -198,6 +223,30 @@ async fn what_does_not_fit_the_context() {
         assert_eq!((reply.status, &error["code"]), (400, &json!("context_length_exceeded")), "{error}");
         assert_eq!(error["param"], "messages");
     }
+}
+
+#[tokio::test]
+async fn tools_that_print_many_times_as_long_as_they_are() {
+    let server = server().await;
+    let mut schema = json!({"type": "string", "examples": vec![""; 1_300_000]});
+    for _ in 0..57 {
+        schema = json!({"type": "object", "properties": {"a": schema}});
+    }
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": schema}}]);
+    let error = server.ask(json!({"tools": tools})).await.error();
+    assert_eq!(error["code"], "context_length_exceeded", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("messages and tools take more"), "{error}");
+}
+
+#[tokio::test]
+async fn a_request_waits_only_so_long_for_its_turn_to_be_read() {
+    let mut config = config();
+    config.limits.encoders = 0;
+    config.limits.encoder_wait = Duration::from_millis(20);
+    let server = start(config, |request| panic!("{request:?} reached the engine")).await;
+    let reply = server.ask(json!({})).await;
+    assert_eq!((reply.status, &reply.error()["code"]), (429, &json!("rate_limit_exceeded")));
+    assert_eq!(reply.header("retry-after-ms"), Some("20"));
 }
 
 #[tokio::test]

@@ -26,6 +26,7 @@ async fn unknown_paths_and_methods() {
     for path in ["/", "/v1", "/v1/", "/v1/chat/completions/", "/chat/completions", "//v1/models", "/v1/../metrics"] {
         let reply = server.get(path).await;
         assert_eq!((reply.status, &reply.error()["code"]), (404, &json!("unknown_url")), "{path}");
+        assert!(reply.text().contains("POST /v1/chat/completions"), "{}", reply.text());
     }
     for request in ["GET /v1/chat/completions", "DELETE /v1/models", "POST /health", "OPTIONS /v1/chat/completions"] {
         let head = format!("{request} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");

@@ -68,13 +68,6 @@ async fn an_engine_that_vanishes_leaves_nobody_waiting() {
 }
 
 #[tokio::test]
-async fn a_cancellation_by_the_server_is_an_error() {
-    let server = start(config(), |_| Ok(vec![Play::Finish(FinishReason::Cancelled, 0)])).await;
-    let reply = server.ask(json!({})).await;
-    assert_eq!((reply.status, &reply.error()["code"]), (503, &json!("engine_failed")));
-}
-
-#[tokio::test]
 async fn refusals_of_the_engine_have_their_status() {
     for (refusal, status, code, retry_after) in [
         (SubmitError::QueueFull { retry_after_ms: 2500 }, 429, "rate_limit_exceeded", Some("3")),
@@ -151,7 +144,7 @@ async fn a_shutdown_lets_running_requests_finish() {
     let gate = Arc::new(Notify::new());
     let wait = Arc::clone(&gate);
     let mut server = start(config(), move |_| {
-        let finish = Play::Finish(FinishReason::Stop(special::RETURN), 0);
+        let finish = Play::Finish(FinishReason::Stop(special::RETURN));
         Ok(vec![Play::Tokens(harmony("<|channel|>final<|message|>first")), Play::Wait(Arc::clone(&wait)), finish])
     })
     .await;

@@ -174,13 +174,15 @@ async fn probes_are_answered_while_the_model_loads() {
         stream.read_to_string(&mut answer).await.unwrap();
         answer
     };
-    assert!(ask("GET", "/livez").await.starts_with("HTTP/1.1 200"));
+    let lives = ask("GET", "/livez").await;
+    assert!(lives.starts_with("HTTP/1.1 200") && lives.contains("x-request-id: req_"), "{lives}");
     let ready = ask("GET", "/readyz").await;
     assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("waiting for the workers"), "{ready}");
     progress.send_replace("7 of 9 MiB are read".to_owned());
     for (method, path) in [("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/nowhere")] {
         let answer = ask(method, path).await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("7 of 9 MiB"), "{answer}");
+        assert!(answer.contains("x-request-id: req_"), "{answer}");
         assert!(answer.contains("retry-after: 5") && answer.contains("\"code\":\"loading\""), "{answer}");
     }
     drop(progress);

@@ -2,12 +2,13 @@
 
 use phalanx_coordinator::engine_client::GenerateRequest;
 use phalanx_coordinator::harmony::{
-    Channel, DeveloperContent, Message, ReasoningEffort, SystemContent, Tokenizer, ToolDefinition, prompt, special,
+    Bounds, Channel, DeveloperContent, Message, ReasoningEffort, SystemContent, Tokenizer, ToolDefinition, prompt,
+    special,
 };
 use phalanx_proto::{Sampling, TokenId};
 use serde_json::{Value, json};
 
-use crate::support::{CONTEXT, MODEL, Server, config, start, start_writing, writing};
+use crate::support::{CONTEXT, MODEL, Server, config, harmony, start, start_writing, writing};
 
 async fn server() -> Server {
     start_writing("<|channel|>final<|message|>7<|return|>").await
@@ -20,7 +21,7 @@ async fn submitted(server: &mut Server, body: Value) -> GenerateRequest {
 }
 
 fn rendered(messages: &[Message]) -> Vec<TokenId> {
-    prompt(Tokenizer::shared(), messages).tokens
+    prompt(Tokenizer::shared(), messages, Bounds::NONE).unwrap().tokens
 }
 
 fn instructions(text: &str) -> Message {
@@ -103,6 +104,28 @@ async fn calls_and_their_results_are_read_again() {
 }
 
 #[tokio::test]
+async fn every_call_that_the_server_hands_out_is_taken_back_as_it_was() {
+    let long = format!("functions.{}", "x".repeat(65));
+    for recipient in ["functions.f", "functions.a.b", "browser.search", "container.exec", "functions.", long.as_str()] {
+        let call = format!(" to={recipient}<|channel|>commentary <|constrain|>json<|message|>{{}}<|call|>");
+        let mut server = start_writing(&call).await;
+        let mut body = json!({
+            "model": MODEL, "messages": [{"role": "user", "content": "Hi"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}]
+        });
+        let answer = server.chat(&body).await.json()["choices"][0]["message"].clone();
+        let before = server.seen.recv().await.unwrap().prompt;
+        let id = answer["tool_calls"][0]["id"].clone();
+        let messages = body["messages"].as_array_mut().unwrap();
+        messages.extend([answer, json!({"role": "tool", "tool_call_id": id, "content": "4"})]);
+        let after = submitted(&mut server, body).await.prompt;
+        let result =
+            format!("<|start|>{recipient} to=assistant<|channel|>commentary<|message|>4<|end|><|start|>assistant");
+        assert_eq!(after, [before, harmony(&call), harmony(&result)].concat(), "{recipient}");
+    }
+}
+
+#[tokio::test]
 async fn effort_identity_and_date_are_settable() {
     let mut server = server().await;
     let messages = json!([{"role": "user", "content": "Hi"}]);
@@ -124,7 +147,12 @@ async fn effort_identity_and_date_are_settable() {
             ..SystemContent::default()
         };
         let expected = rendered(&[Message::System(system), Message::user("Hi")]);
-        assert_eq!(submitted(&mut server, body).await.prompt, expected, "{word}");
+        let mut within = body.clone();
+        within.as_object_mut().unwrap().remove("reasoning_effort");
+        within["chat_template_kwargs"]["reasoning_effort"] = json!(word);
+        for body in [body, within] {
+            assert_eq!(submitted(&mut server, body).await.prompt, expected, "{word}");
+        }
     }
 }
 
@@ -193,7 +221,8 @@ async fn fields_that_change_nothing_are_ignored() {
         "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "n": 1, "best_of": 1,
         "modalities": ["text"], "tools": [], "tool_choice": "auto", "stop": null, "stream": false, "temperature": 1,
         "top_p": 1, "chat_template": "{{ evil }}", "prompt_embeds": "AAAA", "n_discard": -1, "max_tokens": null,
-        "stream_options": null, "chat_template_kwargs": {}
+        "stream_options": null, "chat_template_kwargs": {}, "stop_token_ids": [], "bad_words": [], "guided_json": null,
+        "echo": false, "include_stop_str_in_output": false, "prompt_logprobs": null
     });
     let full = submitted(&mut server, full).await;
     assert_eq!((full.prompt, full.sampling, full.max_tokens), (plain.prompt, plain.sampling, plain.max_tokens));

@@ -71,7 +71,7 @@ async fn prefixes_are_shared_only_within_key_and_salt() {
     let keys = ["first-key", "second-key"];
     let mut config = config();
     config.api_keys = phalanx_coordinator::api::ApiKeys::new(keys);
-    let mut server = start(config, |_| Ok(vec![Play::Finish(FinishReason::Length, 0)])).await;
+    let mut server = start(config, |_| Ok(vec![Play::Finish(FinishReason::Length)])).await;
     let mut salts = Vec::new();
     for key in keys {
         for salt in [json!(null), json!("a"), json!("b")] {
@@ -94,7 +94,7 @@ async fn likely(text: &str, stop: &'static str) -> (Server, Vec<TokenId>) {
             let logprobs = TokenLogprobs { logprob: -f32::from(i), top: vec![(TokenId(13), f32::NEG_INFINITY)] };
             Play::Likely(vec![token], vec![logprobs])
         })
-        .chain([Play::Finish(FinishReason::Stop(special::RETURN), 0)])
+        .chain([Play::Finish(FinishReason::Stop(special::RETURN))])
         .collect();
     assert!(stop.is_empty() || text.contains(stop));
     (start(config(), move |_| Ok(plays.clone())).await, tokens)

@@ -54,7 +54,7 @@ async fn a_piece_is_sent_before_the_next_token_exists() {
             Play::Tokens(harmony("<|channel|>final<|message|>first")),
             Play::Wait(Arc::clone(&wait)),
             Play::Tokens(harmony(" second")),
-            Play::Finish(FinishReason::Stop(special::RETURN), 0),
+            Play::Finish(FinishReason::Stop(special::RETURN)),
         ])
     })
     .await;
@@ -70,7 +70,8 @@ async fn a_call_comes_in_pieces() {
     let server =
         start_writing("<|channel|>commentary to=functions.add<|constrain|>json<|message|>{\"a\": 3, \"b\": 4}<|call|>")
             .await;
-    let chunks = server.ask(json!({"stream": true})).await.chunks();
+    let tools = json!([{"type": "function", "function": {"name": "add"}}]);
+    let chunks = server.ask(json!({"stream": true, "tools": tools})).await.chunks();
     let calls: Vec<&Value> = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"].get("tool_calls")).collect();
     let first = &calls[0][0];
     assert!(first["id"].as_str().unwrap().starts_with("call_"));
@@ -115,7 +116,7 @@ async fn choices_are_told_apart() {
     let server = start(config(), |request| {
         let text = format!("<|channel|>final<|message|>choice {}", request.sampling.choice);
         let tokens = harmony(&text).into_iter().map(|token| Play::Tokens(vec![token]));
-        Ok(tokens.chain([Play::Finish(FinishReason::Stop(special::RETURN), 0)]).collect())
+        Ok(tokens.chain([Play::Finish(FinishReason::Stop(special::RETURN))]).collect())
     })
     .await;
     let chunks = server.ask(json!({"stream": true, "n": 2, "stream_options": {"include_usage": true}})).await.chunks();
@@ -134,7 +135,7 @@ async fn a_silent_stream_carries_comments() {
     let gate = Arc::new(Notify::new());
     let wait = Arc::clone(&gate);
     let server = start(config, move |_| {
-        Ok(vec![Play::Wait(Arc::clone(&wait)), Play::Finish(FinishReason::Stop(special::RETURN), 0)])
+        Ok(vec![Play::Wait(Arc::clone(&wait)), Play::Finish(FinishReason::Stop(special::RETURN))])
     })
     .await;
     let mut stream = server.connect(&post_bytes(question(json!({"stream": true})).to_string().as_bytes())).await;

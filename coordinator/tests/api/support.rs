@@ -32,7 +32,9 @@ pub(crate) enum Play {
     Wait(Arc<Notify>),
     /// Waits until nobody listens.
     UntilCancelled,
-    Finish(FinishReason, u32),
+    /// Begins, with so many tokens of the prompt from the cache.
+    Begin(u32),
+    Finish(FinishReason),
     Fail(EngineError),
 }
 
@@ -100,9 +102,10 @@ pub(crate) async fn start(
                             }
                             cancel.send(()).ok();
                         }
-                        Play::Finish(reason, cached_tokens) => {
-                            events.send(GenerateEvent::Finished { reason, cached_tokens });
+                        Play::Begin(cached_tokens) => {
+                            events.send(GenerateEvent::Started { cached_tokens });
                         }
+                        Play::Finish(reason) => drop(events.send(GenerateEvent::Finished { reason })),
                         Play::Fail(error) => drop(events.send(GenerateEvent::Failed(error))),
                     }
                 }
@@ -129,7 +132,7 @@ pub(crate) fn writing(text: &str) -> Vec<Play> {
     let mut tokens = harmony(text);
     let stop = tokens.pop_if(|token| special::STOP.contains(token));
     let mut plays: Vec<Play> = tokens.into_iter().map(|token| Play::Tokens(vec![token])).collect();
-    plays.push(Play::Finish(stop.map_or(FinishReason::Length, FinishReason::Stop), 0));
+    plays.push(Play::Finish(stop.map_or(FinishReason::Length, FinishReason::Stop)));
     plays
 }
 
