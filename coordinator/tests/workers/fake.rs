@@ -55,7 +55,7 @@ pub(crate) struct Fake {
 pub(crate) struct Seen {
     pub(crate) joins: Vec<Join>,
     pub(crate) prepared: Vec<Prepare>,
-    pub(crate) releases: Vec<u64>,
+    pub(crate) releases: Vec<Release>,
     /// Steps that ran, in order.
     pub(crate) ran: Vec<u64>,
     results: BTreeMap<u64, StepResult>,
@@ -171,7 +171,7 @@ impl v1::worker_server::Worker for Fake {
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
-        self.seen.lock().unwrap().releases.push(request.into_inner().term);
+        self.seen.lock().unwrap().releases.push(request.into_inner().into());
         Ok(Response::new(v1::ReleaseReply {}))
     }
 }
