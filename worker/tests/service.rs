@@ -333,9 +333,13 @@ impl Steps {
         self.reply().await
     }
 
-    /// Why the stream ends, without another plan.
+    /// Why the stream ends, without another plan. What was under way may be answered before.
     async fn end(mut self) -> tonic::Status {
-        self.replies.message().await.unwrap_err()
+        loop {
+            if let Err(why) = self.replies.message().await {
+                return why;
+            }
+        }
     }
 
     /// Sends a plan that ends the stream.
@@ -829,6 +833,7 @@ async fn a_message_too_long_is_refused_and_the_worker_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_of_a_gibibyte_is_refused_at_once() {
     let worker = worker(None).await;
+    join(&mut client(&worker).await, 1, 1).await.unwrap();
     for call in ["Join", "Prepare", "Steps", "Health", "Release"] {
         let stream = TcpStream::connect(worker.address).await.unwrap();
         let (mut client, connection) = h2::client::handshake(stream).await.unwrap();

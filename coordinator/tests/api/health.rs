@@ -111,9 +111,10 @@ async fn every_label_set_exists_from_the_start() {
     expected.extend(
         Phase::ALL.map(|phase| format!("phalanx_step_seconds_count{{engine=\"0\",phase=\"{}\"}} 0", phase.name())),
     );
-    expected.extend(CellState::NAMES.map(|state| {
-        format!("phalanx_cell_state{{engine=\"0\",state=\"{state}\"}} {}", u32::from(state == "ok"))
-    }));
+    expected.extend(
+        CellState::NAMES
+            .map(|state| format!("phalanx_cell_state{{engine=\"0\",state=\"{state}\"}} {}", u32::from(state == "ok"))),
+    );
     expected.extend(WorkerState::ALL.map(|state| format!("phalanx_cell_workers{{state=\"{}\"}} 0", state.name())));
     for line in expected {
         assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");

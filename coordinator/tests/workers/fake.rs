@@ -16,7 +16,7 @@ use phalanx_proto::{
 };
 use phalanx_wire::token::CheckToken;
 use phalanx_wire::v1::worker_server::WorkerServer;
-use phalanx_wire::{Description, Health, Join, Prepare, PrepareEvent, StepReply, VERSION, v1};
+use phalanx_wire::{Description, Health, Join, Prepare, PrepareEvent, Release, StepReply, VERSION, v1};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;

@@ -83,7 +83,8 @@ impl v1::worker_server::Worker for Calls {
         let tenure = self.shared.ask(&request).map_err(Status::failed_precondition)?;
         let (events, answers) = mpsc::channel(EVENTS_WAITING);
         let last = events.clone().reserve_owned().await.expect("the receiver is at hand");
-        let mut asker = Asker { shared: Arc::clone(&self.shared), commands: self.commands.clone(), tenure, waits: true };
+        let mut asker =
+            Asker { shared: Arc::clone(&self.shared), commands: self.commands.clone(), tenure, waits: true };
         self.command(Command::Prepare { request, tenure: asker.tenure.clone(), events, last }).await?;
         let answers = ReceiverStream::new(answers).map(move |event| {
             asker.hears(&event);
@@ -134,7 +135,9 @@ impl Shared {
         );
         let Some(held) = held.as_mut().filter(|held| (held.owner.cell, held.owner.term) == (*cell, fence.term)) else {
             let term = fence.term.0;
-            return Err(format!("cell {cell} term {term} must join before it prepares; this worker belongs to {theirs}"));
+            return Err(format!(
+                "cell {cell} term {term} must join before it prepares; this worker belongs to {theirs}"
+            ));
         };
         match held.asked {
             Some((epoch, other)) if epoch == fence.epoch && other != *rank => {

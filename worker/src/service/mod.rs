@@ -74,12 +74,8 @@ pub trait Host: Send + 'static {
     ///
     /// # Errors
     /// What does not load, or which rank cannot be reached. There is no epoch afterwards.
-    fn prepare(
-        &mut self,
-        request: &Prepare,
-        tenure: &Tenure,
-        on_progress: &dyn Fn(Progress),
-    ) -> Result<u64, HostError>;
+    fn prepare(&mut self, request: &Prepare, tenure: &Tenure, on_progress: &dyn Fn(Progress))
+    -> Result<u64, HostError>;
 
     /// Begins a step of the epoch, unless it ran before. The one before may still be under way.
     ///

@@ -25,10 +25,20 @@ type Event = Result<PrepareEvent, Status>;
 
 /// What the thread is asked to do. Every answer has its place already, so giving it never waits.
 pub(super) enum Command {
-    Prepare { request: Prepare, tenure: Tenure, events: Sender<Event>, last: OwnedPermit<Event> },
-    Step { plan: Result<StepPlan, WireError>, reply: Reply },
+    Prepare {
+        request: Prepare,
+        tenure: Tenure,
+        events: Sender<Event>,
+        last: OwnedPermit<Event>,
+    },
+    Step {
+        plan: Result<StepPlan, WireError>,
+        reply: Reply,
+    },
     /// Drops the epoch, if it is of a tenure that is over.
-    Release { done: oneshot::Sender<()> },
+    Release {
+        done: oneshot::Sender<()>,
+    },
 }
 
 pub(super) struct ModelThread<H> {

@@ -89,7 +89,9 @@ fn controls(n: u32) -> Vec<Tcp> {
     std::thread::scope(|scope| {
         let join = |(rank, listener)| {
             let peers = &peers;
-            scope.spawn(move || tcp::connect(listener, group, Rank(rank), peers, 4096, Instant::now() + PATIENCE, &Tenure::default()))
+            scope.spawn(move || {
+                tcp::connect(listener, group, Rank(rank), peers, 4096, Instant::now() + PATIENCE, &Tenure::default())
+            })
         };
         let threads: Vec<_> = (0u32..).zip(&listeners).map(join).collect();
         threads.into_iter().map(|thread| thread.join().unwrap().unwrap()).collect()
