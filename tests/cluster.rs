@@ -220,7 +220,8 @@ fn the_workers_that_are_left_by_one_that_hangs_serve_again() {
     assert!(stream.last().unwrap().contains("worker 1"));
     assert_eq!(first.ended(), Some(1));
     let log = first.log();
-    assert!(!log.contains("rank 0 at") && !log.contains("rank 2 at"), "the others answer: {log}");
+    let late = log.lines().filter(|line| line.contains("release")).any(|line| !line.contains("rank 1 at"));
+    assert!(!late, "the others answer: {log}");
     another_term();
     Running::coordinator(&[&workers[0], &workers[2]]).ready();
 }
