@@ -115,8 +115,10 @@ impl v1::worker_server::Worker for Calls {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
         let Release { cell, term, instance } = request.into_inner().into();
-        // What belongs to another has nothing of this one's any more.
-        self.shared.held().take_if(|held| held.owner == Owner { cell, term, instance });
+        if !self.shared.release(Owner { cell, term, instance }) {
+            // What belongs to another has nothing of this one's any more.
+            return Ok(Response::new(v1::ReleaseReply {}));
+        }
         let (done, released) = oneshot::channel();
         self.command(Command::Release { done }).await?;
         released.await.map_err(|_| Status::unavailable("the worker is ending"))?;
@@ -125,6 +127,16 @@ impl v1::worker_server::Worker for Calls {
 }
 
 impl Shared {
+    /// Ends the tenure of `owner`. False if the worker belongs to another.
+    fn release(&self, owner: Owner) -> bool {
+        let mut held = self.held();
+        let is_theirs = held.as_ref().is_none_or(|held| held.owner == owner);
+        if is_theirs {
+            *held = None;
+        }
+        is_theirs
+    }
+
     /// Notes that an epoch is to be prepared, by whom the worker belongs to, and once.
     fn ask(&self, request: &Prepare) -> Result<Tenure, String> {
         let Prepare { cell, fence, rank, .. } = request;
