@@ -10,9 +10,11 @@ use futures::future::{join_all, try_join_all};
 use indicatif::ProgressBar;
 use phalanx_coordinator::api::{self, ApiConfig, ApiLimits, App};
 use phalanx_coordinator::driver::{CellInfo, Driver};
-use phalanx_coordinator::engine_client;
+use phalanx_coordinator::engine_client::{self, CellState, CellStatus};
 use phalanx_coordinator::metrics::Metrics;
-use phalanx_coordinator::workers::{CellOptions, Forming, MemoryPools, WorkerHandle, Workers, form_cell, release_all};
+use phalanx_coordinator::workers::{
+    CellOptions, Forming, MemoryPools, Release, WorkerError, WorkerHandle, Workers, form_cell, release_all,
+};
 use phalanx_planner::Engine;
 use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware};
 use phalanx_proto::{CellId, Epoch, Rank, Term, TokenId};
@@ -72,6 +74,17 @@ pub async fn interrupted() -> u8 {
     }
 }
 
+/// Waits until a server is asked to end, or has `failed`.
+///
+/// # Errors
+/// It has failed.
+pub async fn asked_to_end(failed: impl Future<Output = String>) -> Result<()> {
+    tokio::select! {
+        _ = interrupted() => Ok(()),
+        why = failed => bail!("there is no cell left to serve with: {why}; start the server again"),
+    }
+}
+
 /// What a coordinator serves and with whom.
 #[derive(Debug)]
 pub struct ServerOptions {
@@ -93,8 +106,9 @@ pub struct ServerOptions {
 pub struct Server {
     address: SocketAddr,
     model: String,
-    workers: Vec<WorkerHandle>,
-    term: Term,
+    /// Of each cell, and what gives them back.
+    workers: Vec<(Vec<WorkerHandle>, Release)>,
+    cells: Vec<watch::Receiver<CellStatus>>,
     drain: watch::Sender<bool>,
     shutdown: watch::Sender<bool>,
     drivers: Vec<JoinHandle<()>>,
@@ -120,7 +134,6 @@ impl Server {
         let term = Term(SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs()));
         let formed = form_cells(&options, term, &progress).await?;
         let ServerOptions { api, engine, .. } = options;
-        check_same_model(&formed)?;
         let Some(Workers { model, config, limits, layout, .. }) = formed.first() else {
             bail!("there is no cell; name at least one worker");
         };
@@ -145,9 +158,9 @@ impl Server {
         let metrics = Arc::new(Metrics::new(&model, formed.len()));
         let (client, commands) = engine_client::channels(formed.len(), submissions as usize);
         let (drain, draining) = watch::channel(false);
-        let (mut workers, mut drivers) = (Vec::new(), Vec::new());
+        let (mut workers, mut cells, mut drivers) = (Vec::new(), Vec::new(), Vec::new());
         for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
-            let Workers { fence, config, numerics, layout, limits, handles, link, .. } = formed;
+            let Workers { fence, config, numerics, layout, limits, handles, release, link, .. } = formed;
             let mut engine = Engine::new(engine.config(&config, limits, layout.ep, &numerics), fence);
             // Whatever the hardware is, the engine learns how much slower or faster than this.
             let cost = Cost::new(&config, layout, Formats::BF16, Hardware::CPU_2_CORES);
@@ -161,7 +174,8 @@ impl Server {
             drivers.push(tokio::spawn(driver.run(draining.clone())));
             // The driver's first word is that the cell is ready.
             ready.changed().await.context("the driver ended at once")?;
-            workers.extend(handles);
+            workers.push((handles, release));
+            cells.push(ready);
         }
         // Reading the vocabulary takes a while.
         let app = tokio::task::spawn_blocking(move || App::new(app_config, client, metrics)).await?;
@@ -176,7 +190,7 @@ impl Server {
             };
             api::serve(listener, app, asked).await;
         });
-        Ok(Self { address, model, workers, term, drain, shutdown, drivers, api })
+        Ok(Self { address, model, workers, cells, drain, shutdown, drivers, api })
     }
 
     /// Where it listens.
@@ -191,6 +205,20 @@ impl Server {
         &self.model
     }
 
+    /// Completes when every cell has failed, and says why: nothing but another start helps then.
+    pub async fn failed(&self) -> String {
+        let reasons = self.cells.iter().map(async |status| {
+            let mut status = status.clone();
+            let failed = status.wait_for(|status| matches!(status.state, CellState::Failed(_))).await;
+            match failed.as_ref().map(|status| &status.state) {
+                Ok(CellState::Failed(why)) => why.clone(),
+                // A driver that has ended was asked to.
+                _ => std::future::pending().await,
+            }
+        });
+        join_all(reasons).await.join("; ")
+    }
+
     /// Takes no more requests, finishes those there are, and lets the workers go.
     pub async fn drain(self) {
         self.drain.send_replace(true);
@@ -198,7 +226,7 @@ impl Server {
         // Both end by themselves; neither can be helped if it does not.
         drop(self.api.await);
         drop(tokio::time::timeout(DRIVER_WAIT, join_all(self.drivers)).await);
-        release_all(&self.workers, self.term, RELEASE_WAIT).await;
+        give_back(&self.workers).await;
     }
 }
 
@@ -211,24 +239,33 @@ async fn form_cells(options: &ServerOptions, term: Term, progress: &watch::Sende
         "memory of each worker: room for {} tokens of context and {} sequences, and for the experts of {} lost workers",
         limits.kv_tokens, limits.seqs_max, engine.survive
     ));
+    let cells = try_join_all((0u32..).zip(&options.cells).map(async |(cell, workers)| {
+        let connect = |worker| WorkerHandle::connect(worker, options.token.as_ref(), deadline);
+        let handles = try_join_all(workers.iter().map(|worker| connect(worker))).await?;
+        let (epoch, survive) = (Epoch(1), engine.survive);
+        let cell = CellOptions { cell: CellId(cell), term, instance, epoch, survive, prepare_wait: PREPARE_WAIT };
+        Ok::<_, WorkerError>((handles, cell))
+    }))
+    .await?;
     let (pools, bar) = (MemoryPools::default(), Mutex::new(LoadingBar::new(progress)));
-    let formed = try_join_all((0u32..).zip(&options.cells).map(|(cell, workers)| {
-        let (pools, bar) = (&pools, &bar);
-        async move {
-            let mut handles = Vec::with_capacity(workers.len());
-            for worker in workers {
-                handles.push(WorkerHandle::connect(worker, options.token.as_ref(), deadline).await?);
-            }
-            let (epoch, survive) = (Epoch(1), engine.survive);
-            let cell = CellOptions { cell: CellId(cell), term, instance, epoch, survive, prepare_wait: PREPARE_WAIT };
-            let mut on_event = |event| bar.lock().unwrap_or_else(PoisonError::into_inner).show(cell.cell, event);
-            let formed = form_cell(handles, cell, |model, _| limits.limits(model), pools, &mut on_event).await;
-            Ok::<_, anyhow::Error>(formed?)
-        }
+    let formed = try_join_all(cells.iter().map(async |(handles, cell)| {
+        let mut on_event = |event| bar.lock().unwrap_or_else(PoisonError::into_inner).show(cell.cell, event);
+        form_cell(handles.clone(), *cell, |model, _| limits.limits(model), &pools, &mut on_event).await
     }))
     .await;
     bar.lock().unwrap_or_else(PoisonError::into_inner).finish();
+    let formed = formed.map_err(anyhow::Error::from).and_then(|formed| check_same_model(&formed).map(|()| formed));
+    if formed.is_err() {
+        // Also those of cells that stood already.
+        let cells: Vec<_> = cells.into_iter().map(|(handles, cell)| (handles, cell.release())).collect();
+        give_back(&cells).await;
+    }
     formed
+}
+
+/// Gives the workers of all cells back.
+async fn give_back(cells: &[(Vec<WorkerHandle>, Release)]) {
+    join_all(cells.iter().map(|(handles, release)| release_all(handles, *release, RELEASE_WAIT))).await;
 }
 
 /// Two handles of one listener.
@@ -325,6 +362,11 @@ impl LocalServer {
         self.server.model()
     }
 
+    /// See [`Server::failed`].
+    pub async fn failed(&self) -> String {
+        self.server.failed().await
+    }
+
     /// Takes no more requests, finishes those there are, and ends the workers.
     pub async fn drain(self) {
         self.server.drain().await;
@@ -382,7 +424,12 @@ impl<'a> LoadingBar<'a> {
                 advance(&self.bar, sum.0, sum.1);
                 self.progress.send_replace(format!("{:.0} of {:.0} MiB are read", mib(sum.0), mib(sum.1)));
             }
-            Forming::Joined { .. } | Forming::Loading { .. } | Forming::Ready { .. } => {}
+            // Nothing is counted where ranks wait for each other.
+            Forming::Loading { rank, progress } => {
+                self.bar.set_message(progress.stage.clone());
+                self.progress.send_replace(format!("cell {cell} rank {rank} is {}", progress.stage));
+            }
+            Forming::Joined { .. } | Forming::Ready { .. } => {}
         }
     }
 

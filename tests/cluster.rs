@@ -6,10 +6,12 @@
 #[allow(dead_code, reason = "other test binaries use the rest")]
 mod server;
 
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use server::{Serve, chat, kill, runs, until};
+use tempfile::NamedTempFile;
 
 const QUESTION: &str = "What is 17 + 18?";
 
@@ -112,37 +114,33 @@ fn a_killed_worker_is_named_and_nothing_hangs() {
         let message = last["error"]["message"].as_str().unwrap_or_default();
         assert!(message.contains("worker 1"), "the last event names the worker: {rest:?}");
     }
-    let (status, ready) = serve.get("/readyz");
-    assert_eq!(status, 503);
-    assert!(ready.contains("worker 1"), "{ready}");
-    let (status, refused) = serve.post("/v1/chat/completions", &chat(QUESTION));
-    assert_eq!(status, 503, "{refused}");
-    assert!(refused["error"]["message"].as_str().unwrap().contains("worker 1"), "{refused}");
-    serve.signal("TERM");
+    // A cell does not outlive its worker, and whoever supervises the server starts it again.
+    assert_eq!(serve.ended(), Some(1));
+}
+
+/// As systemd does it.
+#[test]
+fn a_server_drains_when_its_workers_are_signalled_too() {
+    let mut serve = Serve::start(&["--workers", "2"]);
+    let ask = json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": "Tell me a story."}],
+                     "stream": true, "temperature": 0});
+    let mut stream = serve.stream(&ask);
+    stream.next().unwrap();
+    for pid in [vec![serve.child.id()], serve.workers()].concat() {
+        kill(pid, "TERM");
+    }
+    let rest: Vec<String> = stream.collect();
+    assert_eq!(rest.last().map(String::as_str), Some("[DONE]"), "{rest:?}");
     assert_eq!(serve.ended(), Some(0));
 }
 
 #[test]
 fn a_coordinator_serves_with_workers_that_run_already() {
-    let token = "a-token-for-this-test";
-    let worker = |token: &str| {
-        let mut child = phalanx()
-            .args(["worker", "--threads", "1", "--cluster-token", token])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
-        let address = line.split(" on ").nth(1).and_then(|rest| rest.split(';').next()).unwrap().to_owned();
-        (Ended(child), address)
-    };
-    let (one, two) = (worker(token), worker(token));
+    let (one, two) = (Running::worker(), Running::worker());
     let coordinator = |token: &str| {
         let mut command = phalanx();
-        command
-            .args(["coordinator", "--listen", "127.0.0.1:0", "--cluster-token", token])
-            .args(["--worker", &one.1, "--worker", &two.1])
-            .stdout(Stdio::piped());
+        command.args(["coordinator", "--listen", "127.0.0.1:0", "--cluster-token", token]);
+        command.args(["--worker", &one.address, "--worker", &two.address]).stdout(Stdio::piped());
         command
     };
     let refused = coordinator("another-token-of-another").output().unwrap();
@@ -150,16 +148,106 @@ fn a_coordinator_serves_with_workers_that_run_already() {
 
     // The second one finds workers whose first coordinator was killed; terms are counted in seconds.
     for _ in 0..2 {
-        let mut served = Ended(coordinator(token).spawn().unwrap());
-        let mut line = String::new();
-        let stdout = served.0.stdout.as_mut().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
-        let url = line.split(" on ").nth(1).and_then(|rest| rest.split("/v1").next());
-        let url = url.unwrap_or_else(|| panic!("the coordinator announced {line:?}"));
-        let out = phalanx().args(["chat", "--url", url, QUESTION]).output().unwrap();
+        let served = Running::coordinator(&[&one, &two]);
+        let out = phalanx().args(["chat", "--url", &served.ready(), QUESTION]).output().unwrap();
         assert!(String::from_utf8_lossy(&out.stdout).contains("35"), "{out:?}");
         drop(served);
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        another_term();
+    }
+}
+
+/// Whom a worker waits for while an epoch is prepared may be lost: another coordinator gets it at once.
+#[test]
+fn a_worker_that_waits_for_one_that_was_killed_can_be_taken() {
+    let (one, mut two) = (Running::worker(), Running::worker());
+    let mut first = Running::coordinator(&[&one, &two]);
+    until("the worker is taken", || two.log().contains("joined"));
+    two.end();
+    assert_eq!(first.ended(), Some(1), "{}", first.log());
+    another_term();
+    let three = Running::worker();
+    Running::coordinator(&[&one, &three]).ready();
+}
+
+#[test]
+fn a_worker_under_two_names_is_refused_and_can_be_taken_again() {
+    let one = Running::worker();
+    let other_name = one.address.replace("127.0.0.1", "localhost");
+    let mut twice = Running::coordinator_of(&["--worker", &one.address, "--worker", &other_name]);
+    assert_eq!(twice.ended(), Some(1));
+    assert!(twice.log().contains("name each worker once"), "{}", twice.log());
+    for cells in ["1", "2"] {
+        let mut twice =
+            Running::coordinator_of(&["--replicas", cells, "--worker", &one.address, "--worker", &one.address]);
+        assert_eq!(twice.ended(), Some(1));
+        assert!(twice.log().contains("is named twice"), "{}", twice.log());
+    }
+    another_term();
+    Running::coordinator(&[&one]).ready();
+}
+
+/// One of two coordinators of the same second: it is refused, and lets the workers of the other be.
+#[test]
+fn a_coordinator_that_is_refused_takes_nothing_from_the_other() {
+    let one = Running::worker();
+    // Two coordinators of one term: tried until both start within the same second.
+    for _ in 0..20 {
+        let first = Running::coordinator(&[&one]);
+        let mut second = Running::coordinator(&[&one]);
+        until("one of them is refused or takes over", || second.has_ended() || second.announced().is_some());
+        if second.has_ended() {
+            let refusal = second.log();
+            assert!(refusal.contains("stop the other coordinator"), "{refusal}");
+            let out = phalanx().args(["chat", "--url", &first.ready(), QUESTION]).output().unwrap();
+            assert!(String::from_utf8_lossy(&out.stdout).contains("35"), "{out:?}\n{}", first.log());
+            return;
+        }
+        another_term();
+    }
+    panic!("no two coordinators started within one second");
+}
+
+/// A worker hangs in a step, and those that wait for it there are let go at once.
+#[test]
+fn the_workers_that_are_left_by_one_that_hangs_serve_again() {
+    let workers = [Running::worker(), Running::worker(), Running::worker()];
+    let mut first = Running::coordinator(&[&workers[0], &workers[1], &workers[2]]);
+    let ask = json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": "Tell me a story."}],
+                     "stream": true, "temperature": 2.0, "seed": 1, "n": 8});
+    let mut stream = server::stream(&first.ready(), &ask);
+    stream.next().unwrap();
+    kill(workers[1].child.id(), "STOP");
+    assert!(stream.last().unwrap().contains("worker 1"));
+    assert_eq!(first.ended(), Some(1));
+    let log = first.log();
+    let late = log.lines().filter(|line| line.contains("release")).any(|line| !line.contains("rank 1 at"));
+    assert!(!late, "the others answer: {log}");
+    another_term();
+    Running::coordinator(&[&workers[0], &workers[2]]).ready();
+}
+
+#[test]
+fn an_idle_coordinator_whose_workers_are_taken_over_says_so_and_ends() {
+    let one = Running::worker();
+    let mut first = Running::coordinator(&[&one]);
+    first.ready();
+    another_term();
+    let second = Running::coordinator(&[&one]);
+    let url = second.ready();
+    assert_eq!(first.ended(), Some(1));
+    assert!(first.log().contains("belongs to cell 0 under term"), "{}", first.log());
+    let out = phalanx().args(["chat", "--url", &url, QUESTION]).output().unwrap();
+    assert!(String::from_utf8_lossy(&out.stdout).contains("35"), "{out:?}");
+}
+
+#[test]
+fn where_one_cell_cannot_be_the_workers_of_the_others_are_given_back() {
+    let (one, other) = (Running::worker(), Running::worker_with(&["--precision", "exact"]));
+    let mut first = Running::coordinator_of(&["--replicas", "2", "--worker", &one.address, "--worker", &other.address]);
+    assert_eq!(first.ended(), Some(1));
+    assert!(first.log().contains("give all workers the same model"), "{}", first.log());
+    for worker in [one, other] {
+        assert!(worker.log().contains("released"), "{}", worker.log());
     }
 }
 
@@ -172,13 +260,91 @@ fn beyond_loopback_a_token_is_needed() {
     }
 }
 
-/// A process that ends with its test.
-struct Ended(std::process::Child);
+/// Until the next coordinator has a higher term than the last: terms are counted in seconds.
+fn another_term() {
+    std::thread::sleep(Duration::from_secs(1));
+}
 
-impl Drop for Ended {
+/// A worker or coordinator, which ends with its test.
+struct Running {
+    child: Child,
+    address: String,
+    log: NamedTempFile,
+    out: NamedTempFile,
+}
+
+const TOKEN: &str = "a-token-for-this-test";
+
+impl Running {
+    fn start(args: &[&str]) -> Self {
+        let (out, log) = (NamedTempFile::new().unwrap(), NamedTempFile::new().unwrap());
+        let child = phalanx()
+            .args(args)
+            .args(["--cluster-token", TOKEN, "--log", "info"])
+            .stdin(Stdio::null())
+            .stdout(out.reopen().unwrap())
+            .stderr(log.reopen().unwrap())
+            .spawn()
+            .unwrap();
+        Self { child, address: String::new(), log, out }
+    }
+
+    fn worker() -> Self {
+        Self::worker_with(&[])
+    }
+
+    fn worker_with(args: &[&str]) -> Self {
+        let mut worker = Self::start(&[&["worker", "--threads", "1"], args].concat());
+        until("the worker listens", || worker.announced().is_some());
+        worker.address = worker.announced().unwrap();
+        worker
+    }
+
+    fn coordinator(workers: &[&Self]) -> Self {
+        let workers: Vec<&str> = workers.iter().flat_map(|worker| ["--worker", &worker.address]).collect();
+        Self::coordinator_of(&workers)
+    }
+
+    fn coordinator_of(args: &[&str]) -> Self {
+        Self::start(&[&["coordinator", "--listen", "127.0.0.1:0"], args].concat())
+    }
+
+    /// Where it says that it listens.
+    fn announced(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.out.path()).unwrap();
+        let address = text.split(" on ").nth(1)?.split_once([';', ',']).map(|(address, _)| address)?;
+        Some(address.trim_end_matches("/v1").to_owned())
+    }
+
+    /// Waits until a coordinator serves; gives its URL.
+    fn ready(&self) -> String {
+        until("the coordinator serves", || self.announced().is_some());
+        self.announced().unwrap()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Waits for its end; gives its exit code.
+    fn ended(&mut self) -> Option<i32> {
+        until("the process ends", || self.has_ended());
+        self.child.wait().unwrap().code()
+    }
+
+    fn end(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
+        self.end();
     }
 }
 

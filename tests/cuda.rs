@@ -27,6 +27,7 @@ use phalanx_worker::device::{Device, GpuReport, Gpus, Processor};
 use phalanx_worker::host::ModelHost;
 use phalanx_worker::rank::LoadedModel;
 use phalanx_worker::service::{Host, NoResult};
+use phalanx_worker::tenure::Tenure;
 use support::golden::{Golden, assert_close, assert_like_bf16};
 use support::{Given, Setup, bits, fixture, request, run};
 
@@ -262,7 +263,7 @@ fn hosts(gpus: &[&'static EmulatedGpus], setup: Setup, checkpoint: &Arc<Checkpoi
         for (rank, host) in (0..).map(Rank).zip(&mut hosts) {
             let (placement, peers) = (placement.clone(), peers.clone());
             let prepare = Prepare { fence, cell: CellId(0), rank, layout, placement, limits, peers };
-            scope.spawn(move || assert!(host.prepare(&prepare, &|_| ()).unwrap() > 0));
+            scope.spawn(move || assert!(host.prepare(&prepare, &Tenure::default(), &|_| ()).unwrap() > 0));
         }
     });
     let engine = EngineConfig { depth: 1, prefix_cache: false, ..EngineConfig::new(config, limits, setup.workers) };

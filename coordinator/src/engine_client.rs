@@ -164,6 +164,22 @@ pub enum CellState {
     Failed(String),
 }
 
+impl CellState {
+    /// Every name, in the order of a cell's life.
+    pub const NAMES: [&str; 4] = ["loading", "ok", "draining", "failed"];
+
+    /// The name in health reports and metrics.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Loading(_) => Self::NAMES[0],
+            Self::Ready => Self::NAMES[1],
+            Self::Draining => Self::NAMES[2],
+            Self::Failed(_) => Self::NAMES[3],
+        }
+    }
+}
+
 /// What a worker is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WorkerState {

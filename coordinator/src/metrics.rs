@@ -13,7 +13,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::engine_client::{CellStatus, WorkerState};
+use crate::engine_client::{CellState, CellStatus, WorkerState};
 use crate::harmony::{RepairKind, Repairs};
 
 /// Seconds to the first token.
@@ -125,6 +125,7 @@ pub struct CellMetrics {
     bytes_sent: IntCounter,
     bytes_received: IntCounter,
     epoch: IntGauge,
+    states: [IntGauge; CellState::NAMES.len()],
 }
 
 /// A counter that follows a total kept elsewhere.
@@ -245,6 +246,9 @@ impl Metrics {
         for (metrics, status) in self.cells.iter().zip(cells) {
             metrics.running.set(f64::from(status.running));
             metrics.waiting.set(f64::from(status.waiting));
+            for (gauge, name) in metrics.states.iter().zip(CellState::NAMES) {
+                gauge.set(i64::from(status.state.name() == name));
+            }
             metrics.epoch.set(i64::try_from(status.epoch.0).unwrap_or(i64::MAX));
         }
         for state in WorkerState::ALL {
@@ -347,6 +351,10 @@ impl CellMetrics {
                         .const_label("engine", engine),
                 ),
             ),
+            states: CellState::NAMES.map(|state| {
+                let state = Opts::new("phalanx_cell_state", "1 for what the cell is doing").const_label("state", state);
+                register(registry, IntGauge::with_opts(state.const_label("engine", engine)))
+            }),
         }
     }
 

@@ -1,5 +1,6 @@
 //! `phalanx coordinator`: a server whose workers run already.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -43,13 +44,17 @@ pub struct CoordinatorArgs {
 /// Runs `phalanx coordinator`.
 ///
 /// # Errors
-/// A worker cannot be reached or refuses, or the address is taken.
+/// A worker cannot be reached or refuses, the address is taken, or every cell has failed.
 pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
         let (count, replicas) = (args.workers.len(), args.replicas as usize);
         if !count.is_multiple_of(replicas) {
             bail!("{count} workers cannot be divided evenly among {replicas} cells; name a multiple of {replicas}");
+        }
+        let mut names = BTreeSet::new();
+        if let Some(twice) = args.workers.iter().find(|worker| !names.insert(*worker)) {
+            bail!("the worker at {twice} is named twice; name each worker once");
         }
         let workers = count / replicas;
         let options = ServerOptions {
@@ -66,8 +71,8 @@ pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
         };
         let cells = cells(args.replicas, u32::try_from(workers).unwrap_or(u32::MAX));
         say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
-        server::interrupted().await;
+        let asked = server::asked_to_end(server.failed()).await;
         server.drain().await;
-        Ok(ExitCode::SUCCESS)
+        asked.map(|()| ExitCode::SUCCESS)
     })
 }

@@ -99,7 +99,7 @@ pub fn cells(replicas: u32, workers: u32) -> String {
 /// Runs `phalanx serve`.
 ///
 /// # Errors
-/// A worker does not start, or the address is taken.
+/// A worker does not start, the address is taken, or every cell has failed.
 pub fn run(args: ServeArgs) -> Result<ExitCode> {
     let runtime = server::runtime()?;
     runtime.block_on(async {
@@ -124,8 +124,8 @@ pub fn run(args: ServeArgs) -> Result<ExitCode> {
         };
         let cells = cells(args.replicas, args.workers);
         say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
-        server::interrupted().await;
+        let asked = server::asked_to_end(server.failed()).await;
         server.drain().await;
-        Ok(ExitCode::SUCCESS)
+        asked.map(|()| ExitCode::SUCCESS)
     })
 }

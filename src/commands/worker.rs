@@ -14,6 +14,7 @@ use phalanx_worker::host::ModelHost;
 use phalanx_worker::{process, service};
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{DeviceArgs, ExchangeArgs, LOOPBACK_ANY_PORT, TokenArgs};
 use crate::commands::{note, say, say_json};
@@ -66,14 +67,10 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
         let address = listener.local_addr()?;
         if args.child {
             say_json(&json!({"address": address.to_string()}))?;
-            let parent = process::parent_gone()?;
-            let ended = async {
-                tokio::select! {
-                    () = parent => {}
-                    _ = server::interrupted() => {}
-                }
-            };
-            service::serve(listener, host, token, ended).await?;
+            // A supervisor that ends the parent signals the whole group, and requests are to be finished first: the
+            // parent says when. Handled once, the signals do nothing any more.
+            drop((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?));
+            service::serve(listener, host, token, process::parent_gone()?).await?;
         } else {
             say(format_args!("worker of {} on {address}; give it to `phalanx coordinator --worker`", args.model))?;
             note(&choice);

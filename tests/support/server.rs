@@ -62,14 +62,7 @@ impl Serve {
 
     /// Opens a stream; its lines of data come one by one.
     pub(crate) fn stream(&self, body: &Value) -> impl Iterator<Item = String> + use<> {
-        let response = agent()
-            .post(format!("{}/v1/chat/completions", self.url))
-            .header("content-type", "application/json")
-            .send(body.to_string())
-            .unwrap();
-        assert_eq!(response.status(), 200);
-        let lines = BufReader::new(response.into_body().into_reader()).lines();
-        lines.map_while(Result::ok).filter_map(|line| line.strip_prefix("data: ").map(str::to_owned))
+        stream(&self.url, body)
     }
 
     /// Waits for the end of the process and returns its exit code.
@@ -88,6 +81,18 @@ impl Drop for Serve {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// Opens a stream at a server; its lines of data come one by one.
+pub(crate) fn stream(url: &str, body: &Value) -> impl Iterator<Item = String> + use<> {
+    let response = agent()
+        .post(format!("{url}/v1/chat/completions"))
+        .header("content-type", "application/json")
+        .send(body.to_string())
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    let lines = BufReader::new(response.into_body().into_reader()).lines();
+    lines.map_while(Result::ok).filter_map(|line| line.strip_prefix("data: ").map(str::to_owned))
 }
 
 fn agent() -> ureq::Agent {

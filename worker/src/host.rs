@@ -16,6 +16,7 @@ use crate::progress::ProgressCell;
 use crate::rank::{LoadedModel, LoadedRank, Share};
 use crate::runner::StepError;
 use crate::service::{Host, HostError, NoResult};
+use crate::tenure::Tenure;
 
 /// Longest wait for the other ranks of an epoch to load and connect.
 const GATHER_WAIT: Duration = Duration::from_secs(1800);
@@ -75,7 +76,12 @@ impl Host for ModelHost {
         self.progress.clone()
     }
 
-    fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError> {
+    fn prepare(
+        &mut self,
+        request: &Prepare,
+        tenure: &Tenure,
+        on_progress: &dyn Fn(Progress),
+    ) -> Result<u64, HostError> {
         // The old epoch's memory is needed for the new one's.
         self.release();
         let Prepare { fence, cell, rank, layout, placement, limits, peers } = request;
@@ -88,7 +94,7 @@ impl Host for ModelHost {
         let group = GroupId { cell: *cell, term: fence.term, epoch: fence.epoch };
         let payload_max = payload_max(request, &self.report.backend, &self.checkpoint);
         let deadline = Instant::now() + GATHER_WAIT;
-        let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline)?;
+        let collectives = tcp::connect(&self.listener, group, *rank, peers, payload_max, deadline, tenure)?;
         let collectives = collectives.watched_by(self.progress.clone());
         let rank = model.join_over(collectives, self.device.exchange, *limits, *fence, payload_max)?;
         let allocated = rank.allocated();

@@ -10,4 +10,5 @@ pub mod progress;
 pub mod rank;
 pub mod runner;
 pub mod service;
+pub mod tenure;
 pub mod weight_cache;

@@ -13,6 +13,7 @@ use phalanx_proto::{CellId, Epoch, Rank, StepId, Term};
 use phalanx_worker::collectives::tcp::{self, ConnectError, Listener, Refusal, Tcp};
 use phalanx_worker::collectives::{GroupId, local};
 use phalanx_worker::progress::ProgressCell;
+use phalanx_worker::tenure::Tenure;
 
 #[macro_use]
 mod promises;
@@ -52,7 +53,7 @@ fn soon() -> Instant {
 }
 
 fn join(listener: &Listener, rank: u32, peers: &[SocketAddr]) -> Result<Tcp, ConnectError> {
-    tcp::connect(listener, group(5), Rank(rank), peers, PAYLOAD_MAX, Instant::now() + PATIENCE)
+    tcp::connect(listener, group(5), Rank(rank), peers, PAYLOAD_MAX, Instant::now() + PATIENCE, &Tenure::default())
 }
 
 fn tcp_group(n: u32) -> Vec<Tcp> {
@@ -81,7 +82,7 @@ fn refused_then_joined(stranger: impl Fn(&[SocketAddr]) -> ConnectError + Sync) 
 #[test]
 fn another_epoch_cell_or_size_is_refused_and_the_wait_goes_on() {
     let with = |peers: &[SocketAddr], group: GroupId| {
-        tcp::connect(&listener(), group, Rank(1), peers, PAYLOAD_MAX, soon()).unwrap_err()
+        tcp::connect(&listener(), group, Rank(1), peers, PAYLOAD_MAX, soon(), &Tenure::default()).unwrap_err()
     };
     let old = refused_then_joined(|peers| with(peers, group(4)));
     assert!(matches!(old, ConnectError::Refused { rank: Rank(0), why: Refusal::Stale }), "{old}");
@@ -101,7 +102,7 @@ fn another_token_or_none_is_refused_and_the_wait_goes_on() {
     for token in [token("a token of the clusteR"), None] {
         let refusal = refused_then_joined(|peers| {
             let listener = Listener::bind(any_port(), token.clone()).unwrap();
-            tcp::connect(&listener, group(5), Rank(1), peers, PAYLOAD_MAX, soon()).unwrap_err()
+            tcp::connect(&listener, group(5), Rank(1), peers, PAYLOAD_MAX, soon(), &Tenure::default()).unwrap_err()
         });
         assert!(matches!(refusal, ConnectError::Refused { rank: Rank(0), why: Refusal::Token }), "{refusal}");
     }
@@ -138,8 +139,40 @@ fn silent_and_chattering_strangers_do_not_keep_ranks_apart() {
 fn nobody_waits_for_ever_for_a_rank_that_never_comes() {
     let here = listener();
     let peers = [here.local_addr().unwrap(), listener().local_addr().unwrap()];
-    let error = tcp::connect(&here, group(5), Rank(0), &peers, PAYLOAD_MAX, soon()).unwrap_err();
+    let error = tcp::connect(&here, group(5), Rank(0), &peers, PAYLOAD_MAX, soon(), &Tenure::default()).unwrap_err();
     assert!(matches!(&error, ConnectError::Deadline { waiting_for, .. } if *waiting_for == [Rank(1)]), "{error}");
+}
+
+/// With hours to go, on either side of joining.
+#[test]
+fn nobody_waits_for_a_rank_on_behalf_of_a_tenure_that_is_over() {
+    let later = Instant::now() + Duration::from_secs(3600);
+    let listeners = [listener(), listener()];
+    let peers: Vec<_> = listeners.iter().map(|l| l.local_addr().unwrap()).collect();
+    let connect = |rank: u32, tenure: &Tenure| {
+        tcp::connect(&listeners[rank as usize], group(5), Rank(rank), &peers, PAYLOAD_MAX, later, tenure)
+    };
+    std::thread::scope(|scope| {
+        let (hold, tenure) = Tenure::begin();
+        let waiting = scope.spawn(move || connect(0, &tenure));
+        drop(hold);
+        let error = waiting.join().unwrap().unwrap_err();
+        assert!(matches!(&error, ConnectError::Over { waiting_for, .. } if *waiting_for == [Rank(1)]), "{error}");
+    });
+    std::thread::scope(|scope| {
+        let (hold, tenure) = Tenure::begin();
+        let zero = scope.spawn(move || connect(0, &tenure));
+        let one = connect(1, &Tenure::default()).unwrap();
+        let mut zero = zero.join().unwrap().unwrap();
+        let waiting = scope.spawn(move || {
+            zero.begin(fence(1), later);
+            swap(&mut zero, exchange(0, DISPATCH), &mut parts_from(1, 0, 2), &mut HostParts::default()).unwrap_err()
+        });
+        drop(hold);
+        let error = waiting.join().unwrap();
+        assert_eq!((&error, error.blamed()), (&CollectiveError::Over, [].as_slice()));
+        drop(one);
+    });
 }
 
 #[test]

@@ -21,6 +21,7 @@ use phalanx_wire::{
 use phalanx_worker::progress::ProgressCell;
 use phalanx_worker::runner::{Outcomes, STEPS_IN_FLIGHT};
 use phalanx_worker::service::{Host, HostError, NoResult, ServeError, serve};
+use phalanx_worker::tenure::Tenure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -43,12 +44,17 @@ const ALONE: u32 = 5;
 const FALTER: u32 = 6;
 /// Panics when it is asked whether it is done.
 const STARTLE: u32 = 7;
+/// Waits for peers that never come.
+const AWAIT: u32 = 8;
+/// Sequences of an epoch that waits for peers that never come.
+const ALONE_IN_CELL: u32 = 14;
 
 /// Counts the steps it runs, and hangs until `wake` says so.
 struct FakeHost {
     steps: Arc<Mutex<Vec<Fence>>>,
     wake: mpsc::Receiver<()>,
     progress: ProgressCell,
+    tenure: Tenure,
     outcomes: Outcomes<StepFailure>,
     /// Begun, and run when finished.
     begun: VecDeque<StepPlan>,
@@ -60,8 +66,16 @@ impl FakeHost {
             steps,
             wake,
             progress: ProgressCell::default(),
+            tenure: Tenure::default(),
             outcomes: Outcomes::new(Fence::default()),
             begun: VecDeque::new(),
+        }
+    }
+
+    /// As collectives do.
+    fn wait_for_peers(&self) {
+        while !self.tenure.is_over() {
+            std::thread::yield_now();
         }
     }
 
@@ -79,6 +93,10 @@ impl FakeHost {
                 self.progress.waiting_for([Rank(3)]);
                 self.wake.recv().unwrap();
             }
+            AWAIT => {
+                self.wait_for_peers();
+                return Err(StepFailure { fence, message: "the epoch is over".to_owned(), blamed: Vec::new() });
+            }
             _ => {}
         }
         Ok(StepResult { fence, rank: Rank(1), ..StepResult::default() })
@@ -94,12 +112,22 @@ impl Host for FakeHost {
         self.progress.clone()
     }
 
-    fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError> {
+    fn prepare(
+        &mut self,
+        request: &Prepare,
+        tenure: &Tenure,
+        on_progress: &dyn Fn(Progress),
+    ) -> Result<u64, HostError> {
         if request.limits.seqs_max == 13 {
             let cause = std::io::Error::new(ErrorKind::NotFound, "no such shard");
             return Err(Box::new(std::io::Error::other(cause)));
         }
         on_progress(Progress { stage: "experts".to_owned(), done_bytes: 1, total_bytes: 2 });
+        self.tenure = tenure.clone();
+        if request.limits.seqs_max == ALONE_IN_CELL {
+            self.wait_for_peers();
+            return Err("the peers never came".into());
+        }
         self.outcomes = Outcomes::new(request.fence);
         Ok(4096)
     }
@@ -260,8 +288,8 @@ async fn prepare(client: &mut Client, request: Prepare) -> Result<Vec<PrepareEve
     Ok(events)
 }
 
-async fn release(client: &mut Client, term: u64) -> Result<(), tonic::Status> {
-    client.release(v1::ReleaseRequest { term }).await.map(drop)
+async fn release(client: &mut Client, term: u64, instance: u64) -> Result<(), tonic::Status> {
+    client.release(v1::ReleaseRequest { term, cell: 0, instance }).await.map(drop)
 }
 
 async fn health(client: &mut Client) -> Health {
@@ -305,6 +333,15 @@ impl Steps {
         self.reply().await
     }
 
+    /// Why the stream ends, without another plan. What was under way may be answered before.
+    async fn end(mut self) -> tonic::Status {
+        loop {
+            if let Err(why) = self.replies.message().await {
+                return why;
+            }
+        }
+    }
+
     /// Sends a plan that ends the stream.
     async fn run_last(mut self, plan: StepPlan) -> tonic::Status {
         self.send(plan).await;
@@ -341,9 +378,9 @@ async fn a_worker_joins_prepares_steps_and_is_released() {
     }
     assert_eq!(health(&mut client).await.fence, fence(1, 1, 20));
 
-    release(&mut client, 1).await.unwrap();
+    release(&mut client, 1, 10).await.unwrap();
     assert_eq!(health(&mut client).await, Health { progress: health(&mut client).await.progress, ..Health::default() });
-    let refused = steps.run_last(plan(fence(1, 1, 21), OBEY)).await;
+    let refused = steps.end().await;
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert!(refused.message().contains("no epoch"), "{refused}");
 }
@@ -383,7 +420,7 @@ async fn the_next_step_begins_before_the_last_one_is_done() {
     steps.send(plan(fence(1, 2, 1), HOLD)).await;
     let before = steps.run(plan(fence(1, 3, 1), OBEY)).await.unwrap();
     assert_eq!(before.fence, fence(1, 2, 1));
-    release(&mut client, 1).await.unwrap();
+    release(&mut client, 1, 10).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -577,15 +614,95 @@ async fn the_first_coordinator_keeps_the_worker_until_a_higher_term_comes() {
     steps.run(plan(fence(5, 1, 1), OBEY)).await.unwrap();
 
     join(&mut client, 6, 11).await.unwrap();
-    let refused = steps.run_last(plan(fence(5, 1, 2), OBEY)).await;
+    let refused = steps.end().await;
     assert_eq!(refused.code(), Code::FailedPrecondition);
-    assert!(refused.message().contains("belongs to term 6"), "{refused}");
+    assert!(refused.message().contains("under term 6 now"), "{refused}");
     assert_eq!(prepare(&mut client, request(5, 2)).await.unwrap_err().code(), Code::FailedPrecondition);
-    assert_eq!(release(&mut client, 5).await.unwrap_err().code(), Code::FailedPrecondition);
+    prepare(&mut client, request(6, 1)).await.unwrap();
+    let mut steps = Steps::open(&mut client).await;
 
-    release(&mut client, 6).await.unwrap();
+    // What is another's is not released.
+    for (term, instance) in [(5, 10), (6, 10), (7, 11)] {
+        release(&mut client, term, instance).await.unwrap();
+    }
+    steps.run(plan(fence(6, 1, 1), OBEY)).await.unwrap();
+    release(&mut client, 6, 11).await.unwrap();
+    assert_eq!(steps.end().await.code(), Code::FailedPrecondition);
     join(&mut client, 1, 12).await.unwrap();
     prepare(&mut client, request(1, 1)).await.unwrap();
+}
+
+/// An epoch whose other ranks never come.
+fn alone(term: u64) -> Prepare {
+    Prepare { limits: Limits { seqs_max: ALONE_IN_CELL, ..request(1, 1).limits }, ..request(term, 1) }
+}
+
+/// A worker whose model thread waits for peers, on behalf of term 1, and the stream that says so.
+async fn waiting() -> (Worker, Client, Streaming<v1::PrepareEvent>) {
+    let worker = worker(None).await;
+    let mut client = client(&worker).await;
+    join(&mut client, 1, 10).await.unwrap();
+    let mut events = client.prepare(v1::PrepareRequest::from(alone(1))).await.unwrap().into_inner();
+    events.message().await.unwrap().expect("progress");
+    (worker, client, events)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_ends_the_wait_for_peers() {
+    let (_worker, mut client, mut events) = waiting().await;
+    release(&mut client, 1, 10).await.unwrap();
+    assert_eq!(events.message().await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(health(&mut client).await.state, WorkerState::Idle);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_higher_term_ends_the_wait_for_peers() {
+    let (_worker, mut client, _events) = waiting().await;
+    join(&mut client, 2, 11).await.unwrap();
+    prepare(&mut client, request(2, 1)).await.unwrap();
+    Steps::open(&mut client).await.run(plan(fence(2, 1, 1), OBEY)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_gives_up_a_prepare_gives_the_worker_back() {
+    let (_worker, mut client, events) = waiting().await;
+    drop(events);
+    // Of the same term, which would be refused as long as the worker belonged to the first.
+    while join(&mut client, 1, 11).await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    prepare(&mut client, request(1, 1)).await.unwrap();
+    Steps::open(&mut client).await.run(plan(fence(1, 1, 1), OBEY)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_or_a_higher_term_ends_a_step_that_waits_for_peers() {
+    for taken_over in [false, true] {
+        let (_worker, mut client, steps) = ready().await;
+        steps.send(plan(fence(1, 1, 1), AWAIT)).await;
+        while health(&mut client).await.state != WorkerState::Stepping {
+            tokio::task::yield_now().await;
+        }
+        let term = if taken_over {
+            2
+        } else {
+            release(&mut client, 1, 10).await.unwrap();
+            1
+        };
+        join(&mut client, term, 11).await.unwrap();
+        assert_eq!(steps.end().await.code(), Code::FailedPrecondition);
+        prepare(&mut client, request(term, 1)).await.unwrap();
+        Steps::open(&mut client).await.run(plan(fence(term, 1, 1), OBEY)).await.unwrap();
+    }
+}
+
+/// As a coordinator asks that names it twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_is_one_rank() {
+    let (_worker, mut client, _events) = waiting().await;
+    let refused = prepare(&mut client, Prepare { rank: Rank(2), ..alone(1) }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("rank 1 already"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -682,7 +799,7 @@ async fn every_call_asks_for_the_token() {
             prepare(&mut client, request(1, 1)).await.unwrap_err(),
             client.steps(ReceiverStream::new(stream)).await.unwrap_err(),
             client.health(v1::HealthRequest {}).await.unwrap_err(),
-            release(&mut client, 1).await.unwrap_err(),
+            release(&mut client, 1, 10).await.unwrap_err(),
         ];
         drop(plans);
         for refused in refused {
@@ -716,6 +833,7 @@ async fn a_message_too_long_is_refused_and_the_worker_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_of_a_gibibyte_is_refused_at_once() {
     let worker = worker(None).await;
+    join(&mut client(&worker).await, 1, 1).await.unwrap();
     for call in ["Join", "Prepare", "Steps", "Health", "Release"] {
         let stream = TcpStream::connect(worker.address).await.unwrap();
         let (mut client, connection) = h2::client::handshake(stream).await.unwrap();

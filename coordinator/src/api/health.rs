@@ -24,12 +24,15 @@ pub(super) fn loading(waits_for: watch::Receiver<String>) -> Router {
     Router::new().route("/livez", lives).fallback(not_yet).layer(middleware::from_fn(identify))
 }
 
-/// `/livez`: steps advance, or there is nothing to do. Anything else needs a restart.
+/// `/livez`: steps advance, or there is nothing to do. Anything else needs a restart: where no cell is left, too.
 pub(super) async fn livez(State(app): State<App>) -> Response {
     if !app.engine().is_answered() {
         return ApiError::unavailable("stalled", "the engine does not answer").into_response();
     }
     let status = app.engine().status();
+    if let (CellState::Failed(_), Some(failed)) = (&status.state, not_ready(&status)) {
+        return failed.into_response();
+    }
     let still = status.progress_at.elapsed();
     if status.is_busy() && still > app.config().limits.stall_max {
         let CellStatus { running, waiting, steps, .. } = status;
@@ -54,7 +57,7 @@ pub(super) async fn health(State(app): State<App>) -> Response {
     let status = app.engine().status();
     let error = not_ready(&status);
     let mut body = json!({
-        "status": state_name(&status.state),
+        "status": status.state.name(),
         "model": app.config().served_model_name,
         "cells": app.engine().cells().iter().map(cell).collect::<Vec<_>>(),
     });
@@ -77,7 +80,7 @@ fn cell(status: &CellStatus) -> Value {
         CellState::Ready | CellState::Draining => None,
     };
     json!({
-        "status": state_name(&status.state),
+        "status": status.state.name(),
         "reason": reason,
         "epoch": status.epoch.0,
         "workers": workers,
@@ -92,15 +95,6 @@ pub(super) async fn metrics(State(app): State<App>) -> Response {
     (StatusCode::OK, [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
-const fn state_name(state: &CellState) -> &'static str {
-    match state {
-        CellState::Loading(_) => "loading",
-        CellState::Ready => "ok",
-        CellState::Draining => "draining",
-        CellState::Failed(_) => "failed",
-    }
-}
-
 fn not_ready(status: &CellStatus) -> Option<ApiError> {
     let message = match &status.state {
         CellState::Ready => return None,
@@ -108,5 +102,5 @@ fn not_ready(status: &CellStatus) -> Option<ApiError> {
         CellState::Draining => "the server is shutting down".to_owned(),
         CellState::Failed(reason) => format!("the cell has failed: {reason}"),
     };
-    Some(ApiError::unavailable(state_name(&status.state), message))
+    Some(ApiError::unavailable(status.state.name(), message))
 }

@@ -191,7 +191,7 @@ fn brief(error: &WorkerError) -> String {
     match error {
         WorkerError::Failed { why, .. } | WorkerError::Unreachable { why, .. } => why.clone(),
         WorkerError::Reply { source, .. } => source.to_string(),
-        WorkerError::Deadline { waited, .. } => format!("no answer within {} s", waited.as_secs_f32()),
+        WorkerError::Deadline { waited, .. } => format!("no answer within {:.1} s", waited.as_secs_f32()),
         WorkerError::Address { .. } => error.to_string(),
     }
 }

@@ -10,7 +10,7 @@ use phalanx_proto::{
     Bytes, CellId, Epoch, Fence, Layout, LayoutError, Limits, MemoryPlan, MemoryRefused, ModelConfig, NumericsId,
     Placement, Rank, StepId, Term,
 };
-use phalanx_wire::{Description, Join, Prepare, Progress, VERSION};
+use phalanx_wire::{Description, Join, Prepare, Progress, Release, VERSION};
 use tracing::warn;
 
 use super::handle::{WorkerError, WorkerHandle};
@@ -34,6 +34,14 @@ pub struct CellOptions {
     pub survive: u32,
     /// Longest time for loading.
     pub prepare_wait: Duration,
+}
+
+impl CellOptions {
+    /// What gives the workers of this cell back, and no others.
+    #[must_use]
+    pub const fn release(self) -> Release {
+        Release { cell: self.cell, term: self.term, instance: self.instance }
+    }
 }
 
 /// What happens while a cell is formed.
@@ -141,6 +149,8 @@ pub struct Workers {
     pub plans: Vec<MemoryPlan>,
     /// The workers, by rank.
     pub handles: Vec<WorkerHandle>,
+    /// What gives them back.
+    pub release: Release,
     /// Plans to them and replies from them.
     pub link: ChannelLink,
 }
@@ -171,14 +181,14 @@ pub async fn form_cell(
     let handles: Vec<_> = layout.ranks().zip(workers).map(|(rank, worker)| worker.with_rank(rank)).collect();
     let formed = form(&handles, layout, options, limits, pools, on_event).await;
     if formed.is_err() {
-        release_all(&handles, options.term, RELEASE_WAIT).await;
+        release_all(&handles, options.release(), RELEASE_WAIT).await;
     }
     formed
 }
 
-/// Gives all workers back, those that can be reached within `wait`.
-pub async fn release_all(handles: &[WorkerHandle], term: Term, wait: Duration) {
-    let released = join_all(handles.iter().map(|handle| handle.release(term, wait))).await;
+/// Gives all workers back that joined by these names, those that can be reached within `wait`.
+pub async fn release_all(handles: &[WorkerHandle], release: Release, wait: Duration) {
+    let released = join_all(handles.iter().map(|handle| handle.release(release, wait))).await;
     for error in released.into_iter().filter_map(Result::err) {
         warn!("{error}");
     }
@@ -225,7 +235,8 @@ async fn form(
     let (link, ports) = ChannelLink::new(layout.ep);
     try_join_all(handles.iter().zip(ports).map(|(handle, port)| handle.carry(port))).await?;
     let handles = handles.to_vec();
-    Ok(Workers { fence, config, model, numerics, layout, placement, limits, plans, handles, link })
+    let release = options.release();
+    Ok(Workers { fence, config, model, numerics, layout, placement, limits, plans, handles, release, link })
 }
 
 /// The plan of each rank's memory, if it fits; workers that share a memory share it here, too.

@@ -6,12 +6,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use phalanx_proto::{Rank, Term};
+use phalanx_proto::Rank;
 use phalanx_wire::token::SendToken;
 use phalanx_wire::v1::worker_client::WorkerClient;
 use phalanx_wire::{
     ClusterToken, Description, Health, Join, Prepare, PrepareEvent, Progress, REPLY_BYTES_MAX, REQUEST_BYTES_MAX,
-    StepReply, WireError, v1,
+    Release, StepReply, WireError, v1,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -70,7 +70,7 @@ pub enum WorkerError {
         why: String,
     },
     /// It does not answer in time.
-    #[error("{who} has not answered {call} within {} s", .waited.as_secs_f32())]
+    #[error("{who} has not answered {call} within {:.1} s", .waited.as_secs_f32())]
     Deadline {
         /// The worker.
         who: Who,
@@ -237,13 +237,13 @@ impl WorkerHandle {
         Health::try_from(reply).map_err(self.no_reply("health"))
     }
 
-    /// Gives the worker back: it drops its epoch and may be joined again.
+    /// Gives the worker back: it drops its epoch and may be joined again. One that belongs to another stays as it is.
     ///
     /// # Errors
-    /// It belongs to a higher term, or is not done within `wait`.
-    pub async fn release(&self, term: Term, wait: Duration) -> Result<(), WorkerError> {
+    /// It is not done within `wait`.
+    pub async fn release(&self, release: Release, wait: Duration) -> Result<(), WorkerError> {
         let mut client = self.client.clone();
-        self.within(wait, "release", client.release(v1::ReleaseRequest { term: term.0 })).await.map(drop)
+        self.within(wait, "release", client.release(v1::ReleaseRequest::from(release))).await.map(drop)
     }
 
     async fn within<T>(

@@ -12,4 +12,4 @@ mod link;
 pub use cell::{CellError, CellOptions, Forming, MemoryPools, Workers, form_cell, release_all};
 pub use handle::{Who, WorkerError, WorkerHandle};
 pub use link::{CellEvent, CellLink, ChannelLink, LinkError, PLANS_AHEAD_MAX, RankPort};
-pub use phalanx_wire::{ClusterToken, Health, Progress, StepFailure, StepReply, TokenError};
+pub use phalanx_wire::{ClusterToken, Health, Progress, Release, StepFailure, StepReply, TokenError};

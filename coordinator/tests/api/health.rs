@@ -43,7 +43,12 @@ async fn ready_is_whether_the_cell_can_serve() {
         let health = server.get("/health").await;
         assert_eq!((health.status, &health.json()["status"]), (503, &json!(name)));
         assert_eq!(health.error(), ready.error());
-        assert_eq!(server.get("/livez").await.status, 200, "a cell that is {name} lives");
+        // Loading and draining end by themselves.
+        let lives = if name == "failed" { 503 } else { 200 };
+        assert_eq!(server.get("/livez").await.status, lives, "a cell that is {name}");
+        let line = format!("phalanx_cell_state{{engine=\"0\",state=\"{name}\"}} 1");
+        let text = server.get("/metrics").await.text();
+        assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
     }
 }
 
@@ -105,6 +110,10 @@ async fn every_label_set_exists_from_the_start() {
     }));
     expected.extend(
         Phase::ALL.map(|phase| format!("phalanx_step_seconds_count{{engine=\"0\",phase=\"{}\"}} 0", phase.name())),
+    );
+    expected.extend(
+        CellState::NAMES
+            .map(|state| format!("phalanx_cell_state{{engine=\"0\",state=\"{state}\"}} {}", u32::from(state == "ok"))),
     );
     expected.extend(WorkerState::ALL.map(|state| format!("phalanx_cell_workers{{state=\"{}\"}} 0", state.name())));
     for line in expected {

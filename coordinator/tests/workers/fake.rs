@@ -16,7 +16,7 @@ use phalanx_proto::{
 };
 use phalanx_wire::token::CheckToken;
 use phalanx_wire::v1::worker_server::WorkerServer;
-use phalanx_wire::{Description, Health, Join, Prepare, PrepareEvent, StepReply, VERSION, v1};
+use phalanx_wire::{Description, Health, Join, Prepare, PrepareEvent, Release, StepReply, VERSION, v1};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
@@ -55,7 +55,7 @@ pub(crate) struct Fake {
 pub(crate) struct Seen {
     pub(crate) joins: Vec<Join>,
     pub(crate) prepared: Vec<Prepare>,
-    pub(crate) releases: Vec<u64>,
+    pub(crate) releases: Vec<Release>,
     /// Steps that ran, in order.
     pub(crate) ran: Vec<u64>,
     results: BTreeMap<u64, StepResult>,
@@ -171,7 +171,7 @@ impl v1::worker_server::Worker for Fake {
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
-        self.seen.lock().unwrap().releases.push(request.into_inner().term);
+        self.seen.lock().unwrap().releases.push(request.into_inner().into());
         Ok(Response::new(v1::ReleaseReply {}))
     }
 }

@@ -69,9 +69,9 @@ async fn a_cell_is_formed_steps_and_is_given_back() {
         assert_eq!(ranks.len(), 3);
     }
     assert_eq!(workers.handles[2].health().await.unwrap(), Health::default());
-    release_all(&workers.handles, OPTIONS.term, Duration::from_secs(10)).await;
+    release_all(&workers.handles, workers.release, Duration::from_secs(10)).await;
     for worker in &running {
-        assert_eq!(worker.seen.lock().unwrap().releases, [4]);
+        assert_eq!(worker.seen.lock().unwrap().releases, [OPTIONS.release()]);
     }
 }
 
@@ -88,7 +88,7 @@ async fn the_worker_that_differs_from_most_is_named() {
         assert_eq!(*named, running[odd].address.to_string());
         assert_eq!((theirs.as_str(), ours.as_str()), ("cpu-2/fast", "cpu-1/exact"));
         // All are given back.
-        assert!(running.iter().all(|worker| worker.seen.lock().unwrap().releases == [4]));
+        assert!(running.iter().all(|worker| worker.seen.lock().unwrap().releases == [OPTIONS.release()]));
     }
 
     let (error, _) = refused([Fake::new(), Fake::described(|d| d.model = "other".to_owned())]).await;
@@ -142,7 +142,7 @@ async fn a_rank_that_cannot_load_is_named_and_the_others_are_given_back() {
     let (error, running) = refused([waits, fails]).await;
     let expected = format!("rank 1 at {} fails prepare: shard 2 is truncated", running[1].address);
     assert_eq!(error.to_string(), expected);
-    assert!(running.iter().all(|worker| worker.seen.lock().unwrap().releases == [4]));
+    assert!(running.iter().all(|worker| worker.seen.lock().unwrap().releases == [OPTIONS.release()]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -75,6 +75,31 @@ impl TryFrom<v1::JoinRequest> for Join {
     }
 }
 
+/// A coordinator gives a worker back, which it joined by these names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// The cell that the worker was part of.
+    pub cell: CellId,
+    /// The coordinator's reign.
+    pub term: Term,
+    /// Tells coordinators of the same term apart.
+    pub instance: u64,
+}
+
+impl From<Release> for v1::ReleaseRequest {
+    fn from(release: Release) -> Self {
+        let Release { cell, term, instance } = release;
+        Self { cell: cell.0, term: term.0, instance }
+    }
+}
+
+impl From<v1::ReleaseRequest> for Release {
+    fn from(release: v1::ReleaseRequest) -> Self {
+        let v1::ReleaseRequest { term, cell, instance } = release;
+        Self { cell: CellId(cell), term: Term(term), instance }
+    }
+}
+
 /// What a worker says of itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Description {

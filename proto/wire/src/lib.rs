@@ -18,7 +18,8 @@ pub mod v1 {
 }
 
 pub use control::{
-    Description, Health, Join, Prepare, PrepareEvent, Progress, StepFailure, StepProgress, StepReply, WorkerState,
+    Description, Health, Join, Prepare, PrepareEvent, Progress, Release, StepFailure, StepProgress, StepReply,
+    WorkerState,
 };
 pub use error::WireError;
 pub use model::PLACES_MAX;

@@ -76,6 +76,9 @@ pub enum CollectiveError {
         /// What the backend says.
         error: KernelError,
     },
+    /// Nobody wants the step any more.
+    #[error("the epoch is over: this worker was released, taken over or given up while it waited for other ranks")]
+    Over,
     /// The communicator failed before and takes part in nothing any more.
     #[error("the communicator failed earlier; it serves no further step of this epoch")]
     Broken,
@@ -96,7 +99,7 @@ impl CollectiveError {
             | Self::Corrupt { rank, .. }
             | Self::Device { rank, .. } => std::slice::from_ref(rank),
             Self::Deadline { waiting_for, .. } => waiting_for,
-            Self::Broken => &[],
+            Self::Over | Self::Broken => &[],
         }
     }
 }

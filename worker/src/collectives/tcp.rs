@@ -28,6 +28,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::step::Step;
 use crate::progress::ProgressCell;
+use crate::tenure::Tenure;
 pub use connect::{ConnectError, Listener, connect};
 pub use frame::HEADER_BYTES;
 use frame::{Header, Kind};
@@ -50,16 +51,18 @@ pub struct Tcp {
     own: Vec<u8>,
     payload_max: usize,
     step: Step,
+    /// As long as it lasts somebody wants the exchanges.
+    tenure: Tenure,
     /// Told whom this rank waits for.
     progress: ProgressCell,
 }
 
 impl Tcp {
-    fn new(rank: Rank, peers: Vec<Peer>, payload_max: u32) -> Self {
+    fn new(rank: Rank, peers: Vec<Peer>, payload_max: u32, tenure: Tenure) -> Self {
         let ready = vec![false; peers.len()];
         let payload_max = payload_max as usize;
         let (step, progress) = (Step::new(), ProgressCell::default());
-        Self { rank, peers, ready, polled: Vec::new(), own: Vec::new(), payload_max, step, progress }
+        Self { rank, peers, ready, polled: Vec::new(), own: Vec::new(), payload_max, step, tenure, progress }
     }
 
     /// Says in `progress` which step has begun and whom it waits for.
@@ -114,8 +117,10 @@ impl Tcp {
             }
             let Exchange { layer, kind, .. } = exchange;
             self.progress.waiting_for(self.peers.iter().filter(|peer| peer.owes()).map(|peer| peer.rank));
-            match self.poll(Peer::wants, self.step.deadline) {
+            match self.poll(Peer::wants, self.tenure.next_look(self.step.deadline)) {
                 Ok(true) => {}
+                Ok(false) if self.tenure.is_over() => return Err(CollectiveError::Over),
+                Ok(false) if Instant::now() < self.step.deadline => {}
                 Ok(false) => {
                     let owing = self.peers.iter().filter(|peer| peer.owes());
                     let mut waiting_for: Vec<Rank> = owing.map(|peer| peer.rank).collect();
@@ -167,9 +172,12 @@ impl Tcp {
         }
     }
 
-    /// Looks without waiting whether a rank is gone or has given up, between two exchanges over these connections. What
-    /// a fast peer has sent for the next one is kept for it.
+    /// Looks without waiting whether a rank is gone or has given up, or nobody wants the epoch any more, between two
+    /// exchanges over these connections. What a fast peer has sent for the next one is kept for it.
     pub(super) fn listen(&mut self, exchange: Exchange) -> Result<(), CollectiveError> {
+        if self.tenure.is_over() {
+            return Err(CollectiveError::Over);
+        }
         for at in 0..self.peers.len() {
             let progress = self.peers[at].progress(self.payload_max);
             progress.map_err(|trouble| self.blame(exchange, at, trouble))?;

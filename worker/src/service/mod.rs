@@ -1,7 +1,12 @@
 //! The worker as a coordinator sees it: joins, prepares an epoch, runs its steps, says how it is.
 //!
 //! One OS thread owns the [`Host`], and with it the model; calls reach it through a bounded queue and never wait
-//! within it. So [`Health`] answers while a step works or hangs, and a call that is given up leaves nothing behind.
+//! within it. So [`Health`] answers while a step works or hangs.
+//!
+//! A worker belongs to one coordinator at a time, and a [`Tenure`] is how long. It ends when the worker is released, when a
+//! higher term joins, and when the coordinator gives up a prepare, as a coordinator does that is lost. With it end at once
+//! the streams of steps, and whatever the model thread waits for of other ranks; so nothing of a former coordinator keeps
+//! the next one waiting.
 //!
 //! A stream of steps may break at any time, and another be opened in its place: the coordinator sends the plans that
 //! were not answered once more, and the host tells what came of those that ran (see [`crate::runner::Outcomes`]). The
@@ -18,7 +23,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use phalanx_proto::{CellId, Fence, StepHeader, StepPlan, StepResult, Term};
+use phalanx_proto::{CellId, Epoch, Fence, Rank, StepHeader, StepPlan, StepResult, Term};
 use phalanx_wire::token::{CheckToken, check_listener};
 use phalanx_wire::v1::worker_server::WorkerServer;
 use phalanx_wire::{
@@ -33,6 +38,7 @@ use tracing::{error, info};
 
 use crate::progress::ProgressCell;
 use crate::runner::STEPS_IN_FLIGHT;
+use crate::tenure::{Hold, Tenure};
 use calls::Calls;
 use thread::ModelThread;
 
@@ -49,6 +55,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long calls may take to end when the worker ends.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// What is told whoever asks for an epoch that is not here.
+const NO_EPOCH: &str = "the worker has no epoch: it was started anew or given back";
+
 /// Why an epoch could not be made ready; its chain of causes is told to the coordinator.
 pub type HostError = Box<dyn Error + Send + Sync>;
 
@@ -60,12 +69,13 @@ pub trait Host: Send + 'static {
     /// Where it says how far a step is. Asked once.
     fn progress(&self) -> ProgressCell;
 
-    /// Makes an epoch ready in place of the one there was: loads, connects to the other ranks.
-    /// Returns the bytes of weights, KV and buffers held.
+    /// Makes an epoch ready in place of the one there was: loads, connects to the other ranks. Whatever waits for those,
+    /// now or in a step, gives up when `tenure` is over. Returns the bytes of weights, KV and buffers held.
     ///
     /// # Errors
     /// What does not load, or which rank cannot be reached. There is no epoch afterwards.
-    fn prepare(&mut self, request: &Prepare, on_progress: &dyn Fn(Progress)) -> Result<u64, HostError>;
+    fn prepare(&mut self, request: &Prepare, tenure: &Tenure, on_progress: &dyn Fn(Progress))
+    -> Result<u64, HostError>;
 
     /// Begins a step of the epoch, unless it ran before. The one before may still be under way.
     ///
@@ -137,6 +147,23 @@ struct Owner {
     instance: u64,
 }
 
+/// To whom a worker belongs, and how long.
+#[derive(Debug)]
+struct Held {
+    owner: Owner,
+    /// The newest epoch it was asked to prepare, and as which rank.
+    asked: Option<(Epoch, Rank)>,
+    tenure: Tenure,
+    _hold: Hold,
+}
+
+impl Held {
+    fn by(owner: Owner) -> Self {
+        let (hold, tenure) = Tenure::begin();
+        Self { owner, asked: None, tenure, _hold: hold }
+    }
+}
+
 /// What a worker is at. Written by the model thread only.
 #[derive(Clone, Debug, Default)]
 struct Status {
@@ -149,14 +176,22 @@ struct Status {
 /// What calls and model thread both see.
 struct Shared {
     description: Description,
-    owner: Mutex<Option<Owner>>,
+    held: Mutex<Option<Held>>,
     status: Mutex<Status>,
     progress: ProgressCell,
 }
 
 impl Shared {
-    fn owner(&self) -> MutexGuard<'_, Option<Owner>> {
-        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is told whoever the worker does not belong to any more.
+    fn gone(&self) -> String {
+        match self.held().as_ref().map(|held| held.owner) {
+            Some(Owner { cell, term, .. }) => format!("the worker belongs to cell {cell} under term {} now", term.0),
+            None => NO_EPOCH.to_owned(),
+        }
     }
 
     fn status(&self) -> MutexGuard<'_, Status> {
@@ -186,7 +221,7 @@ pub async fn serve(
 
     let shared = Arc::new(Shared {
         description: host.describe(),
-        owner: Mutex::default(),
+        held: Mutex::default(),
         status: Mutex::default(),
         progress: host.progress(),
     });

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use phalanx_proto::{Fence, Outputs, StepPlan, StepResult, Term};
+use phalanx_proto::{Fence, Outputs, StepPlan, StepResult};
 use phalanx_wire::{Prepare, PrepareEvent, StepFailure, StepReply, WireError, WorkerState, logit_rows_max};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, Receiver, Sender};
@@ -12,8 +12,9 @@ use tokio::sync::oneshot;
 use tonic::{Code, Status};
 use tracing::{info, warn};
 
-use super::{Host, HostError, NoResult, Shared};
+use super::{Host, HostError, NO_EPOCH, NoResult, Shared};
 use crate::panics::{Panic, catch};
+use crate::tenure::Tenure;
 
 /// Looks without a pause whether a step is done: more than a decode step takes.
 const LOOKS: u32 = 20_000;
@@ -24,14 +25,27 @@ type Event = Result<PrepareEvent, Status>;
 
 /// What the thread is asked to do. Every answer has its place already, so giving it never waits.
 pub(super) enum Command {
-    Prepare { request: Prepare, events: Sender<Event>, last: OwnedPermit<Event> },
-    Step { plan: Result<StepPlan, WireError>, reply: Reply },
-    Release { term: Term, done: oneshot::Sender<()> },
+    Prepare {
+        request: Prepare,
+        tenure: Tenure,
+        events: Sender<Event>,
+        last: OwnedPermit<Event>,
+    },
+    Step {
+        plan: Result<StepPlan, WireError>,
+        reply: Reply,
+    },
+    /// Drops the epoch, if it is of a tenure that is over.
+    Release {
+        done: oneshot::Sender<()>,
+    },
 }
 
 pub(super) struct ModelThread<H> {
     host: H,
     shared: Arc<Shared>,
+    /// Whose epoch is here.
+    tenure: Tenure,
     /// A step that has begun and is not answered.
     under_way: Option<(Fence, Reply)>,
     /// The state once no step is under way.
@@ -41,22 +55,26 @@ pub(super) struct ModelThread<H> {
 type Reply = OwnedPermit<Result<StepReply, Status>>;
 
 impl<H: Host> ModelThread<H> {
-    pub(super) const fn new(host: H, shared: Arc<Shared>) -> Self {
-        Self { host, shared, under_way: None, resting: WorkerState::Idle }
+    pub(super) fn new(host: H, shared: Arc<Shared>) -> Self {
+        Self { host, shared, tenure: Tenure::default(), under_way: None, resting: WorkerState::Idle }
     }
 
     /// Does what it is asked until nobody can ask any more, or the host panics: it is not touched again then.
     pub(super) fn run(mut self, mut commands: Receiver<Command>) -> Result<(), Panic> {
         while let Some(command) = self.next(&mut commands)? {
             match command {
-                Command::Prepare { request, events, last } => {
+                Command::Prepare { request, tenure, events, last } => {
                     self.answer()?;
-                    self.prepare(&request, &events, last)?;
+                    // Whoever asked may have given up while others were served.
+                    if !tenure.is_over() {
+                        self.tenure = tenure;
+                        self.prepare(&request, &events, last)?;
+                    }
                 }
                 Command::Step { plan, reply } => self.step(plan, reply)?,
-                Command::Release { term, done } => {
+                Command::Release { done } => {
                     self.answer()?;
-                    self.release(term, done)?;
+                    self.release(done)?;
                 }
             }
         }
@@ -84,20 +102,12 @@ impl<H: Host> ModelThread<H> {
     }
 
     fn prepare(&mut self, request: &Prepare, events: &Sender<Event>, last: OwnedPermit<Event>) -> Result<(), Panic> {
-        // Whoever asked may have given up while others were served.
-        if events.is_closed() {
-            return Ok(());
-        }
-        if let Err(why) = self.may_prepare(request.fence) {
-            last.send(Err(Status::failed_precondition(why)));
-            return Ok(());
-        }
         info!(fence = %request.fence, rank = %request.rank, "preparing");
         self.set(WorkerState::Loading, request.fence, None);
         // Progress that nobody has read yet is as good as the newest.
         let on_progress = |progress| drop(events.try_send(Ok(PrepareEvent::Progress(progress))));
-        let host = &mut self.host;
-        match catch(|| host.prepare(request, &on_progress)) {
+        let Self { host, tenure, .. } = self;
+        match catch(|| host.prepare(request, tenure, &on_progress)) {
             Ok(Ok(allocated_bytes)) => {
                 info!(allocated_bytes, "ready");
                 self.set(WorkerState::Ready, request.fence, None);
@@ -119,19 +129,6 @@ impl<H: Host> ModelThread<H> {
         warn!(%error, "cannot prepare");
         self.set(WorkerState::Failed, fence, Some(error.clone()));
         last.send(Err(Status::failed_precondition(error)));
-    }
-
-    /// An epoch comes after every one that was prepared for its coordinator, and before a coordinator's successor.
-    fn may_prepare(&self, fence: Fence) -> Result<(), String> {
-        let owner = *self.shared.owner();
-        if owner.is_none_or(|owner| owner.term != fence.term) {
-            return Err(format!("{fence}: the worker has meanwhile been released or taken over"));
-        }
-        let ours = self.shared.status().fence;
-        if (fence.term, fence.epoch) <= (ours.term, ours.epoch) {
-            return Err(format!("{fence} is prepared after {ours}: use a higher epoch"));
-        }
-        Ok(())
     }
 
     fn step(&mut self, plan: Result<StepPlan, WireError>, reply: Reply) -> Result<(), Panic> {
@@ -255,17 +252,12 @@ impl<H: Host> ModelThread<H> {
 
     /// Whether the epoch of a plan is the one here. Which of its steps is next is the host's to say.
     fn has_epoch(&self, fence: Fence) -> Result<(), String> {
-        let owner = *self.shared.owner();
-        if let Some(owner) = owner
-            && owner.term > fence.term
-        {
-            return Err(format!("the worker belongs to term {} now", owner.term.0));
+        if self.tenure.is_over() {
+            return Err(self.shared.gone());
         }
         let status = self.shared.status();
         match status.state {
-            WorkerState::Idle | WorkerState::Loading => {
-                Err("the worker has no epoch: it was started anew or given back".to_owned())
-            }
+            WorkerState::Idle | WorkerState::Loading => Err(NO_EPOCH.to_owned()),
             _ if !fence.same_epoch(status.fence) => Err(format!("the last step here is of {}", status.fence)),
             WorkerState::Ready | WorkerState::Stepping | WorkerState::Failed => Ok(()),
         }
@@ -281,12 +273,9 @@ impl<H: Host> ModelThread<H> {
         Ok(())
     }
 
-    fn release(&mut self, term: Term, done: oneshot::Sender<()>) -> Result<(), Panic> {
-        let mut owner = self.shared.owner();
+    fn release(&mut self, done: oneshot::Sender<()>) -> Result<(), Panic> {
         // A coordinator that took over meanwhile keeps what it prepared.
-        if owner.is_none_or(|owner| owner.term <= term) {
-            *owner = None;
-            drop(owner);
+        if self.tenure.is_over() {
             let host = &mut self.host;
             if let Err(panic) = catch(|| host.release()) {
                 self.set(WorkerState::Failed, Fence::default(), Some(format!("panicked: {panic}")));

@@ -686,10 +686,15 @@ pub struct HealthReply {
     #[prost(string, tag = "4")]
     pub last_error: ::prost::alloc::string::String,
 }
+/// Names who joined.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseRequest {
     #[prost(uint64, tag = "1")]
     pub term: u64,
+    #[prost(uint32, tag = "2")]
+    pub cell: u32,
+    #[prost(fixed64, tag = "3")]
+    pub instance: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseReply {}
@@ -912,7 +917,7 @@ pub mod worker_client {
             req.extensions_mut().insert(GrpcMethod::new("phalanx.v1.Worker", "Health"));
             self.inner.unary(req, path, codec).await
         }
-        /// Drops the epoch; the worker may be joined again.
+        /// Drops the epoch; the worker may be joined again. What has not joined as this releases nothing.
         pub async fn release(
             &mut self,
             request: impl tonic::IntoRequest<super::ReleaseRequest>,
@@ -980,7 +985,7 @@ pub mod worker_server {
             &self,
             request: tonic::Request<super::HealthRequest>,
         ) -> std::result::Result<tonic::Response<super::HealthReply>, tonic::Status>;
-        /// Drops the epoch; the worker may be joined again.
+        /// Drops the epoch; the worker may be joined again. What has not joined as this releases nothing.
         async fn release(
             &self,
             request: tonic::Request<super::ReleaseRequest>,

@@ -27,6 +27,7 @@ use super::fake::{self, API, OLD_API, Ordered, World};
 use super::*;
 use crate::collectives::GroupId;
 use crate::collectives::tcp::{self, Listener, Tcp};
+use crate::tenure::Tenure;
 
 #[path = "../../../../tests/support/hardware.rs"]
 mod hardware;
@@ -97,7 +98,9 @@ fn controls(n: u32) -> Vec<Tcp> {
     std::thread::scope(|scope| {
         let join = |(rank, listener)| {
             let peers = &peers;
-            scope.spawn(move || tcp::connect(listener, group, Rank(rank), peers, 4096, Instant::now() + PATIENCE))
+            scope.spawn(move || {
+                tcp::connect(listener, group, Rank(rank), peers, 4096, Instant::now() + PATIENCE, &Tenure::default())
+            })
         };
         let threads: Vec<_> = (0u32..).zip(&listeners).map(join).collect();
         threads.into_iter().map(|thread| thread.join().unwrap().unwrap()).collect()

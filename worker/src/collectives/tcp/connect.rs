@@ -15,6 +15,7 @@ use super::handshake::{Handshake, Identity, Nonce, Outcome, Refusal};
 use super::peer::Peer;
 use super::{Tcp, wait};
 use crate::collectives::GroupId;
+use crate::tenure::Tenure;
 
 /// How long a caller may take to say who it is.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
@@ -93,6 +94,14 @@ pub enum ConnectError {
         /// The last connection that failed, and why.
         last: String,
     },
+    /// Nobody wants them to join any more.
+    #[error("this worker was released, taken over or given up before these ranks joined {group}: {waiting_for:?}")]
+    Over {
+        /// What was to be joined.
+        group: GroupId,
+        /// Who had not.
+        waiting_for: Vec<Rank>,
+    },
     /// The system refused something.
     #[error("{what}")]
     Io {
@@ -104,13 +113,14 @@ pub enum ConnectError {
 }
 
 /// Joins this rank with all others of `group`. `peers` holds every rank's listening address, this one's too;
-/// frames carry at most `payload_max` bytes, the same on every rank.
+/// frames carry at most `payload_max` bytes, the same on every rank. The end of `tenure` ends the wait, and that of every
+/// exchange afterwards.
 ///
 /// A caller of an older epoch, a stranger, a silent one or one without the token is turned away, and the wait for the
 /// right one goes on. A peer that cannot be reached yet, or is still in an older epoch, is called again.
 ///
 /// # Errors
-/// A peer refused this rank for good, or did not join before `deadline`.
+/// A peer refused this rank for good, or did not join before `deadline` or the end of `tenure`.
 pub fn connect(
     listener: &Listener,
     group: GroupId,
@@ -118,6 +128,7 @@ pub fn connect(
     peers: &[SocketAddr],
     payload_max: u32,
     deadline: Instant,
+    tenure: &Tenure,
 ) -> Result<Tcp, ConnectError> {
     if rank.index() >= peers.len() {
         return Err(ConnectError::NoSuchRank { rank, size: peers.len() });
@@ -125,7 +136,8 @@ pub fn connect(
     let me = Identity { group, rank, size: peers.len() as u32, token: &listener.token.0 };
     let redial = (0..rank.0).map(|r| (Rank(r), Instant::now())).collect();
     let joined = peers.iter().map(|_| None).collect();
-    let mut gathering = Gathering { me, listener, peers, deadline, redial, talks: Vec::new(), joined, last: None };
+    let mut gathering =
+        Gathering { me, listener, peers, deadline, tenure, redial, talks: Vec::new(), joined, last: None };
     while !gathering.complete() {
         gathering.dial()?;
         gathering.accept()?;
@@ -135,7 +147,7 @@ pub fn connect(
         }
     }
     let others = gathering.joined.into_iter().flatten().collect();
-    Ok(Tcp::new(rank, others, payload_max))
+    Ok(Tcp::new(rank, others, payload_max, tenure.clone()))
 }
 
 /// The ranks on their way to each other.
@@ -144,6 +156,7 @@ struct Gathering<'a> {
     listener: &'a Listener,
     peers: &'a [SocketAddr],
     deadline: Instant,
+    tenure: &'a Tenure,
     /// Ranks to call, and when.
     redial: Vec<(Rank, Instant)>,
     talks: Vec<Handshake>,
@@ -229,6 +242,9 @@ impl Gathering<'_> {
 
     /// Waits until something can go on.
     fn poll(&mut self) -> Result<(), ConnectError> {
+        if self.tenure.is_over() {
+            return Err(ConnectError::Over { group: self.me.group, waiting_for: self.missing().collect() });
+        }
         let now = Instant::now();
         if self.deadline <= now {
             return Err(ConnectError::Deadline {
@@ -238,7 +254,7 @@ impl Gathering<'_> {
             });
         }
         let alarms = self.redial.iter().map(|(_, at)| *at).chain(self.talks.iter().map(|talk| talk.expires));
-        let until = alarms.fold(self.deadline, Instant::min);
+        let until = self.tenure.next_look(alarms.fold(self.deadline, Instant::min));
         let mut polled = vec![PollFd::from_borrowed_fd(self.listener.socket.as_fd(), PollFlags::IN)];
         polled.extend(self.talks.iter().map(|talk| PollFd::from_borrowed_fd(talk.as_fd(), talk.wants())));
         match wait(&mut polled, until) {
