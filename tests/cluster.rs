@@ -6,6 +6,8 @@
 #[allow(dead_code, reason = "other test binaries use the rest")]
 mod server;
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
@@ -78,6 +80,50 @@ fn a_server_tells_its_state_and_drains() {
     assert_eq!(serve.ended(), Some(0));
 }
 
+/// A request that goes on for longer than any test.
+fn endless(stream: bool) -> Value {
+    json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": "Tell me a story."}],
+           "stream": stream, "ignore_eos": true, "max_tokens": 100_000})
+}
+
+#[test]
+fn a_server_that_drains_says_so_until_it_is_asked_again() {
+    let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "3600"]);
+    let mut stream = serve.stream(&endless(true));
+    stream.next().unwrap();
+    serve.signal("TERM");
+    until("the server drains", || serve.get("/readyz").0 == 503);
+    let (_, ready) = serve.get("/readyz");
+    assert!(ready.contains("\"draining\""), "{ready}");
+    for path in ["/livez", "/metrics"] {
+        assert_eq!(serve.get(path).0, 200, "{path}");
+    }
+    let (status, refused) = serve.post("/v1/chat/completions", &chat(QUESTION));
+    assert_eq!((status, &refused["error"]["code"]), (503, &json!("shutting_down")), "{refused}");
+    stream.next().unwrap();
+    serve.signal("TERM");
+    let rest: Vec<String> = stream.collect();
+    assert!(rest.last().unwrap().contains("\"error\""), "{:?}", rest.last());
+    assert_eq!(serve.ended(), Some(0));
+}
+
+#[test]
+fn after_the_grace_time_requests_end_with_an_error() {
+    let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "0"]);
+    let mut stream = serve.stream(&endless(true));
+    stream.next().unwrap();
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| serve.post("/v1/chat/completions", &endless(false)));
+        until("both run", || serve.get("/health").1.contains("\"running\":2"));
+        serve.signal("TERM");
+        let (status, answer) = answer.join().unwrap();
+        assert_eq!(status, 503, "{answer}");
+        assert!(answer["error"]["message"].is_string(), "{answer}");
+    });
+    assert!(stream.last().unwrap().contains("\"error\""));
+    assert_eq!(serve.ended(), Some(0));
+}
+
 #[test]
 fn metrics_count_what_the_workers_exchange() {
     let serve = Serve::start(&["--workers", "2"]);
@@ -126,23 +172,16 @@ fn a_killed_worker_is_named_and_nothing_hangs() {
 fn a_coordinator_serves_with_workers_that_run_already() {
     let token = "a-token-for-this-test";
     let worker = |token: &str| {
-        let mut child = phalanx()
-            .args(["worker", "--threads", "1", "--cluster-token", token])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
+        let (child, line) = announced(phalanx().args(["worker", "--threads", "1", "--cluster-token", token]));
         let address = line.split(" on ").nth(1).and_then(|rest| rest.split(';').next()).unwrap().to_owned();
-        (Ended(child), address)
+        (child, address)
     };
     let (one, two) = (worker(token), worker(token));
     let coordinator = |token: &str| {
         let mut command = phalanx();
         command
             .args(["coordinator", "--listen", "127.0.0.1:0", "--cluster-token", token])
-            .args(["--worker", &one.1, "--worker", &two.1])
-            .stdout(Stdio::piped());
+            .args(["--worker", &one.1, "--worker", &two.1]);
         command
     };
     let refused = coordinator("another-token-of-another").output().unwrap();
@@ -150,10 +189,7 @@ fn a_coordinator_serves_with_workers_that_run_already() {
 
     // The second one finds workers whose first coordinator was killed; terms are counted in seconds.
     for _ in 0..2 {
-        let mut served = Ended(coordinator(token).spawn().unwrap());
-        let mut line = String::new();
-        let stdout = served.0.stdout.as_mut().unwrap();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
+        let (served, line) = announced(&mut coordinator(token));
         let url = line.split(" on ").nth(1).and_then(|rest| rest.split("/v1").next());
         let url = url.unwrap_or_else(|| panic!("the coordinator announced {line:?}"));
         let out = phalanx().args(["chat", "--url", url, QUESTION]).output().unwrap();
@@ -161,6 +197,42 @@ fn a_coordinator_serves_with_workers_that_run_already() {
         drop(served);
         std::thread::sleep(std::time::Duration::from_secs(1));
     }
+}
+
+#[test]
+fn who_is_slow_to_ask_does_not_keep_a_loaded_server_waiting() {
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (listen, worker) = (free(), free());
+    let mut coordinator = phalanx();
+    coordinator.args(["coordinator", "--listen", &listen, "--worker", &worker]);
+    let slow = std::thread::spawn({
+        let listen = listen.clone();
+        move || {
+            let mut slow = None;
+            until("the coordinator listens", || {
+                slow = TcpStream::connect(&listen).ok();
+                slow.is_some()
+            });
+            let mut slow = slow.unwrap();
+            slow.write_all(b"GET /livez").unwrap();
+            // It was accepted before this one is answered.
+            let mut probe = TcpStream::connect(&listen).unwrap();
+            probe.write_all(b"GET /readyz HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            probe.read_to_string(&mut answer).unwrap();
+            assert!(answer.contains("\"loading\""), "{answer}");
+            let mut command = phalanx();
+            let worker = command.args(["worker", "--threads", "1", "--listen", &worker]).stdout(Stdio::null());
+            (slow, Ended(worker.spawn().unwrap()))
+        }
+    });
+    let (_coordinator, line) = announced(&mut coordinator);
+    assert!(line.contains(&listen), "{line}");
+    let (mut slow, _worker) = slow.join().unwrap();
+    slow.write_all(b" HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "the server was ready before the slow one was cut off: {answer}");
 }
 
 #[test]
@@ -180,6 +252,14 @@ impl Drop for Ended {
         drop(self.0.kill());
         drop(self.0.wait());
     }
+}
+
+/// Starts a process and waits for its first line of output.
+fn announced(command: &mut Command) -> (Ended, String) {
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    (Ended(child), line)
 }
 
 /// The value of a metric with these labels.

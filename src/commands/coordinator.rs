@@ -67,7 +67,7 @@ pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
         let cells = cells(args.replicas, u32::try_from(workers).unwrap_or(u32::MAX));
         say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
         server::interrupted().await;
-        server.drain().await;
+        server.drain(server::interrupted()).await;
         Ok(ExitCode::SUCCESS)
     })
 }

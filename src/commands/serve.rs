@@ -33,7 +33,7 @@ pub struct ApiArgs {
     /// Keys, one of which every request must bear, separated by commas [default: none is asked for]
     #[arg(long, env = "PHALANX_API_KEYS", hide_env_values = true, value_name = "KEYS", value_delimiter = ',')]
     pub api_keys: Vec<String>,
-    /// Seconds that running requests may go on after a stop is asked for [default: 30]
+    /// Seconds that running requests may go on after a stop is asked for; being asked again ends them [default: 30]
     #[arg(long, env = "PHALANX_DRAIN_SECONDS", value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_seconds: Option<u64>,
 }
@@ -125,7 +125,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode> {
         let cells = cells(args.replicas, args.workers);
         say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
         server::interrupted().await;
-        server.drain().await;
+        server.drain(server::interrupted()).await;
         Ok(ExitCode::SUCCESS)
     })
 }

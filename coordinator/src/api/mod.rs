@@ -104,8 +104,6 @@ pub struct ApiLimits {
     pub keep_alive: Duration,
     /// How long a cell with work may go without a step before `/livez` reports it.
     pub stall_max: Duration,
-    /// How long running requests may go on after the shutdown began.
-    pub grace: Duration,
 }
 
 impl Default for ApiLimits {
@@ -124,7 +122,6 @@ impl Default for ApiLimits {
             choices_max: 8,
             keep_alive: Duration::from_secs(15),
             stall_max: Duration::from_secs(60),
-            grace: Duration::from_secs(30),
         }
     }
 }
