@@ -90,6 +90,8 @@ pub struct ApiLimits {
     pub body_bytes_max: usize,
     /// Longest wait for a body.
     pub body_wait: Duration,
+    /// Longest wait for a client to take what is sent to it.
+    pub write_wait: Duration,
     /// Messages of a conversation.
     pub messages_max: usize,
     /// Functions of a request.
@@ -115,6 +117,7 @@ impl Default for ApiLimits {
             header_wait: Duration::from_secs(20),
             body_bytes_max: 4 << 20,
             body_wait: Duration::from_secs(20),
+            write_wait: Duration::from_secs(60),
             messages_max: 4096,
             tools_max: 128,
             stops_max: 4,

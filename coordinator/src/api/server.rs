@@ -4,15 +4,17 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Router, middleware};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::body::read_rest;
 use super::{ApiLimits, App, health, router};
 
 /// Wait after a failure to accept, for instance because all file descriptors are in use.
@@ -55,7 +57,7 @@ async fn accept_until(
     limits: &ApiLimits,
     shutdown: impl Future<Output = ()>,
 ) -> Connections {
-    let service = TowerToHyperService::new(routes);
+    let service = TowerToHyperService::new(routes.layer(middleware::map_request_with_state(limits.clone(), read_rest)));
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_wait)
@@ -66,7 +68,7 @@ async fn accept_until(
     let mut shutdown = pin!(shutdown);
     loop {
         let (stream, permit) = tokio::select! {
-            accepted = accept(&listener, &room) => accepted,
+            accepted = accept(&listener, &room, limits.write_wait) => accepted,
             () = &mut shutdown => return connections,
         };
         let connection = http.serve_connection(TokioIo::new(stream), service.clone());
@@ -81,7 +83,12 @@ async fn accept_until(
     }
 }
 
-async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+    write_wait: Duration,
+) -> (TcpStream, OwnedSemaphorePermit) {
+    let write_wait = u32::try_from(write_wait.as_millis()).unwrap_or(u32::MAX);
     let permit = Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
     loop {
         match listener.accept().await {
@@ -89,6 +96,10 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, Ow
                 // Tokens are small and must leave at once.
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "no TCP_NODELAY");
+                }
+                // Who neither reads nor leaves must not keep the connection.
+                if let Err(error) = sockopt::set_tcp_user_timeout(&stream, write_wait) {
+                    tracing::debug!(%error, "no TCP_USER_TIMEOUT");
                 }
                 return (stream, permit);
             }
