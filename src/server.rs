@@ -283,6 +283,8 @@ pub struct LocalOptions {
     pub replicas: u32,
     /// How each computes.
     pub device: Device,
+    /// What they log.
+    pub log: String,
     /// How much each takes at once.
     pub limits: LimitArgs,
     /// How requests share them.
@@ -307,9 +309,9 @@ impl LocalServer {
     /// # Errors
     /// A worker does not start or load, or the address is taken.
     pub async fn start(options: LocalOptions) -> Result<Self> {
-        let LocalOptions { model, workers, replicas, device, limits, engine, listen, api, token } = options;
+        let LocalOptions { model, workers, replicas, device, log, limits, engine, listen, api, token } = options;
         let token = token.map_or_else(random_token, Ok)?;
-        let children = Children::start(workers * replicas, &model, &device, &token).await?;
+        let children = Children::start(workers * replicas, &model, &device, &log, &token).await?;
         let addresses: Vec<String> = children.addresses().iter().map(SocketAddr::to_string).collect();
         let cells = addresses.chunks(workers as usize).map(<[String]>::to_vec).collect();
         let options = ServerOptions { cells, listen, api, limits, engine, token: Some(token) };

@@ -37,6 +37,22 @@ fn chat_thinks_answers_and_leaves_no_process_behind() {
     assert_eq!(left.count(), 0, "a process was left behind");
 }
 
+/// What is said to a server is not said to each of its workers, but for what they log.
+#[test]
+fn workers_take_no_address_from_their_parents_environment() {
+    let out = phalanx()
+        .args(["chat", "--log", "info", QUESTION])
+        .envs([("PHALANX_WORKER_LISTEN", "0.0.0.0:1"), ("PHALANX_WORKER_DATA_LISTEN", "0.0.0.0:1")])
+        .envs([("PHALANX_CLUSTER_TOKEN_FILE", "/nope"), ("PHALANX_LOG", "error")])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{error}");
+    let said = error.matches(" INFO phalanx::cli: computes on").count();
+    assert_eq!(said, 3, "chat and two workers log what is asked for, without colours: {error}");
+}
+
 #[test]
 fn an_interrupted_chat_leaves_no_process_behind() {
     let mut child =

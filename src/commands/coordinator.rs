@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::cli::{EngineArgs, LimitArgs, TokenArgs};
+use crate::cli::{BadFlags, EngineArgs, LimitArgs, TokenArgs};
 use crate::commands::say;
 use crate::commands::serve::{ApiArgs, cells};
 use crate::server::{self, Server, ServerOptions};
@@ -49,7 +49,9 @@ pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
     runtime.block_on(async {
         let (count, replicas) = (args.workers.len(), args.replicas as usize);
         if !count.is_multiple_of(replicas) {
-            bail!("{count} workers cannot be divided evenly among {replicas} cells; name a multiple of {replicas}");
+            let uneven = "cannot be divided evenly among";
+            let why = format!("{count} workers {uneven} {replicas} cells; name a multiple of {replicas}");
+            return Err(BadFlags(why).into());
         }
         let workers = count / replicas;
         let options = ServerOptions {
