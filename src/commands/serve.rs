@@ -158,3 +158,18 @@ pub fn run(args: ServeArgs, log: &str) -> Result<ExitCode> {
         Ok(ExitCode::SUCCESS)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    #[test]
+    fn keys_may_have_spaces_between_them() {
+        let cli = Cli::try_parse_from(["phalanx", "serve", "--api-keys", "one, two"]);
+        let Ok(Cli { command: Command::Serve(args), .. }) = cli else { panic!("{cli:?}") };
+        assert_eq!(args.api.api_keys, ["one", "two"]);
+    }
+}
