@@ -1,14 +1,18 @@
 //! Workers as child processes of this one. They end with it, however it ends.
 
+use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use clap::{Arg, CommandFactory};
 use phalanx_wire::ClusterToken;
 use phalanx_worker::device::Device;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+
+use crate::cli::{Cli, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE};
 
 /// Longest wait for a worker to open its model and listen.
 const START_WAIT: Duration = Duration::from_secs(60);
@@ -29,19 +33,23 @@ impl Children {
     ///
     /// # Errors
     /// A worker does not start; its own words are on standard error.
-    pub async fn start(count: u32, model: &str, device: &Device, token: &ClusterToken) -> Result<Self> {
+    pub async fn start(count: u32, model: &str, device: &Device, log: &str, token: &ClusterToken) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's file to start workers")?;
+        let variables = worker_variables();
         let mut starting = Vec::new();
         for worker in 0..count {
             let device = device.of(worker);
             let mut command = Command::new(&program);
+            // What is meant for this process, an address for instance, is not meant for all of them.
+            for variable in &variables {
+                command.env_remove(variable);
+            }
             command
-                .args(["worker", "--child", "--model", model])
+                .args(["worker", "--child", "--log", log, "--model", model])
                 .args(["--device", &device.processor.to_string()])
                 .args(["--precision", &device.precision.to_string(), "--dense", &device.dense.to_string()])
                 .args(["--threads", &device.threads.to_string(), "--exchange", &device.exchange.to_string()])
-                .env("PHALANX_CLUSTER_TOKEN", token.reveal())
-                .env_remove("PHALANX_CLUSTER_TOKEN_FILE")
+                .env(TOKEN_VARIABLE, token.reveal())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .process_group(0)
@@ -97,6 +105,14 @@ impl Children {
 pub struct WorkerExited {
     /// Its exit code.
     pub code: u8,
+}
+
+/// The variables that a worker takes for flags.
+fn worker_variables() -> Vec<OsString> {
+    let cli = Cli::command();
+    let worker = cli.find_subcommand("worker").into_iter().flat_map(clap::Command::get_arguments);
+    let flags = worker.filter_map(Arg::get_env).map(OsStr::to_owned);
+    flags.chain([TOKEN_VARIABLE.into(), TOKEN_FILE_VARIABLE.into()]).collect()
 }
 
 async fn exited(child: &mut Child) -> Option<anyhow::Error> {

@@ -1,10 +1,11 @@
 //! What users may say on the command line. `--help` is meant to be enough.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use phalanx_coordinator::workers::PLANS_AHEAD_MAX;
+use phalanx_coordinator::workers::{CellError, PLANS_AHEAD_MAX, WorkerError};
 use phalanx_kernels::cpu::Isa;
 use phalanx_model::{CheckpointError, LoadError};
 use phalanx_planner::EngineConfig;
@@ -96,6 +97,11 @@ impl From<DenseArg> for DenseType {
     }
 }
 
+/// Flags that do not fit each other, or name nothing that can be used; in words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadFlags(pub String);
+
 /// Dense weights cannot be held in q8.
 #[derive(Debug, thiserror::Error)]
 pub enum NoQ8 {
@@ -159,7 +165,7 @@ pub struct DeviceArgs {
           value_parser = clap::value_parser!(u32).range(..=4096))]
     pub pin: Option<u32>,
     /// Pack the weights anew at every start, instead of keeping them packed beside the model or in the user's cache
-    #[arg(long, env = "PHALANX_NO_WEIGHT_CACHE")]
+    #[arg(long, env = "PHALANX_NO_WEIGHT_CACHE", value_parser = FalseyValueParser::new())]
     pub no_weight_cache: bool,
     /// On CPUs: use this instruction set instead of the best there is; the bits are the same
     #[arg(long, env = "PHALANX_ISA", value_enum)]
@@ -223,6 +229,19 @@ pub struct ExchangeArgs {
     pub exchange: ExchangeRequest,
 }
 
+impl ExchangeArgs {
+    /// `device` with the transport asked for.
+    ///
+    /// # Errors
+    /// It has no use for that.
+    pub fn on(&self, device: Device) -> Result<Device, BadFlags> {
+        if self.exchange == ExchangeRequest::Nccl && device.processor == Processor::Cpu {
+            return Err(BadFlags("--exchange nccl is for GPUs; leave it out, or give --device cuda".to_owned()));
+        }
+        Ok(Device { exchange: self.exchange, ..device })
+    }
+}
+
 /// How much a worker takes at once.
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Limits")]
@@ -269,7 +288,7 @@ pub struct EngineArgs {
     #[arg(long, env = "PHALANX_CHUNK", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub chunk: Option<u32>,
     /// Compute every prompt anew, even if it begins like an earlier one
-    #[arg(long, env = "PHALANX_NO_PREFIX_CACHE")]
+    #[arg(long, env = "PHALANX_NO_PREFIX_CACHE", value_parser = FalseyValueParser::new())]
     pub no_prefix_cache: bool,
     /// Lost workers of a cell for whose experts the others keep room. Cells do not outlive a lost worker yet, so room
     /// kept is room lost
@@ -319,15 +338,21 @@ fn numerics_salt(numerics: &NumericsId) -> u64 {
 /// A port of the system's choice on this machine.
 pub const LOOPBACK_ANY_PORT: &str = "127.0.0.1:0";
 
-/// Where a cluster token comes from.
+/// Holds the cluster token.
+pub const TOKEN_VARIABLE: &str = "PHALANX_CLUSTER_TOKEN";
+/// Names the file that holds it.
+pub const TOKEN_FILE_VARIABLE: &str = "PHALANX_CLUSTER_TOKEN_FILE";
+
+/// Where a cluster token comes from. Either flag wins over both variables, so clap reads flags alone.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Security")]
 pub struct TokenArgs {
-    /// The secret that coordinator and workers share; needed beyond loopback. At least 16 characters
-    #[arg(long, env = "PHALANX_CLUSTER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    /// The secret that coordinator and workers share; workers need it beyond loopback. At least 16 characters [env:
+    /// PHALANX_CLUSTER_TOKEN]
+    #[arg(long, value_name = "TOKEN")]
     pub cluster_token: Option<String>,
-    /// A file with the secret
-    #[arg(long, env = "PHALANX_CLUSTER_TOKEN_FILE", value_name = "FILE", conflicts_with = "cluster_token")]
+    /// A file with the secret [env: PHALANX_CLUSTER_TOKEN_FILE]
+    #[arg(long, value_name = "FILE", conflicts_with = "cluster_token")]
     pub cluster_token_file: Option<PathBuf>,
 }
 
@@ -335,13 +360,24 @@ impl TokenArgs {
     /// The secret, if there is one.
     ///
     /// # Errors
-    /// It is too short, or its file cannot be read.
-    pub fn read(&self) -> Result<Option<ClusterToken>, TokenError> {
-        match (&self.cluster_token, &self.cluster_token_file) {
-            (Some(token), _) => ClusterToken::parse(token).map(Some),
-            (None, Some(file)) => ClusterToken::from_file(file).map(Some),
-            (None, None) => Ok(None),
-        }
+    /// It is too short, its file cannot be read, or both variables are set.
+    pub fn read(&self) -> anyhow::Result<Option<ClusterToken>> {
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let token = match (&self.cluster_token, &self.cluster_token_file) {
+            (Some(token), _) => ClusterToken::parse(token)?,
+            (None, Some(file)) => ClusterToken::from_file(file)?,
+            (None, None) => match (set(TOKEN_VARIABLE), set(TOKEN_FILE_VARIABLE)) {
+                (Some(_), Some(_)) => {
+                    let both =
+                        format!("{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE} are both set; leave one of them out");
+                    return Err(BadFlags(both).into());
+                }
+                (Some(token), None) => ClusterToken::parse(&token.to_string_lossy())?,
+                (None, Some(file)) => ClusterToken::from_file(Path::new(&file))?,
+                (None, None) => return Ok(None),
+            },
+        };
+        Ok(Some(token))
     }
 }
 
@@ -359,8 +395,8 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     init_log(&cli.log);
     let done = match cli.command {
-        Command::Chat(args) => commands::chat::run(args),
-        Command::Serve(args) => commands::serve::run(args),
+        Command::Chat(args) => commands::chat::run(args, &cli.log),
+        Command::Serve(args) => commands::serve::run(args, &cli.log),
         Command::Coordinator(args) => commands::coordinator::run(args),
         Command::Worker(args) => commands::worker::run(args),
         Command::Model(command) => commands::model::run(command),
@@ -391,13 +427,17 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 /// Whether the input is at fault rather than the run.
 fn is_bad_input(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.is::<CheckpointError>()
+        cause.is::<BadFlags>()
+            || cause.is::<CheckpointError>()
             || cause.is::<ConfigError>()
             || cause.is::<MemoryRefused>()
             || cause.is::<NoQ8>()
             || cause.is::<DeviceError>()
+            || cause.is::<LoadError>()
+            || cause.is::<TokenError>()
             || cause.is::<phalanx_planner::Refused>()
-            || cause.downcast_ref::<LoadError>().is_some()
+            || cause.downcast_ref().is_some_and(|error| matches!(error, CellError::Layout(_) | CellError::Twice { .. }))
+            || cause.downcast_ref().is_some_and(|error| matches!(error, WorkerError::Address { .. }))
     })
 }
 
@@ -412,5 +452,6 @@ fn init_log(filter: &str) {
         commands::complain(&anyhow::anyhow!("--log {filter} is not understood ({error}); using `warn`"));
         tracing_subscriber::EnvFilter::new("warn")
     });
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = commands::colours(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }

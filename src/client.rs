@@ -33,6 +33,18 @@ pub enum Piece {
     },
 }
 
+/// The URL of a server, from the command line.
+///
+/// # Errors
+/// It is none that is spoken.
+pub fn url(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    match host {
+        Some(host) if !host.is_empty() => Ok(text.to_owned()),
+        _ => Err("give it as in http://127.0.0.1:8000".to_owned()),
+    }
+}
+
 impl ChatClient {
     /// A client of the server at `url`, which may end in `/v1`. Without `model` it asks for the first one served.
     ///

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,7 +24,7 @@ use phalanx_worker::device::Device;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::children::Children;
 use crate::cli::{EngineArgs, LimitArgs};
@@ -36,8 +37,10 @@ const CONNECT_WAIT: Duration = Duration::from_secs(30);
 const PREPARE_WAIT: Duration = Duration::from_secs(3600);
 /// Longest wait for workers to let go of the cell.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
-/// Longest wait for the driver after its last request.
-const DRIVER_WAIT: Duration = Duration::from_secs(2);
+/// How long running requests may go on after a stop is asked for, unless the user says otherwise.
+const GRACE: Duration = Duration::from_secs(30);
+/// Longest wait for clients to take the error that their requests end with when the grace time is over.
+const LAST_WORDS_WAIT: Duration = Duration::from_secs(2);
 /// How long ranks may wait for each other within a step: many times what such steps take, and what a busy machine may
 /// lose.
 const DEADLINES: DeadlineRule = DeadlineRule { factor: 20.0, min_ms: 30_000, max_ms: 120_000 };
@@ -111,6 +114,7 @@ pub struct Server {
     cells: Vec<watch::Receiver<CellStatus>>,
     drain: watch::Sender<bool>,
     shutdown: watch::Sender<bool>,
+    grace: Duration,
     drivers: Vec<JoinHandle<()>>,
     api: JoinHandle<()>,
 }
@@ -128,7 +132,7 @@ impl Server {
         // Probes are answered from now on, and all else is told to come again.
         let (early, listener) = twice(listener).context("the system refuses a second handle of the listener")?;
         let (progress, waits_for) = watch::channel("waiting for the workers".to_owned());
-        let loading = tokio::spawn(api::serve_loading(early, waits_for, api_limits(&options.api)));
+        let loading = tokio::spawn(api::serve_loading(early, waits_for, ApiLimits::default()));
         // Nothing remembers terms between starts, so the coordinator that starts later reigns: one that is started
         // again after it was killed finds its workers free to take.
         let term = Term(SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_secs()));
@@ -137,12 +141,14 @@ impl Server {
         let Some(Workers { model, config, limits, layout, .. }) = formed.first() else {
             bail!("there is no cell; name at least one worker");
         };
+        let grace = api.drain_seconds.map_or(GRACE, Duration::from_secs);
         let model = api.served_model_name.clone().unwrap_or_else(|| model.clone());
         // What the queue and the seats have room for is not refused on its way there, and what they never have room for
         // is refused for good.
         let submissions = engine.queue_requests.saturating_add(limits.seqs_max.saturating_mul(layout.ep));
-        let app_limits = api_limits(&api);
-        let app_limits = ApiLimits { choices_max: app_limits.choices_max.min(submissions), ..app_limits };
+        let app_limits = ApiLimits::default();
+        let choices_max = app_limits.choices_max.min(submissions);
+        let app_limits = ApiLimits { stall_max: STALL_MAX, choices_max, ..app_limits };
         let app_config = ApiConfig {
             served_model_name: model.clone(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -180,7 +186,7 @@ impl Server {
         // Reading the vocabulary takes a while.
         let app = tokio::task::spawn_blocking(move || App::new(app_config, client, metrics)).await?;
         drop(progress);
-        // It can only end.
+        // Now it accepts nothing more.
         drop(loading.await);
         let (shutdown, mut shut) = watch::channel(false);
         let api = tokio::spawn(async move {
@@ -190,7 +196,7 @@ impl Server {
             };
             api::serve(listener, app, asked).await;
         });
-        Ok(Self { address, model, workers, cells, drain, shutdown, drivers, api })
+        Ok(Self { address, model, workers, cells, drain, shutdown, grace, drivers, api })
     }
 
     /// Where it listens.
@@ -219,14 +225,32 @@ impl Server {
         join_all(reasons).await.join("; ")
     }
 
-    /// Takes no more requests, finishes those there are, and lets the workers go.
-    pub async fn drain(self) {
-        self.drain.send_replace(true);
-        self.shutdown.send_replace(true);
-        // Both end by themselves; neither can be helped if it does not.
-        drop(self.api.await);
-        drop(tokio::time::timeout(DRIVER_WAIT, join_all(self.drivers)).await);
-        give_back(&self.workers).await;
+    /// Takes no more requests, finishes those there are, and lets the workers go. Whoever asks meanwhile is told. What is not
+    /// finished when the grace time or `patience` is over ends with an error.
+    pub async fn drain(self, patience: impl Future) {
+        let Self { workers, drain, shutdown, grace, drivers, api, .. } = self;
+        let engines: Vec<_> = drivers.iter().map(JoinHandle::abort_handle).collect();
+        let connections = api.abort_handle();
+        drain.send_replace(true);
+        let mut finished = pin!(async {
+            join_all(drivers).await;
+            shutdown.send_replace(true);
+            // It can only end.
+            drop(api.await);
+        });
+        let is_finished = tokio::select! {
+            () = &mut finished => true,
+            () = tokio::time::sleep(grace) => false,
+            _ = patience => false,
+        };
+        if !is_finished {
+            tracing::warn!("requests that are still running end with an error");
+            // To lose its engine is what ends a request.
+            engines.iter().for_each(AbortHandle::abort);
+            drop(tokio::time::timeout(LAST_WORDS_WAIT, finished).await);
+            connections.abort();
+        }
+        give_back(&workers).await;
     }
 }
 
@@ -292,14 +316,6 @@ fn check_same_model(cells: &[Workers]) -> Result<()> {
     Ok(())
 }
 
-fn api_limits(args: &ApiArgs) -> ApiLimits {
-    let mut limits = ApiLimits { stall_max: STALL_MAX, ..ApiLimits::default() };
-    if let Some(seconds) = args.drain_seconds {
-        limits.grace = Duration::from_secs(seconds);
-    }
-    limits
-}
-
 /// What a server with workers of its own serves.
 #[derive(Debug)]
 pub struct LocalOptions {
@@ -311,6 +327,8 @@ pub struct LocalOptions {
     pub replicas: u32,
     /// How each computes.
     pub device: Device,
+    /// What they log.
+    pub log: String,
     /// How much each takes at once.
     pub limits: LimitArgs,
     /// How requests share them.
@@ -335,9 +353,9 @@ impl LocalServer {
     /// # Errors
     /// A worker does not start or load, or the address is taken.
     pub async fn start(options: LocalOptions) -> Result<Self> {
-        let LocalOptions { model, workers, replicas, device, limits, engine, listen, api, token } = options;
+        let LocalOptions { model, workers, replicas, device, log, limits, engine, listen, api, token } = options;
         let token = token.map_or_else(random_token, Ok)?;
-        let children = Children::start(workers * replicas, &model, &device, &token).await?;
+        let children = Children::start(workers * replicas, &model, &device, &log, &token).await?;
         let addresses: Vec<String> = children.addresses().iter().map(SocketAddr::to_string).collect();
         let cells = addresses.chunks(workers as usize).map(<[String]>::to_vec).collect();
         let options = ServerOptions { cells, listen, api, limits, engine, token: Some(token) };
@@ -367,9 +385,9 @@ impl LocalServer {
         self.server.failed().await
     }
 
-    /// Takes no more requests, finishes those there are, and ends the workers.
-    pub async fn drain(self) {
-        self.server.drain().await;
+    /// As [`Server::drain`], and ends the workers.
+    pub async fn drain(self, patience: impl Future) {
+        self.server.drain(patience).await;
         self.children.stop().await;
     }
 

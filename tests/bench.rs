@@ -59,6 +59,10 @@ fn a_real_server_is_measured() {
     assert!(out.status.success() && text.contains("6 requests in") && text.contains("24 generated"), "{text}");
     assert!(!text.contains("(0 cached)") && text.contains("after they were due"), "{text}");
 
+    let out = bench(&serve.url, &[&sizes[..], &["--save", "/dev/null/requests"]].concat());
+    let error = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.stdout.is_empty() && error.contains("cannot write /dev/null/requests"), "{error}");
+
     let out = bench(&serve.url, &[&sizes[..], &["--model", "no-such-model", "--json"]].concat());
     assert_eq!(out.status.code(), Some(1));
     assert_eq!(measured(&out)["errors"], json!({"status 404": 6}));

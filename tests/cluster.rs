@@ -6,6 +6,8 @@
 #[allow(dead_code, reason = "other test binaries use the rest")]
 mod server;
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -35,6 +37,22 @@ fn chat_thinks_answers_and_leaves_no_process_behind() {
         environ.split(|&b| b == 0).any(|var| var == mark.as_bytes()).then_some(())
     });
     assert_eq!(left.count(), 0, "a process was left behind");
+}
+
+/// What is said to a server is not said to each of its workers, but for what they log.
+#[test]
+fn workers_take_no_address_from_their_parents_environment() {
+    let out = phalanx()
+        .args(["chat", "--log", "info", QUESTION])
+        .envs([("PHALANX_WORKER_LISTEN", "0.0.0.0:1"), ("PHALANX_WORKER_DATA_LISTEN", "0.0.0.0:1")])
+        .envs([("PHALANX_CLUSTER_TOKEN_FILE", "/nope"), ("PHALANX_LOG", "error")])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{error}");
+    let said = error.matches(" INFO phalanx::cli: computes on").count();
+    assert_eq!(said, 3, "chat and two workers log what is asked for, without colours: {error}");
 }
 
 #[test]
@@ -77,6 +95,50 @@ fn a_server_tells_its_state_and_drains() {
     let rest: Vec<String> = stream.collect();
     assert_eq!(rest.last().map(String::as_str), Some("[DONE]"), "the stream is finished before the server ends");
     assert!(rest.iter().any(|data| data.contains("\"finish_reason\":\"stop\"")));
+    assert_eq!(serve.ended(), Some(0));
+}
+
+/// A request that goes on for longer than any test.
+fn endless(stream: bool) -> Value {
+    json!({"model": "gpt-oss-nano", "messages": [{"role": "user", "content": "Tell me a story."}],
+           "stream": stream, "ignore_eos": true, "max_tokens": 100_000})
+}
+
+#[test]
+fn a_server_that_drains_says_so_until_it_is_asked_again() {
+    let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "3600"]);
+    let mut stream = serve.stream(&endless(true));
+    stream.next().unwrap();
+    serve.signal("TERM");
+    until("the server drains", || serve.get("/readyz").0 == 503);
+    let (_, ready) = serve.get("/readyz");
+    assert!(ready.contains("\"draining\""), "{ready}");
+    for path in ["/livez", "/metrics"] {
+        assert_eq!(serve.get(path).0, 200, "{path}");
+    }
+    let (status, refused) = serve.post("/v1/chat/completions", &chat(QUESTION));
+    assert_eq!((status, &refused["error"]["code"]), (503, &json!("shutting_down")), "{refused}");
+    stream.next().unwrap();
+    serve.signal("TERM");
+    let rest: Vec<String> = stream.collect();
+    assert!(rest.last().unwrap().contains("\"error\""), "{:?}", rest.last());
+    assert_eq!(serve.ended(), Some(0));
+}
+
+#[test]
+fn after_the_grace_time_requests_end_with_an_error() {
+    let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "0"]);
+    let mut stream = serve.stream(&endless(true));
+    stream.next().unwrap();
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| serve.post("/v1/chat/completions", &endless(false)));
+        until("both run", || serve.get("/health").1.contains("\"running\":2"));
+        serve.signal("TERM");
+        let (status, answer) = answer.join().unwrap();
+        assert_eq!(status, 503, "{answer}");
+        assert!(answer["error"]["message"].is_string(), "{answer}");
+    });
+    assert!(stream.last().unwrap().contains("\"error\""));
     assert_eq!(serve.ended(), Some(0));
 }
 
@@ -179,7 +241,7 @@ fn a_worker_under_two_names_is_refused_and_can_be_taken_again() {
     for cells in ["1", "2"] {
         let mut twice =
             Running::coordinator_of(&["--replicas", cells, "--worker", &one.address, "--worker", &one.address]);
-        assert_eq!(twice.ended(), Some(1));
+        assert_eq!(twice.ended(), Some(2));
         assert!(twice.log().contains("is named twice"), "{}", twice.log());
     }
     another_term();
@@ -249,6 +311,38 @@ fn where_one_cell_cannot_be_the_workers_of_the_others_are_given_back() {
     for worker in [one, other] {
         assert!(worker.log().contains("released"), "{}", worker.log());
     }
+}
+
+#[test]
+fn who_is_slow_to_ask_does_not_keep_a_loaded_server_waiting() {
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (listen, worker) = (free(), free());
+    let coordinator = Running::start(&["coordinator", "--listen", &listen, "--worker", &worker]);
+    let slow = std::thread::spawn({
+        let listen = listen.clone();
+        move || {
+            let mut slow = None;
+            until("the coordinator listens", || {
+                slow = TcpStream::connect(&listen).ok();
+                slow.is_some()
+            });
+            let mut slow = slow.unwrap();
+            slow.write_all(b"GET /livez").unwrap();
+            // It was accepted before this one is answered.
+            let mut probe = TcpStream::connect(&listen).unwrap();
+            probe.write_all(b"GET /readyz HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            probe.read_to_string(&mut answer).unwrap();
+            assert!(answer.contains("\"loading\""), "{answer}");
+            (slow, Running::start(&["worker", "--threads", "1", "--listen", &worker]))
+        }
+    });
+    assert!(coordinator.ready().contains(&listen));
+    let (mut slow, _worker) = slow.join().unwrap();
+    slow.write_all(b" HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "the server was ready before the slow one was cut off: {answer}");
 }
 
 #[test]

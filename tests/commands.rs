@@ -246,6 +246,67 @@ fn replace(path: &Path, from: &str, to: &str) {
     std::fs::write(path, bytes).unwrap();
 }
 
+/// Runs `phalanx` with these variables and gives exit code and standard error.
+fn fails(args: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = Command::new(binary());
+    let out = command.args(args).envs(variables.iter().copied()).stdin(Stdio::null()).output().unwrap();
+    assert!(!out.status.success(), "{args:?} {variables:?}");
+    (out.status.code(), String::from_utf8(out.stderr).unwrap())
+}
+
+#[test]
+fn flags_at_fault_are_exit_code_2_and_said_once() {
+    let dataset = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(dataset.path(), "{}\n").unwrap();
+    let token = "0123456789abcdef";
+    type Variables = &'static [(&'static str, &'static str)];
+    let cases: [(&[&str], Variables, &str); 21] = [
+        (&["worker", "--cluster-token", "short"], &[], "a cluster token has from 16"),
+        (&["worker", "--cluster-token-file", "/nope"], &[], "/nope"),
+        (&["worker"], &[("PHALANX_CLUSTER_TOKEN", "a"), ("PHALANX_CLUSTER_TOKEN_FILE", "b")], "are both set"),
+        (&["worker", "--listen", "0.0.0.0:0"], &[], "needs a cluster token"),
+        (&["worker", "--device", "cpu", "--exchange", "nccl"], &[], "--exchange nccl is for GPUs"),
+        (&["coordinator", "--listen", "127.0.0.1:0", "--worker", "nonsense"], &[], "use HOST:PORT"),
+        (&["coordinator", "--replicas", "3", "--worker", "a:1,b:2"], &[], "name a multiple of 3"),
+        (&["serve", "--listen", "127.0.0.1:0", "--survive", "1"], &[], "lost"),
+        (&["serve", "--device", "cpu", "--exchange", "nccl"], &[], "--exchange nccl is for GPUs"),
+        (&["serve", "--api-keys", "one,,two"], &[], "it is empty; leave it out"),
+        (&["serve"], &[("PHALANX_API_KEYS", "")], "it is empty; leave it out"),
+        (&["serve", "--served-model-name", " "], &[], "it is empty; leave it out"),
+        (&["serve", "--current-date", "the day"], &[], "2025-12-31"),
+        (&["serve", "--current-date", "2025-02-29"], &[], "2025-12-31"),
+        (&["serve", "--current-date", "2025-1-01"], &[], "2025-12-31"),
+        (&["bench", "offline", "--batch", "1,2", "--prompt-len", "1,2,3"], &[], "3 lengths of prompts"),
+        (&["bench", "kernels", "--device", "cpu", "--only", "foo"], &[], "no op's name contains"),
+        (&["bench", "serve", "--dataset", "/nope"], &[], "cannot read /nope"),
+        (&["bench", "serve", "--dataset", dataset.path().to_str().unwrap()], &[], "neither `messages`"),
+        (&["bench", "serve", "--url", "ftp://x"], &[], "http://127.0.0.1:8000"),
+        (&["chat", "--url", "ftp://x", "hello"], &[], "http://127.0.0.1:8000"),
+    ];
+    for (args, variables, words) in cases {
+        let (code, error) = fails(args, variables);
+        assert_eq!((code, error.matches(words).count()), (Some(2), 1), "{args:?} {variables:?}: {error}");
+        assert!(!error.contains("panicked"), "{error}");
+    }
+    // A flag wins over a variable, whichever of the two it is.
+    let (_, error) = fails(&["worker", "--cluster-token-file", "/nope"], &[("PHALANX_CLUSTER_TOKEN", "short")]);
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    let nowhere = ["worker", "--model", "/nope", "--cluster-token", token];
+    let (_, error) = fails(&nowhere, &[("PHALANX_CLUSTER_TOKEN_FILE", "/none")]);
+    assert!(error.contains("no model `/nope`"), "{error}");
+    let (_, error) = fails(&["chat", "--model", "/nope", "hello"], &[("PHALANX_API_KEY", "of-some-server")]);
+    assert!(error.contains("no model `/nope`"), "{error}");
+}
+
+#[test]
+fn switches_can_be_set_by_the_environment_as_elsewhere() {
+    for value in ["1", "0", "true", "no", ""] {
+        let nowhere = ["serve", "--model", "/nope", "--listen", "127.0.0.1:0"];
+        let (_, error) = fails(&nowhere, &[("PHALANX_NO_WEIGHT_CACHE", value), ("PHALANX_NO_PREFIX_CACHE", value)]);
+        assert!(error.contains("no model `/nope`"), "{value:?}: {error}");
+    }
+}
+
 #[test]
 fn mistakes_are_explained() {
     for (args, words) in [
@@ -255,6 +316,7 @@ fn mistakes_are_explained() {
         (vec!["model", "logits", "--prompt-ids", "one"], "invalid value"),
         (vec!["serve", "--workers", "0"], "--workers"),
         (vec!["chat", "--url", "http://127.0.0.1:9", "hello"], "no server answers"),
+        (vec!["model", "inspect", "synth:40b"], "no shape `40b`: give 20b, 120b"),
         (vec!["serve", "--model", "no/such-model"], "no/such-model"),
         (vec!["coordinator"], "--worker"),
     ] {

@@ -524,10 +524,12 @@ impl EngineClient {
         self.cells().into_iter().reduce(CellStatus::with).unwrap_or_else(|| CellStatus::loading("there is no cell"))
     }
 
-    /// Whether every driver lives and answered its last submission in time. One whose cell has failed answers, too.
+    /// Whether every driver lives and answered its last submission in time. One whose cell has failed answers, too; those
+    /// of a server that drains end one by one.
     #[must_use]
     pub fn is_answered(&self) -> bool {
-        self.cells.iter().all(|cell| !cell.submissions.is_closed() && cell.answers.load(Ordering::Relaxed))
+        let answers = |cell: &CellClient| !cell.submissions.is_closed() && cell.answers.load(Ordering::Relaxed);
+        self.cells.iter().all(answers) || self.cells().iter().any(|cell| cell.state == CellState::Draining)
     }
 }
 

@@ -10,7 +10,8 @@ use phalanx_model::nano;
 use serde_json::{Value, json};
 
 use crate::cli::{DeviceArgs, EngineArgs, LOOPBACK_ANY_PORT, LimitArgs};
-use crate::client::{ChatClient, Piece};
+use crate::client::{self, ChatClient, Piece};
+use crate::commands::colours;
 use crate::commands::serve::ApiArgs;
 use crate::server::{self, LocalServer};
 
@@ -20,12 +21,13 @@ pub struct ChatArgs {
     /// What to ask; without it, a conversation line by line
     prompt: Option<String>,
     /// Ask this server instead of starting a cluster, for example http://127.0.0.1:8000
-    #[arg(long, env = "PHALANX_URL", value_name = "URL")]
+    #[arg(long, env = "PHALANX_URL", value_name = "URL", value_parser = client::url)]
     url: Option<String>,
     /// The key for the server
-    #[arg(long, env = "PHALANX_API_KEY", hide_env_values = true, value_name = "KEY", requires = "url")]
+    #[arg(long, env = "PHALANX_API_KEY", hide_env_values = true, value_name = "KEY")]
     api_key: Option<String>,
-    /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache; with --url a served name
+    /// `nano`, a checkpoint directory, a model id in the local Hugging Face cache, or `synth:20b`, `synth:120b` for random
+    /// weights; with --url a served name
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Workers that share the experts
@@ -47,7 +49,7 @@ pub struct ChatArgs {
 ///
 /// # Errors
 /// The cluster does not start, or the server refuses.
-pub fn run(args: ChatArgs) -> Result<ExitCode> {
+pub fn run(args: ChatArgs, log: &str) -> Result<ExitCode> {
     if let Some(url) = &args.url {
         let client = ChatClient::connect(url, args.api_key.clone(), args.model.clone())?;
         converse(&client, &args)?;
@@ -59,6 +61,7 @@ pub fn run(args: ChatArgs) -> Result<ExitCode> {
         workers: args.workers,
         replicas: 1,
         device: args.device.device(args.workers)?,
+        log: log.to_owned(),
         limits: args.limits,
         engine: EngineArgs::default(),
         listen: LOOPBACK_ANY_PORT.parse().expect("it is an address"),
@@ -113,8 +116,7 @@ fn converse(client: &ChatClient, args: &ChatArgs) -> Result<()> {
 /// Asks once and prints the answer as it comes: thinking dimmed, then the answer, then how fast.
 fn ask(client: &ChatClient, args: &ChatArgs, messages: &mut Vec<Value>, prompt: &str) -> Result<()> {
     messages.push(json!({"role": "user", "content": prompt}));
-    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let (dim, plain) = if colour { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
+    let (dim, plain) = if colours(&std::io::stdout()) { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
     let mut out = std::io::stdout().lock();
     let mut answer = String::new();
     let mut thinking = false;

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::cli::{EngineArgs, LimitArgs, TokenArgs};
+use crate::cli::{BadFlags, EngineArgs, LimitArgs, TokenArgs};
 use crate::commands::say;
 use crate::commands::serve::{ApiArgs, cells};
 use crate::server::{self, Server, ServerOptions};
@@ -50,11 +50,13 @@ pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
     runtime.block_on(async {
         let (count, replicas) = (args.workers.len(), args.replicas as usize);
         if !count.is_multiple_of(replicas) {
-            bail!("{count} workers cannot be divided evenly among {replicas} cells; name a multiple of {replicas}");
+            let uneven = "cannot be divided evenly among";
+            let why = format!("{count} workers {uneven} {replicas} cells; name a multiple of {replicas}");
+            return Err(BadFlags(why).into());
         }
         let mut names = BTreeSet::new();
         if let Some(twice) = args.workers.iter().find(|worker| !names.insert(*worker)) {
-            bail!("the worker at {twice} is named twice; name each worker once");
+            return Err(BadFlags(format!("the worker at {twice} is named twice; name each worker once")).into());
         }
         let workers = count / replicas;
         let options = ServerOptions {
@@ -72,7 +74,7 @@ pub fn run(args: CoordinatorArgs) -> Result<ExitCode> {
         let cells = cells(args.replicas, u32::try_from(workers).unwrap_or(u32::MAX));
         say(format_args!("{} on http://{}/v1, {cells}", server.model(), server.address()))?;
         let asked = server::asked_to_end(server.failed()).await;
-        server.drain().await;
+        server.drain(server::interrupted()).await;
         asked.map(|()| ExitCode::SUCCESS)
     })
 }

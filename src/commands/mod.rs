@@ -10,7 +10,7 @@ pub mod serve;
 pub mod verify;
 pub mod worker;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -29,6 +29,12 @@ pub fn complain(error: &anyhow::Error) {
 pub fn note(line: impl std::fmt::Display) {
     // Nobody needs to read it.
     drop(writeln!(std::io::stderr(), "{line}"));
+}
+
+/// Whether what reads `out` shows colours.
+#[must_use]
+pub fn colours(out: &impl IsTerminal) -> bool {
+    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Bytes in MiB.

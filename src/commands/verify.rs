@@ -20,7 +20,8 @@ use crate::local::{CellOptions, LocalCell};
 /// Arguments of `verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache
+    /// `nano`, a checkpoint directory, a model id in the local Hugging Face cache, or `synth:20b`, `synth:120b` for random
+    /// weights
     #[arg(long, default_value = nano::SPEC)]
     model: String,
     /// Numbers of workers to compare
@@ -34,7 +35,7 @@ pub struct VerifyArgs {
     #[arg(long, env = "PHALANX_DEVICE", value_name = "DEVICE", default_value_t)]
     device: DeviceRequest,
     /// On CPUs: threads in all [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, env = "PHALANX_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
 }
 

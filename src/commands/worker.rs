@@ -9,7 +9,6 @@ use clap::Args;
 use phalanx_model::{checkpoint, nano};
 use phalanx_wire::token::check_listener;
 use phalanx_worker::collectives::tcp::Listener;
-use phalanx_worker::device::Device;
 use phalanx_worker::host::ModelHost;
 use phalanx_worker::{process, service};
 use serde_json::json;
@@ -23,8 +22,8 @@ use crate::server;
 /// Arguments of `worker`.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
-    /// `nano`, a checkpoint directory, or a model id in the local Hugging Face cache; only this worker's experts
-    /// are read from it
+    /// `nano`, a checkpoint directory, a model id in the local Hugging Face cache, or `synth:20b`, `synth:120b` for random
+    /// weights; only this worker's experts are read from it
     #[arg(long, env = "PHALANX_MODEL", default_value = nano::SPEC)]
     model: String,
     /// Where to listen for the coordinator
@@ -58,7 +57,7 @@ pub fn run(args: WorkerArgs) -> Result<ExitCode> {
     let checkpoint = Arc::new(checkpoint::open(&args.model)?);
     let data = Listener::bind(data_listen, token.as_ref().map(phalanx_wire::ClusterToken::bytes))
         .with_context(|| format!("cannot listen on {data_listen}"))?;
-    let device = Device { exchange: args.exchange.exchange, ..args.device.device_on(&choice, 1)? };
+    let device = args.exchange.on(args.device.device_on(&choice, 1)?)?;
     let host = ModelHost::new(checkpoint, device, data)?;
     let runtime = server::runtime()?;
     runtime.block_on(async {

@@ -90,6 +90,8 @@ pub struct ApiLimits {
     pub body_bytes_max: usize,
     /// Longest wait for a body.
     pub body_wait: Duration,
+    /// Longest wait for a client to take what is sent to it.
+    pub write_wait: Duration,
     /// Messages of a conversation.
     pub messages_max: usize,
     /// Functions of a request.
@@ -108,8 +110,6 @@ pub struct ApiLimits {
     pub keep_alive: Duration,
     /// How long a cell with work may go without a step before `/livez` reports it.
     pub stall_max: Duration,
-    /// How long running requests may go on after the shutdown began.
-    pub grace: Duration,
 }
 
 impl Default for ApiLimits {
@@ -121,6 +121,7 @@ impl Default for ApiLimits {
             header_wait: Duration::from_secs(20),
             body_bytes_max: 4 << 20,
             body_wait: Duration::from_secs(20),
+            write_wait: Duration::from_secs(60),
             messages_max: 4096,
             tools_max: 128,
             stops_max: 4,
@@ -130,7 +131,6 @@ impl Default for ApiLimits {
             encoder_wait: Duration::from_secs(10),
             keep_alive: Duration::from_secs(15),
             stall_max: Duration::from_secs(60),
-            grace: Duration::from_secs(30),
         }
     }
 }

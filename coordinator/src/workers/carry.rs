@@ -190,7 +190,7 @@ fn is_final(error: &WorkerError) -> bool {
 fn brief(error: &WorkerError) -> String {
     match error {
         WorkerError::Failed { why, .. } | WorkerError::Unreachable { why, .. } => why.clone(),
-        WorkerError::Reply { source, .. } => source.to_string(),
+        WorkerError::Reply { why, .. } => why.to_string(),
         WorkerError::Deadline { waited, .. } => format!("no answer within {:.1} s", waited.as_secs_f32()),
         WorkerError::Address { .. } => error.to_string(),
     }

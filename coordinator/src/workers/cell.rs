@@ -119,7 +119,7 @@ pub enum CellError {
         ours: String,
     },
     /// The model does not fit.
-    #[error("the worker at {address} has too little memory: {source}")]
+    #[error("the worker at {address} has too little memory")]
     Memory {
         /// Its address.
         address: String,

@@ -92,14 +92,14 @@ pub enum WorkerError {
         why: String,
     },
     /// It answers with something else.
-    #[error("{who} answers {call} with something else: {source}")]
+    #[error("{who} answers {call} with something else: {why}")]
     Reply {
         /// The worker.
         who: Who,
         /// The call.
         call: &'static str,
         /// What is wrong with it.
-        source: WireError,
+        why: WireError,
     },
 }
 
@@ -261,7 +261,7 @@ impl WorkerHandle {
 
     fn no_reply(&self, call: &'static str) -> impl Fn(WireError) -> WorkerError {
         let who = self.who.clone();
-        move |source| WorkerError::Reply { who: who.clone(), call, source }
+        move |why| WorkerError::Reply { who: who.clone(), call, why }
     }
 
     fn unreachable(&self, why: String) -> WorkerError {
@@ -284,11 +284,9 @@ impl StepReplies {
     pub(super) async fn next(&mut self) -> Result<StepReply, WorkerError> {
         const CALL: &str = "steps";
         match self.replies.message().await {
-            Ok(Some(reply)) => StepReply::try_from(reply).map_err(|source| WorkerError::Reply {
-                who: self.who.clone(),
-                call: CALL,
-                source,
-            }),
+            Ok(Some(reply)) => {
+                StepReply::try_from(reply).map_err(|why| WorkerError::Reply { who: self.who.clone(), call: CALL, why })
+            }
             Ok(None) => Err(failed(&self.who, CALL, &Status::unavailable("it ended its stream of steps"))),
             Err(status) => Err(failed(&self.who, CALL, &status)),
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::{Server, config, question, start, start_writing};
+use crate::support::{Play, Server, config, harmony, post_bytes, question, start, start_writing, writing};
 
 async fn server() -> Server {
     start_writing("<|channel|>final<|message|>7<|return|>").await
@@ -38,7 +38,10 @@ async fn unknown_paths_and_methods() {
 
 #[tokio::test]
 async fn a_large_body_is_refused_before_it_is_read() {
-    let server = server().await;
+    let mut config = config();
+    config.limits.body_wait = Duration::from_millis(50);
+    let plays = writing("<|channel|>final<|message|>7<|return|>");
+    let server = start(config, move |_| Ok(plays.clone())).await;
     let json = "content-type: application/json\r\n";
     for length in ["4194305", "4294967296", "1152921504606846976"] {
         let reply = server.send(&chat(&format!("{json}content-length: {length}\r\n"), b"")).await;
@@ -58,6 +61,41 @@ async fn a_large_body_is_refused_before_it_is_read() {
     received.unwrap();
     assert_eq!(answer, b"HTTP/1.1 413");
     still_serves(&server).await;
+}
+
+#[tokio::test]
+async fn who_sends_everything_before_reading_learns_that_it_is_too_large() {
+    let server = server().await;
+    let next = "GET /livez HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+    let body = vec![b' '; 16 << 20];
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n";
+    let sized = [format!("{head}content-length: {}\r\n\r\n", body.len()).as_bytes(), &body].concat();
+    let chunk = format!("{:x}\r\n", body.len());
+    let chunked =
+        [format!("{head}transfer-encoding: chunked\r\n\r\n{chunk}").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat();
+    for request in [sized, chunked] {
+        let mut stream = server.connect(b"").await;
+        stream.write_all(&request).await.unwrap();
+        stream.write_all(next.as_bytes()).await.unwrap();
+        let mut answers = String::new();
+        stream.read_to_string(&mut answers).await.unwrap();
+        assert!(answers.starts_with("HTTP/1.1 413"), "{answers}");
+        assert!(answers.contains("HTTP/1.1 200"), "the connection goes on: {answers}");
+    }
+}
+
+#[tokio::test]
+async fn who_reads_nothing_loses_the_connection() {
+    let mut config = config();
+    config.limits.write_wait = Duration::from_millis(100);
+    // More than the system keeps for a reader.
+    let piece = Play::Tokens(harmony(&"=".repeat(64)).repeat(1 << 14));
+    let plays =
+        [vec![Play::Tokens(harmony("<|channel|>final<|message|>"))], vec![piece; 32], vec![Play::UntilCancelled]];
+    let mut server = start(config, move |_| Ok(plays.concat())).await;
+    let asked = question(json!({"stream": true})).to_string();
+    let _stream = server.connect(&post_bytes(asked.as_bytes())).await;
+    server.cancelled.recv().await.unwrap();
 }
 
 #[tokio::test]

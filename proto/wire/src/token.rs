@@ -32,12 +32,12 @@ pub enum TokenError {
     #[error("a cluster token consists of printable ASCII characters without spaces")]
     Character,
     /// Its file cannot be read.
-    #[error("cannot read the cluster token from {}: {source}", path.display())]
+    #[error("cannot read the cluster token from {}: {why}", path.display())]
     File {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        why: std::io::Error,
     },
     /// An address that others can reach, and no token.
     #[error(
@@ -80,7 +80,7 @@ impl ClusterToken {
         // White space around the token may be as long as the longest token itself.
         let limit = 2 * Self::LEN_MAX as u64;
         let read = std::fs::File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text));
-        read.map_err(|source| TokenError::File { path: path.to_owned(), source })?;
+        read.map_err(|why| TokenError::File { path: path.to_owned(), why })?;
         Self::parse(&text)
     }
 

@@ -21,7 +21,7 @@ use self::cases::{
     travel,
 };
 use self::machine::{Ceiling, Machine, median};
-use crate::cli::DeviceArgs;
+use crate::cli::{BadFlags, DeviceArgs};
 use crate::commands::{advance, byte_bar, note, say, say_json};
 
 /// Arguments of `bench kernels`.
@@ -71,10 +71,12 @@ impl Shape {
     }
 }
 
-/// No op has such a name.
-#[derive(Debug, thiserror::Error)]
-#[error("no op's name contains {0:?}, or only with fewer rows than these; `phalanx bench kernels --help` names them")]
-struct NoOp(String);
+fn no_op(only: &[String]) -> BadFlags {
+    let only = only.join(",");
+    BadFlags(format!(
+        "no op's name contains {only:?}, or only with fewer rows than these; `phalanx bench kernels --help` names them"
+    ))
+}
 
 /// Runs `phalanx bench kernels`.
 ///
@@ -212,7 +214,7 @@ fn cases<B: Machine>(
     }
     // What there was no memory for is said here, not in a round.
     backend.finish().context("making what is measured")?;
-    if cases.is_empty() { Err(NoOp(args.only.join(",")).into()) } else { Ok(cases) }
+    if cases.is_empty() { Err(no_op(&args.only).into()) } else { Ok(cases) }
 }
 
 /// Seconds of one op: as many in a row as take a while, since a device may have only been told of them when they return.

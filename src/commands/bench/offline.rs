@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use phalanx_model::{checkpoint, nano};
 use phalanx_planner::{Event, Want};
@@ -12,7 +12,7 @@ use phalanx_proto::{Limits, Phase};
 use phalanx_worker::device::memory_peak;
 use serde_json::{Value, json};
 
-use crate::cli::DeviceArgs;
+use crate::cli::{BadFlags, DeviceArgs};
 use crate::commands::model::request;
 use crate::commands::{say, say_json, start_cell};
 use crate::local::{CellOptions, LocalCell, Totals};
@@ -57,17 +57,17 @@ struct Batch {
 }
 
 impl OfflineArgs {
-    fn batches(&self) -> Result<Vec<Batch>> {
+    fn batches(&self) -> Result<Vec<Batch>, BadFlags> {
         let (batches, prompts) = (self.batch.len(), self.prompt_len.len());
-        ensure!(
-            prompts == 1 || prompts == batches,
-            "{prompts} lengths of prompts are given for {batches} batches: give one, or one for each batch"
-        );
+        if prompts != 1 && prompts != batches {
+            let given = format!("{prompts} lengths of prompts are given for {batches} batches");
+            return Err(BadFlags(format!("{given}: give one, or one for each batch")));
+        }
         let (largest, rows) = (self.batch.iter().max().copied().unwrap_or(0), self.step_rows);
-        ensure!(
-            largest.div_ceil(self.workers) <= rows,
-            "{largest} sequences do not decode side by side in steps of {rows} rows: raise --step-rows or lower --batch"
-        );
+        if largest.div_ceil(self.workers) > rows {
+            let given = format!("{largest} sequences do not decode side by side in steps of {rows} rows");
+            return Err(BadFlags(format!("{given}: raise --step-rows or lower --batch")));
+        }
         let lengths = self.prompt_len.iter().cycle();
         let batch = |(&seqs, &prompt_len)| Batch { seqs, prompt_len, gen_len: self.gen_len };
         Ok(self.batch.iter().zip(lengths).map(batch).collect())

@@ -3,8 +3,9 @@
 //! Closed loop: so many clients, each asks again as soon as it has its answer. Open loop: requests come at random at a
 //! rate, whatever the server does, for as long as a client is free; how late they were sent is reported.
 
+use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +18,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::report::{Report, line};
 use super::request::{Outcome, Target};
 use super::workload::{Asked, Shape, arrivals, dataset};
-use crate::client::ChatClient;
+use crate::cli::BadFlags;
+use crate::client::{self, ChatClient};
 use crate::commands::say_json;
 use crate::server;
 
@@ -34,7 +36,7 @@ const CLIENTS: u32 = 8;
 #[derive(Debug, Args)]
 pub struct ServeBenchArgs {
     /// The server
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
+    #[arg(long, value_name = "URL", value_parser = client::url, default_value = "http://127.0.0.1:8000")]
     url: String,
     /// The model to ask [default: the first one served]
     #[arg(long)]
@@ -128,10 +130,15 @@ fn temperature(text: &str) -> Result<f64, String> {
 /// The server cannot be reached, or the dataset is none.
 pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
     let asked = match &args.dataset {
-        Some(path) => Some(dataset(path, args.output_tokens)?),
+        Some(path) => Some(dataset(path, args.output_tokens).map_err(|error| BadFlags(format!("{error:#}")))?),
         None => None,
     };
     let client = ChatClient::connect(&args.url, args.api_key.clone(), args.model.clone())?;
+    // A path that cannot be written is found out before the measurement, not after it.
+    let mut save = match args.save.as_deref() {
+        Some(path) => Some((path, File::create(path).with_context(cannot_write(path))?)),
+        None => None,
+    };
     let agent = ureq::Agent::config_builder()
         .http_status_as_error(false)
         .timeout_connect(Some(CONNECT_WAIT))
@@ -165,11 +172,10 @@ pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
     }
     let run = Run::new(&args, 0, args.requests, !args.json && std::io::stderr().is_terminal());
     let (sent, report) = run.drive(&load, &stop)?;
-    if let Some(path) = &args.save {
+    if let Some((path, file)) = &mut save {
         let lines: String =
             sent.iter().map(|(number, at, outcome)| format!("{}\n", line(*number, *at, outcome))).collect();
-        let saved = std::fs::File::create(path).and_then(|mut file| file.write_all(lines.as_bytes()));
-        saved.with_context(|| format!("cannot write {}", path.display()))?;
+        file.write_all(lines.as_bytes()).with_context(cannot_write(path))?;
     }
     if args.json {
         say_json(&report.json())?;
@@ -183,6 +189,10 @@ pub fn run(args: ServeBenchArgs) -> Result<ExitCode> {
         "some requests failed: lower --rate or --concurrency, look at the server's log, or --allow-failures",
     );
     Ok(ExitCode::FAILURE)
+}
+
+fn cannot_write(path: &Path) -> impl Fn() -> String {
+    move || format!("cannot write {}", path.display())
 }
 
 /// What is asked of whom.

@@ -145,6 +145,7 @@ fn configuration(shape: &Shape, layers: Option<u32>) -> Result<(Value, ModelConf
     let mut json: Value = match shape {
         Shape::Large => published(36, 128),
         Shape::Small => published(24, 32),
+        Shape::Config(path) if !path.exists() => return Err(CheckpointError::NoShape { shape: path.clone() }),
         Shape::Config(path) => read_json(path, 1 << 20)?,
     };
     if let (Some(layers), Some(fields)) = (layers, json.as_object_mut()) {

@@ -124,12 +124,12 @@ pub enum ServeError {
     #[error(transparent)]
     Token(#[from] TokenError),
     /// The system refuses something.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}: {why}")]
     System {
         /// What was tried.
         what: &'static str,
         /// The system's reason.
-        source: std::io::Error,
+        why: std::io::Error,
     },
     /// The server failed.
     #[error("the worker's server failed: {0}")]
@@ -215,7 +215,7 @@ pub async fn serve(
     token: Option<ClusterToken>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let system = |what| move |source| ServeError::System { what, source };
+    let system = |what| move |why| ServeError::System { what, why };
     let address = listener.local_addr().map_err(system("tell the listener's address"))?;
     check_listener(address, token.as_ref())?;
 

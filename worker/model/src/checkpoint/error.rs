@@ -12,8 +12,8 @@ use super::header::{Dtype, HeaderError};
 pub enum CheckpointError {
     /// A name that leads nowhere.
     #[error(
-        "no model `{model}`: looked at {}; give `nano`, a checkpoint directory, or the id of a model in the \
-        local Hugging Face cache (download one with `hf download openai/gpt-oss-20b`)",
+        "no model `{model}`: looked at {}; give `nano`, a checkpoint directory, `synth:20b` for random weights, \
+        or the id of a model in the local Hugging Face cache (download one with `hf download openai/gpt-oss-20b`)",
         list(looked)
     )]
     Unknown {
@@ -21,6 +21,12 @@ pub enum CheckpointError {
         model: String,
         /// Where it was looked for.
         looked: Vec<PathBuf>,
+    },
+    /// Random weights of no shape that there is.
+    #[error("no shape `{}`: give 20b, 120b, or the path of a config.json", shape.display())]
+    NoShape {
+        /// What was asked for.
+        shape: PathBuf,
     },
     /// A file that the system does not let us read.
     #[error("cannot read {}: {error}; check that the file exists and may be read", path.display())]

@@ -139,7 +139,8 @@ mod tests {
             error,
             format!(
                 "no model `openai/gpt-oss-20b`: looked at openai/gpt-oss-20b, {}; give `nano`, a checkpoint \
-                 directory, or the id of a model in the local Hugging Face cache (download one with \
+                 directory, `synth:20b` for random weights, or the id of a model in the local Hugging Face cache \
+                 (download one with \
                  `hf download openai/gpt-oss-20b`)",
                 head.display()
             )

@@ -121,7 +121,7 @@ fn a_model_made_in_memory_has_the_written_one_s_first_layer_in_every_layer() {
 #[test]
 fn a_model_that_cannot_be_made_in_memory_is_refused() {
     for (model, words) in [
-        ("synth:", "No such file"),
+        ("synth:", "give 20b, 120b"),
         ("synth:200b", "200b"),
         ("synth:20b:0", "layers"),
         ("synth:20b:4294967295", "layers"),
