@@ -561,6 +561,26 @@ fn an_interactive_request_does_not_wait_until_a_batch_prompt_is_read() {
 }
 
 #[test]
+fn who_comes_while_a_batch_prompt_is_read_passes_no_other_that_waits_for_it() {
+    let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(8, 64, 128), 1) });
+    for (seq, len) in [(1, 900), (2, 400)] {
+        let own = prompt(u32::try_from(seq).unwrap(), len);
+        cell.engine.submit(Request { class: Class::Batch, ..endless(seq, &own, 2) }).unwrap();
+    }
+    let mut seq = 3;
+    for _ in 0..20 {
+        for _ in 0..6 {
+            cell.engine.submit(endless(seq, &prompt(3, 5), 1)).unwrap();
+            seq += 1;
+        }
+        cell.step();
+        assert_eq!(cell.engine.waiting(), 1, "the other batch prompt, after {seq} have come");
+    }
+    assert!(cell.tokens(1).is_empty(), "it is still read");
+    cell.run();
+}
+
+#[test]
 fn interactive_prompts_without_end_do_not_keep_a_batch_prompt_that_is_read() {
     let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(8, 64, 64), 1) });
     cell.engine.submit(Request { class: Class::Batch, ..endless(1, &prompt(1, 400), 2) }).unwrap();
