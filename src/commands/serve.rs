@@ -163,7 +163,6 @@ pub fn run(args: ServeArgs, log: &str) -> Result<ExitCode> {
 mod tests {
     use clap::Parser;
 
-    use super::*;
     use crate::cli::{Cli, Command};
 
     #[test]
