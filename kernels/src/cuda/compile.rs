@@ -87,12 +87,12 @@ pub enum CompileError {
         file: String,
     },
     /// The folder cannot be written.
-    #[error("cannot write {}: {source}; choose another folder for the kernel cache", path.display())]
+    #[error("cannot write {}: {why}; choose another folder for the kernel cache", path.display())]
     Write {
         /// What was to be written.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        why: std::io::Error,
     },
 }
 
@@ -226,7 +226,7 @@ pub fn build(archs: &[&str], folder: &Path, mut done: impl FnMut(&Built)) -> Res
             let cubin = match cache.find_or_make(file, arch)? {
                 Made::Kept(cubin) => cubin,
                 Made::New(path, cubin) => {
-                    write(&path, &cubin).map_err(|source| CompileError::Write { path, source })?;
+                    write(&path, &cubin).map_err(|why| CompileError::Write { path, why })?;
                     cubin
                 }
             };
