@@ -235,8 +235,9 @@ impl ExchangeArgs {
     /// # Errors
     /// It has no use for that.
     pub fn on(&self, device: Device) -> Result<Device, BadFlags> {
-        if self.exchange == ExchangeRequest::Nccl && device.processor == Processor::Cpu {
-            return Err(BadFlags("--exchange nccl is for GPUs; leave it out, or give --device cuda".to_owned()));
+        if self.exchange.insists_on_nccl() && device.processor == Processor::Cpu {
+            let asked = self.exchange;
+            return Err(BadFlags(format!("--exchange {asked} is for GPUs; leave it out, or give --device cuda")));
         }
         Ok(Device { exchange: self.exchange, ..device })
     }

@@ -126,6 +126,18 @@ fn a_server_that_drains_says_so_until_it_is_asked_again() {
 }
 
 #[test]
+fn a_worker_that_is_lost_while_the_server_drains_ends_the_drain() {
+    let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "3600"]);
+    let mut stream = serve.stream(&endless(true));
+    stream.next().unwrap();
+    serve.signal("TERM");
+    until("the server drains", || serve.get("/readyz").0 == 503);
+    kill(serve.workers()[0], "KILL");
+    assert!(stream.last().unwrap().contains("\"error\""));
+    assert_eq!(serve.ended(), Some(0));
+}
+
+#[test]
 fn after_the_grace_time_requests_end_with_an_error() {
     let mut serve = Serve::start(&["--kv-tokens", "131072", "--drain-seconds", "0"]);
     let mut stream = serve.stream(&endless(true));

@@ -260,7 +260,7 @@ fn flags_at_fault_are_exit_code_2_and_said_once() {
     std::fs::write(dataset.path(), "{}\n").unwrap();
     let token = "0123456789abcdef";
     type Variables = &'static [(&'static str, &'static str)];
-    let cases: [(&[&str], Variables, &str); 21] = [
+    let cases: [(&[&str], Variables, &str); 22] = [
         (&["worker", "--cluster-token", "short"], &[], "a cluster token has from 16"),
         (&["worker", "--cluster-token-file", "/nope"], &[], "/nope"),
         (&["worker"], &[("PHALANX_CLUSTER_TOKEN", "a"), ("PHALANX_CLUSTER_TOKEN_FILE", "b")], "are both set"),
@@ -270,6 +270,7 @@ fn flags_at_fault_are_exit_code_2_and_said_once() {
         (&["coordinator", "--replicas", "3", "--worker", "a:1,b:2"], &[], "name a multiple of 3"),
         (&["serve", "--listen", "127.0.0.1:0", "--survive", "1"], &[], "lost"),
         (&["serve", "--device", "cpu", "--exchange", "nccl"], &[], "--exchange nccl is for GPUs"),
+        (&["serve", "--device", "cpu", "--exchange", "nccl-graphs"], &[], "--exchange nccl-graphs is for GPUs"),
         (&["serve", "--api-keys", "one,,two"], &[], "it is empty; leave it out"),
         (&["serve"], &[("PHALANX_API_KEYS", "")], "it is empty; leave it out"),
         (&["serve", "--served-model-name", " "], &[], "it is empty; leave it out"),

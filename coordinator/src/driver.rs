@@ -357,7 +357,8 @@ impl<L: CellLink> Driver<L> {
                     }
                     None => return,
                 },
-                changed = drain.changed() => if changed.is_err() || *drain.borrow() { return },
+                // Also of a drain that was heard before the cell failed; an error means that nobody is left to ask.
+                _ = drain.wait_for(|&drains| drains) => return,
             }
         }
     }

@@ -54,14 +54,13 @@ fn check_headers(headers: &HeaderMap, limits: &ApiLimits) -> Result<(), ApiError
 }
 
 /// Has the rest of a body read that is answered before its end, as one that is too large is: most clients read the answer
-/// only after they have sent everything. Who waits to be told to go on sends nothing after an answer.
+/// only after they have sent everything. Who waits to be told to go on, which the first look at the body does, sends nothing
+/// until then.
 pub(super) async fn read_rest(State(limits): State<ApiLimits>, request: Request) -> Request {
-    if request.headers().contains_key(EXPECT) {
-        return request;
-    }
+    let is_read = request.headers().contains_key(EXPECT);
     let rest_bytes_max = limits.body_bytes_max.saturating_mul(REST_BODIES);
     let wait = limits.body_wait;
-    request.map(|body| Body::new(WholeBody { body, rest_bytes_max, wait, is_read: false }))
+    request.map(|body| Body::new(WholeBody { body, rest_bytes_max, wait, is_read }))
 }
 
 /// A body whose rest is read and thrown away when it is dropped, up to a bound.
@@ -69,6 +68,7 @@ struct WholeBody {
     body: Body,
     rest_bytes_max: usize,
     wait: Duration,
+    /// Nothing is left of it, or nothing comes unless it is asked for.
     is_read: bool,
 }
 
