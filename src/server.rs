@@ -18,7 +18,7 @@ use phalanx_coordinator::workers::{
 };
 use phalanx_planner::Engine;
 use phalanx_planner::cost::{Calibrated, Cost, DeadlineRule, Formats, Hardware};
-use phalanx_proto::{CellId, Epoch, Rank, Term, TokenId};
+use phalanx_proto::{CellId, Epoch, NumericsId, Rank, Term, TokenId};
 use phalanx_wire::ClusterToken;
 use phalanx_worker::device::Device;
 use tokio::net::TcpListener;
@@ -168,8 +168,7 @@ impl Server {
         for (cell, (formed, commands)) in formed.into_iter().zip(commands).enumerate() {
             let Workers { fence, config, numerics, layout, limits, handles, release, link, .. } = formed;
             let mut engine = Engine::new(engine.config(&config, limits, layout.ep, &numerics), fence);
-            // Whatever the hardware is, the engine learns how much slower or faster than this.
-            let cost = Cost::new(&config, layout, Formats::BF16, Hardware::CPU_2_CORES);
+            let cost = Cost::new(&config, layout, Formats::BF16, hardware(&numerics));
             engine.set_pace(Calibrated::new(cost, DEADLINES));
             let blocks = engine.stats().blocks;
             metrics.cache_config(cell, limits.block_size, blocks, engine.config().prefix_cache);
@@ -252,6 +251,11 @@ impl Server {
         }
         give_back(&workers).await;
     }
+}
+
+/// What a cell computes on, roughly: the engine learns how much slower or faster it is.
+fn hardware(numerics: &NumericsId) -> Hardware {
+    if numerics.0.starts_with("cuda") { Hardware::H100 } else { Hardware::CPU_2_CORES }
 }
 
 /// Connects to all workers and forms the cells, side by side. Says on standard error how memory is planned.

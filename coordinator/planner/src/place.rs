@@ -80,8 +80,14 @@ fn room(engine: &mut Engine, seq: SeqId, rank: Rank) -> Room {
         let cached = found.nodes.len() as u64 * u64::from(engine.config.limits.block_size);
         return Room::Free(state.weighed + u64::from(engine.sequences[&seq].len()) - cached, found);
     }
-    if class == Class::Interactive && fits_without_batch(engine, rank, &found, need) {
-        return Room::OfBatch;
+    if class == Class::Interactive {
+        // Blocks that cool may do: nobody is driven out before they are there, and it is looked at again then.
+        if state.memory.full.cooling() > 0 {
+            return Room::None;
+        }
+        if fits_without_batch(engine, rank, &found, need) {
+            return Room::OfBatch;
+        }
     }
     let state = &mut engine.ranks[rank.index()];
     (state.refused, state.memory.returned) = (Some(seq), false);

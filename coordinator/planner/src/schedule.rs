@@ -109,7 +109,11 @@ impl OfRank {
     fn prefill(&mut self, engine: &mut Engine, level: u32) {
         let mut budget = self.budget.min(level);
         let keys: Vec<Key> = engine.ranks[self.rank.index()].prefilling.iter().copied().collect();
-        let of_batch = if keys.last().is_some_and(|key| key.0 == Class::Batch) { budget / BATCH_SHARE } else { 0 };
+        let of_batch = if keys.last().is_some_and(|key| key.0 == Class::Batch) {
+            (budget / BATCH_SHARE).max(u32::from(budget > 1))
+        } else {
+            0
+        };
         for key in keys {
             if budget == 0 {
                 return;
@@ -129,30 +133,30 @@ impl OfRank {
             if wanted == 0 {
                 continue;
             }
-            let rows = self.in_time(engine, planned, wanted);
+            let (rows, is_short) = self.in_time(engine, planned, wanted);
             // Nobody who came later gets blocks that this one lacks.
             if !self.run(engine, key, rows) {
                 return;
             }
-            budget = if rows < wanted { kept } else { budget - rows };
+            budget = if is_short && rows == wanted { budget - rows } else { kept };
         }
     }
 
     /// As many of `rows` rows from position `start` on as keep the step short; a block of them at least, so that every
-    /// prompt is read at last.
-    fn in_time(&self, engine: &mut Engine, start: u32, mut rows: u32) -> u32 {
-        let Some(pace) = &engine.pace else { return rows };
+    /// prompt is read at last. And whether it is short.
+    fn in_time(&self, engine: &mut Engine, start: u32, mut rows: u32) -> (u32, bool) {
+        let Some(pace) = &engine.pace else { return (rows, true) };
         let least = engine.config.limits.block_size;
-        while rows > least {
+        loop {
             engine.work.touch();
             let mut shape = self.shape;
             shape.add_run(start, rows, 0, engine.config.window);
-            if pace.is_short(&shape) {
-                break;
+            let is_short = pace.is_short(&shape);
+            if is_short || rows <= least {
+                return (rows, is_short);
             }
             rows = (rows / 2).max(least);
         }
-        rows
     }
 
     /// Plans the next `rows` rows of a sequence, if there are blocks for them.

@@ -674,12 +674,12 @@ fn deadlines_follow_what_steps_take() {
 #[test]
 fn chunks_of_prompts_are_as_long_as_the_deadline_has_time_for() {
     let rule = DeadlineRule { factor: 20.0, min_ms: 1, max_ms: 120_000 };
-    let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, Hardware::CPU_2_CORES);
     // The rows of each step of a rank that takes so many microseconds for each, and the longest deadline.
-    let read = |micros: u64| {
-        let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, 512, 256), 1) });
-        cell.engine.set_pace(Calibrated::new(cost.clone(), rule));
-        cell.engine.submit(endless(1, &prompt(1, 3000), 2)).unwrap();
+    let read_on = |hardware, rows, tokens, micros: u64| {
+        let cost = Cost::new(&gpt_oss(), Layout::new(1, 0).unwrap(), Formats::BF16, hardware);
+        let mut cell = Cell::new(EngineConfig { depth: 1, ..config(limits(4, rows, rows / 2), 1) });
+        cell.engine.set_pace(Calibrated::new(cost, rule));
+        cell.engine.submit(endless(1, &prompt(1, tokens), 2)).unwrap();
         let (mut rows, mut longest) = (Vec::new(), 0);
         while cell.plan() {
             rows.push(rows_of(&cell)[0][0].1);
@@ -691,8 +691,12 @@ fn chunks_of_prompts_are_as_long_as_the_deadline_has_time_for() {
         assert!(cell.engine.is_idle());
         (rows, longest)
     };
+    let read = |micros| read_on(Hardware::CPU_2_CORES, 512, 3000, micros);
     let (rows, _) = read(100);
     assert_eq!(rows[..3], [16, 512, 512], "at first nobody knows how fast it is");
+    // What a GPU takes is in none of the phases in which prompts are read.
+    let (rows, _) = read_on(Hardware::H100, 8192, 10_000, 0);
+    assert_eq!(rows[1], 8192, "{rows:?}");
     let (rows, longest) = read(100_000);
     assert!(rows[..20].iter().all(|&rows| (16..128).contains(&rows)), "512 would take 51 seconds: {rows:?}");
     assert!(longest < 120_000, "{longest} ms");
