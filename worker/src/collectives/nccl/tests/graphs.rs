@@ -2,13 +2,21 @@
 
 use std::sync::atomic::Ordering;
 
-use super::ways_captured::{Member, WAYS, any, cell};
+use super::ways_captured::{Member, Routing, WAYS, any, cell};
 use super::*;
 
 const LAYERS: u32 = 3;
 
 fn world(member: &Member) -> Arc<Mutex<World>> {
     fake::world_of(member.nccl.communicator().raw())
+}
+
+/// Begins step 3, in which exchanges go as they were captured in the two before.
+fn begin_captured(member: &mut Member, routing: &Routing, way: Way) {
+    for step in [1, 2] {
+        member.step(step, routing, Some(way), LAYERS).unwrap();
+    }
+    member.begin(3, Instant::now() + PATIENCE, routing, Some(way));
 }
 
 #[test]
@@ -40,10 +48,7 @@ fn graphs_go_before_the_communicator_that_they_call_when_a_rank_dies() {
     for way in WAYS {
         let ended = cell(&routing, |mut member| {
             let world = world(&member);
-            for step in [1, 2] {
-                member.step(step, &routing, Some(way), LAYERS).unwrap();
-            }
-            member.begin(3, Instant::now() + PATIENCE, &routing, Some(way));
+            begin_captured(&mut member, &routing, way);
             if member.nccl.rank() == Rank(1) {
                 return world;
             }
@@ -66,10 +71,7 @@ fn what_is_recorded_of_a_communicator_that_ends_is_left_out() {
     for way in WAYS {
         let ended = cell(&routing, |mut member| {
             let world = world(&member);
-            for step in [1, 2] {
-                member.step(step, &routing, Some(way), LAYERS).unwrap();
-            }
-            member.begin(3, Instant::now() + PATIENCE, &routing, Some(way));
+            begin_captured(&mut member, &routing, way);
             member.dispatch(0).unwrap();
             let Member { nccl, mut backend, .. } = member;
             drop(nccl);
