@@ -1,6 +1,9 @@
 // What every kernel shares: number types, bf16, exp, launches and shared memory. No CUDA header is included.
 //
 // A kernel is KERNEL(name, threads, Args): one block dimension, and one struct by value that src/cuda/ops.rs mirrors.
+// Its blocks may start while the kernel before it still runs; before anything else they wait for its end. Those of an
+// AHEAD_KERNEL wait themselves, and until then touch only what no step changes. The next kernel may start then, after a
+// PASSING_KERNEL at once: since all wait, the end of one is the end of all before it.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once
@@ -18,20 +21,32 @@ typedef unsigned long long u64;
                                        [](const void* args) { name(*(const Args*)args); });    \
   static void name(const Args& a)
 #define RESIDENT_KERNEL(name, threads, blocks, Args) KERNEL(name, threads, Args)
+#define PASSING_KERNEL(name, threads, Args) KERNEL(name, threads, Args)
+#define AHEAD_KERNEL(name, threads, Args) KERNEL(name, threads, Args)
 #define SHARED(smem) u8* smem = emu::shared()
 #define DEVICE inline
 #else
-#define KERNEL(name, threads, Args) extern "C" __global__ void __launch_bounds__(threads, 1) name(const Args a)
-// The same with registers for so many blocks of a multiprocessor.
-#define RESIDENT_KERNEL(name, threads, blocks, Args) \
-  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args a)
 #define SHARED(smem) u8* smem = shared_memory()
 #define DEVICE __device__ __forceinline__
+#define KERNEL(name, threads, Args) RESIDENT_KERNEL(name, threads, 1, Args)
+// The same with registers for so many blocks of a multiprocessor.
+#define RESIDENT_KERNEL(name, threads, blocks, Args) \
+  KERNEL_THAT(wait_for_before(); let_next_start(), name, threads, blocks, Args)
+#define PASSING_KERNEL(name, threads, Args) KERNEL_THAT(let_next_start(); wait_for_before(), name, threads, 1, Args)
+#define AHEAD_KERNEL(name, threads, Args) KERNEL_THAT(, name, threads, 1, Args)
+#define KERNEL_THAT(begins, name, threads, blocks, Args)                                                       \
+  DEVICE void name##_begun(const Args& a);                                                                     \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a) {         \
+    begins;                                                                                                    \
+    name##_begun(a);                                                                                           \
+  }                                                                                                            \
+  DEVICE void name##_begun(const Args& a)
 DEVICE u8* shared_memory() {
   extern __shared__ __align__(16) u8 dynamic[];
   return dynamic;
 }
 #endif
+#include "ptx_grid.cuh"
 
 // Types -------------------------------------------------------------------------------------------------------------
 

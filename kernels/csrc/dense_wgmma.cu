@@ -82,7 +82,7 @@ struct DenseRing {
   static const u32 SUMS_AT = RING_BARRIERS + STAGES * STAGE, TOKENS_AT = SUMS_AT + WARPS * TOKENS * 64;
 };
 
-typedef DenseRing<1, 8, 8, 8> DenseRing8;
+typedef DenseRing<1, 8, 8, 6> DenseRing8;
 typedef DenseRing<1, 32, 8, 8> DenseRing32;
 typedef DenseRing<1, 64, 8, 6> DenseRing64;
 typedef DenseRing<2, 128, 4, 5> DenseRing128;
@@ -110,9 +110,10 @@ DEVICE u32 half_start(u32 across, u32 half) { return least(half * ((across + 1) 
 
 // Copying -----------------------------------------------------------------------------------------------------------
 
-// The weights and tokens of a half of a unit, a stage after the other. A lane of the warp has one part, or none.
+// The weights and tokens of a half of a unit, a stage after the other. A lane of the warp has one part, or none. ahead: the
+// kernel before may still run, and the memory have nothing to do.
 template <class R>
-DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, u8* smem, Turn<R::STAGES>& turn) {
+DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, bool ahead, u8* smem, Turn<R::STAGES>& turn) {
   static_assert(R::WARPS < WARP, "a lane has one part at most");
   u32 across = (a.cols + 15) / 16, row_tiles = least((a.rows + 15) / 16 - unit.tile, R::WARPS), lane = lane_id();
   // Where a part goes in a stage, where it comes from, and its bytes of a column tile.
@@ -127,8 +128,8 @@ DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, u8* sme
     from = (const u8*)a.x + (u64)unit.group * across * bytes;
     to = R::PIECES;
   }
-  u32 end = half_start(across, half + 1);
-  for (u32 tile = half_start(across, half); tile < end; tile += R::TILES) {
+  u32 begin = half_start(across, half), end = half_start(across, half + 1);
+  for (u32 tile = begin; tile < end; tile += R::TILES) {
     u32 count = least(end - tile, R::TILES);
     u64* full = turn.full(smem);
     barrier_wait(turn.empty(smem), turn.parity ^ 1);
@@ -137,6 +138,11 @@ DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, u8* sme
     if (bytes != 0)
       bulk_copy(smem + RING_BARRIERS + turn.stage * R::STAGE + to, from + (u64)tile * bytes, count * bytes, full);
     turn.advance();
+    if (ahead && tile == begin + (R::STAGES - 1) * R::TILES) {
+      // What the ring has no room for, of all that the block has of the unit.
+      u32 rest = half_start(across, unit.end) - tile - count;
+      if (bytes != 0 && rest != 0) bulk_prefetch(from + (u64)(tile + count) * bytes, rest * bytes);
+    }
   }
 }
 
@@ -300,6 +306,11 @@ DEVICE void dense_wgmma(const DenseArgs& a) {
   Turn<R::STAGES> turn = {0, 0};
   if (threadIdx.x == 0) make_ring<R::STAGES>(smem, 1, R::WARPS);
   __syncthreads();
+  // Of few tokens the weights alone are copied: nobody writes these.
+  if (!R::RESIDENT || warp_id() < R::WARPS) {
+    wait_for_before();
+    let_next_start();
+  }
   if (warp_id() < R::WARPS) {
     if (R::HANDS_OVER) take_registers<232>();
     multiply_units<R>(a, stretches, units, smem, turn);
@@ -309,15 +320,16 @@ DEVICE void dense_wgmma(const DenseArgs& a) {
   if (warp_id() > R::WARPS) return;
   for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
     Unit<R> unit(a, i, stretches);
-    for (u32 half = unit.half; half < unit.end; half++) copy_half<R>(a, unit, half, smem, turn);
+    for (u32 half = unit.half; half < unit.end; half++)
+      copy_half<R>(a, unit, half, R::RESIDENT && i == blockIdx.x && half == unit.half, smem, turn);
   }
 }
 
-KERNEL(dense_wgmma_8, DenseRing8::THREADS, DenseArgs) { dense_wgmma<DenseRing8>(a); }
-KERNEL(dense_wgmma_32, DenseRing32::THREADS, DenseArgs) { dense_wgmma<DenseRing32>(a); }
-KERNEL(dense_wgmma_64, DenseRing64::THREADS, DenseArgs) { dense_wgmma<DenseRing64>(a); }
-KERNEL(dense_wgmma_128, DenseRing128::THREADS, DenseArgs) { dense_wgmma<DenseRing128>(a); }
-KERNEL(dense_wgmma_256, DenseRing256::THREADS, DenseArgs) { dense_wgmma<DenseRing256>(a); }
+AHEAD_KERNEL(dense_wgmma_8, DenseRing8::THREADS, DenseArgs) { dense_wgmma<DenseRing8>(a); }
+AHEAD_KERNEL(dense_wgmma_32, DenseRing32::THREADS, DenseArgs) { dense_wgmma<DenseRing32>(a); }
+AHEAD_KERNEL(dense_wgmma_64, DenseRing64::THREADS, DenseArgs) { dense_wgmma<DenseRing64>(a); }
+AHEAD_KERNEL(dense_wgmma_128, DenseRing128::THREADS, DenseArgs) { dense_wgmma<DenseRing128>(a); }
+AHEAD_KERNEL(dense_wgmma_256, DenseRing256::THREADS, DenseArgs) { dense_wgmma<DenseRing256>(a); }
 
 #undef DENSE_TICKETS
 #undef PIECES_THREADS

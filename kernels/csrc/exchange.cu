@@ -240,5 +240,5 @@ DEVICE void combine(const CombineArgs& a) {
   }
 }
 
-KERNEL(combine_f32, EXCHANGE_THREADS, CombineArgs) { combine<float>(a); }
-KERNEL(combine_bf16, EXCHANGE_THREADS, CombineArgs) { combine<u16>(a); }
+PASSING_KERNEL(combine_f32, EXCHANGE_THREADS, CombineArgs) { combine<float>(a); }
+PASSING_KERNEL(combine_bf16, EXCHANGE_THREADS, CombineArgs) { combine<u16>(a); }

@@ -151,36 +151,43 @@ DEVICE void begin_stage(const Matrix& m, u32 block, u32 all, u8* smem, const Tur
   __syncwarp();
 }
 
-// A unit's codes, scales and items, a stage after the other; items when a counter is there, if there is one.
-template <bool GATE_UP, class R>
-DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn,
-                      const u32* counter = nullptr, u32 value = 0) {
-  Copied copied = copied_of<GATE_UP, R>(a, m, unit);
-  u32 all = warp_sum(copied.bytes), block = 0;
-  if (counter != nullptr) {
-    Turn<R::STAGES> begun = turn;
-    u32 ahead = least(m.blocks, R::STAGES * R::BLOCKS);
-    for (; block < ahead; block += R::BLOCKS) {
-      begin_stage<R>(m, block, all, smem, turn);
-      if (!copied.of_items) copied.copy<R>(m, block, smem, turn);
-      turn.advance();
-    }
-#ifdef PLANT_MEET
-    value = 0;
-#endif
-    if (lane_id() == 0) wait_for_blocks(counter, value);
-    __syncwarp();
-    fence_async_global();
-    for (u32 i = 0; i < ahead; i += R::BLOCKS) {
-      if (copied.of_items) copied.copy<R>(m, i, smem, begun);
-      begun.advance();
-    }
-  }
+// The stages of a unit from a block on, one after the other.
+template <class R>
+DEVICE void copy_stages(const Matrix& m, const Copied& copied, u32 all, u32 block, u8* smem, Turn<R::STAGES>& turn) {
   for (; block < m.blocks; block += R::BLOCKS) {
     begin_stage<R>(m, block, all, smem, turn);
     copied.copy<R>(m, block, smem, turn);
     turn.advance();
   }
+}
+
+// A unit's codes, scales and items.
+template <bool GATE_UP, class R>
+DEVICE void copy_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn) {
+  Copied copied = copied_of<GATE_UP, R>(a, m, unit);
+  copy_stages<R>(m, copied, warp_sum(copied.bytes), 0, smem, turn);
+}
+
+// The same before there are items: they follow the first weights when `wait` has returned.
+template <bool GATE_UP, class R, class F>
+DEVICE void copy_unit_ahead(const ExpertArgs& a, const Matrix& m, const Unit& unit, u8* smem, Turn<R::STAGES>& turn,
+                            const F& wait) {
+  Copied copied = copied_of<GATE_UP, R>(a, m, unit);
+  u32 all = warp_sum(copied.bytes), ahead = least(m.blocks, R::STAGES * R::BLOCKS);
+  Turn<R::STAGES> begun = turn;
+  for (u32 block = 0; block < ahead; block += R::BLOCKS) {
+    begin_stage<R>(m, block, all, smem, turn);
+    if (!copied.of_items) copied.copy<R>(m, block, smem, turn);
+    turn.advance();
+  }
+  wait();
+  __syncwarp();
+  fence_async_global();
+  for (u32 block = 0; block < ahead; block += R::BLOCKS) {
+    if (copied.of_items) copied.copy<R>(m, block, smem, begun);
+    begun.advance();
+  }
+  copy_stages<R>(m, copied, all, ahead, smem, turn);
 }
 
 // Products ----------------------------------------------------------------------------------------------------------
@@ -415,8 +422,9 @@ DEVICE u32 stretches_of(const Matrix& m) {
   return (m.tiles + R::WARPS - 1) / R::WARPS;
 }
 
-// The widest products need more registers than there are for each of so many threads.
-template <bool GATE_UP, class R>
+// The widest products need more registers than there are for each of so many threads. BEFORE_ITEMS: the kernel before may still
+// run, and is that of gate_up; the one before that, which lists the items, has ended.
+template <bool GATE_UP, bool BEFORE_ITEMS, class R>
 DEVICE void one_matrix(const ExpertArgs& a) {
   SHARED(smem);
   u32* chunks = (u32*)(smem + R::CHUNKS);
@@ -432,7 +440,15 @@ DEVICE void one_matrix(const ExpertArgs& a) {
   const bool wide = R::ITEMS == 176;
   if (warp >= R::WARPS) {
     if (wide) keep_registers<40>();
-    for (u32 i = blockIdx.x; i < units; i += gridDim.x)
+    u32 i = blockIdx.x;
+    if (BEFORE_ITEMS) {
+      if (i < units)
+        copy_unit_ahead<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn, []() { wait_for_before(); });
+      wait_for_before();
+      let_next_start();
+      i += gridDim.x;
+    }
+    for (; i < units; i += gridDim.x)
       copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
   } else {
     if (wide) take_registers<152>();
@@ -496,7 +512,12 @@ DEVICE void both_matrices(const ExpertArgs& a) {
         copy_unit<true, R>(a, matrix_of(a, true), unit, smem, turn);
       } else {
         u32 slot_units = (chunks[unit.slot + 1] - chunks[unit.slot]) * first_stretches;
-        copy_unit<false, R>(a, matrix_of(a, false), unit, smem, turn, &progress->warps[unit.slot], slot_units * R::WARPS);
+#ifdef PLANT_MEET
+        slot_units = 0;
+#endif
+        copy_unit_ahead<false, R>(a, matrix_of(a, false), unit, smem, turn, [&]() {
+          if (lane_id() == 0) wait_for_blocks(&progress->warps[unit.slot], slot_units * R::WARPS);
+        });
       }
     }
     if (lane_id() != 0) return;
@@ -537,8 +558,8 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
 RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 2, ExpertArgs) { both_matrices<Ring48>(a); }
-KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
-KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
-KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
-KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
+KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, false, Ring8>(a); }
+AHEAD_KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, true, Ring8>(a); }
+KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, false, Ring176>(a); }
+KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, false, Ring176>(a); }
 #endif

@@ -54,6 +54,11 @@ DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) {
                : "memory");
 }
 
+// Asks for what will be copied: it is on its way to the device's cache. A multiple of 16 bytes.
+DEVICE void bulk_prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+}
+
 // Makes this thread's stores to shared memory visible to products and bulk copies that are ordered behind it.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

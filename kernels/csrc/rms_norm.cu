@@ -16,7 +16,7 @@ struct RmsNormArgs {
   float eps;
 };
 
-KERNEL(rms_norm, NORM_THREADS, RmsNormArgs) {
+PASSING_KERNEL(rms_norm, NORM_THREADS, RmsNormArgs) {
   SHARED(smem);
   float* sums = (float*)smem;  // [4]
   const float* x = a.x + (u64)blockIdx.x * a.hidden;

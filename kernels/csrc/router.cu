@@ -145,7 +145,7 @@ DEVICE void choose_if_last(const RouteArgs& a, u32 first, u32 tokens, u32* is_la
   }
 }
 
-KERNEL(route_few, ROUTE_FEW_THREADS, RouteArgs) {
+AHEAD_KERNEL(route_few, ROUTE_FEW_THREADS, RouteArgs) {
   SHARED(smem);
   u32* is_last = (u32*)smem;
   float* partials = (float*)(smem + 16);  // [segment][ROUTE_FEW][16]
@@ -155,15 +155,23 @@ KERNEL(route_few, ROUTE_FEW_THREADS, RouteArgs) {
   const float* x = a.x + (u64)least(first + g, a.n - 1) * a.cols + 2 * t;
   const uint4* matrix = a.matrix + (u64)blockIdx.x * tiles * WARP + lane_id();
   u32 segment = blockIdx.z * ROUTE_SEGMENTS + warp_id();
-  u32 end = least(route_start(tiles, segment + 1) * ROUTE_STAGE, tiles);
+  u32 begin = route_start(tiles, segment) * ROUTE_STAGE, end = least(route_start(tiles, segment + 1) * ROUTE_STAGE, tiles);
+  uint4 w[ROUTE_BATCH] = {};
+  auto load_weights = [&](u32 from) {
+#pragma unroll
+    for (u32 k = 0; k < ROUTE_BATCH; k++)
+      if (from + k < end) w[k] = matrix[(u64)(from + k) * WARP];
+  };
+  load_weights(begin);
+  wait_for_before();
+  let_next_start();
   float c[3][4] = {};
-  for (u32 from = route_start(tiles, segment) * ROUTE_STAGE; from < end; from += ROUTE_BATCH) {
-    uint4 w[ROUTE_BATCH] = {};
+  for (u32 from = begin; from < end; from += ROUTE_BATCH) {
+    if (from != begin) load_weights(from);
     Several<float, 2> left[ROUTE_BATCH] = {}, right[ROUTE_BATCH] = {};
 #pragma unroll
     for (u32 k = 0; k < ROUTE_BATCH; k++) {
       if (from + k >= end) continue;
-      w[k] = matrix[(u64)(from + k) * WARP];
       left[k] = *(const Several<float, 2>*)(x + (from + k) * 16);
       right[k] = *(const Several<float, 2>*)(x + (from + k) * 16 + 8);
     }

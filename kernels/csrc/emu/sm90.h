@@ -44,6 +44,7 @@ inline void barrier_init_done() {}
 inline void barrier_arrive(u64* barrier) { emu::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { emu::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(u64* barrier, u32 parity) { emu::barrier_wait(barrier, parity); }
+inline void bulk_prefetch(const void*, u32) {}
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier) { emu::bulk_copy(to, from, bytes, barrier); }
 inline void fence_async() {}
 inline void fence_async_global() {}

@@ -29,11 +29,12 @@ const FILES: [(&str, &str); 13] = [
     ("sample.cu", include_str!("../../csrc/sample.cu")),
     ("slots.cu", include_str!("../../csrc/slots.cu")),
 ];
-const HEADERS: [(&CStr, &str); 6] = [
+const HEADERS: [(&CStr, &str); 7] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
     (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
+    (c"ptx_grid.cuh", include_str!("../../csrc/ptx_grid.cuh")),
     (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),
     (c"ring.cuh", include_str!("../../csrc/ring.cuh")),
 ];

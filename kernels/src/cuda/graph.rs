@@ -39,6 +39,7 @@ impl Chain {
     pub(super) fn new(
         stream: &Arc<Stream>,
         nodes: &Sequence,
+        ahead: impl Fn(&str) -> bool,
         function: impl Fn(&Launch<'_>, usize) -> Result<sys::CUfunction, KernelError>,
     ) -> Result<Self, KernelError> {
         let make = failed("make a graph");
@@ -54,7 +55,8 @@ impl Chain {
                 Node::Launch(launch, args) => function(&launch, size_of_val(args))?,
                 _ => ptr::null_mut(),
             };
-            chain.add(node, function).map_err(&make)?;
+            let starts_ahead = matches!(&node, Node::Launch(launch, _) if ahead(launch.kernel.name));
+            chain.add(node, function, starts_ahead).map_err(&make)?;
         }
         // SAFETY: the graph is valid and whole; no flag is set.
         chain.exec =
@@ -63,8 +65,11 @@ impl Chain {
     }
 
     /// Adds a node behind the last one.
-    fn add(&mut self, node: Node<'_>, function: sys::CUfunction) -> Result<(), DriverError> {
-        let before: Vec<sys::CUgraphNode> = self.nodes.last().map(|last| last.node).into_iter().collect();
+    fn add(&mut self, node: Node<'_>, function: sys::CUfunction, starts_ahead: bool) -> Result<(), DriverError> {
+        // Only kernels wait, and only for kernels.
+        let (ahead_of, before): (Vec<&Link>, Vec<&Link>) =
+            self.nodes.last().into_iter().partition(|last| starts_ahead && !last.function.is_null());
+        let [ahead_of, before] = [ahead_of, before].map(|links| links.iter().map(|link| link.node).collect::<Vec<_>>());
         let (graph, context) = (self.graph, self.stream.context().cu_ctx());
         let mut added = ptr::null_mut();
         // SAFETY: the graph is valid, and so is the node before, which is of it; parameters outlive the call and are
@@ -100,6 +105,10 @@ impl Chain {
             }
         };
         outcome.result()?;
+        if let Some(before) = ahead_of.first() {
+            // SAFETY: both nodes are of this graph, are kernels, and have no edge yet; all outlives the call.
+            unsafe { sys::cuGraphAddDependencies_v2(graph, before, &raw const added, &raw const AHEAD, 1) }.result()?;
+        }
         self.nodes.push(Link { node: added, function });
         Ok(())
     }
@@ -156,6 +165,14 @@ impl Drop for Chain {
         }
     }
 }
+
+/// From a kernel to one that may start once all blocks of the first have said so, and waits for its end itself.
+static AHEAD: sys::CUgraphEdgeData = sys::CUgraphEdgeData {
+    from_port: sys::CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC as u8,
+    to_port: 0,
+    type_: sys::CUgraphDependencyType_enum::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC as u8,
+    reserved: [0; 5],
+};
 
 /// One argument, the kernel's struct, to which `pointers` points.
 const fn kernel_params(

@@ -30,7 +30,7 @@ struct DenseRing {
 }
 
 const DENSE_RINGS: [DenseRing; 5] = [
-    DenseRing { tokens: 8, tiles: 4, columns: 8, stages: 8 },
+    DenseRing { tokens: 8, tiles: 4, columns: 8, stages: 6 },
     DenseRing { tokens: 32, tiles: 4, columns: 8, stages: 8 },
     DenseRing { tokens: 64, tiles: 4, columns: 8, stages: 6 },
     DenseRing { tokens: 128, tiles: 8, columns: 4, stages: 5 },

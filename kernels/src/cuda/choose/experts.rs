@@ -107,7 +107,7 @@ pub(in crate::cuda) fn experts_wgmma(
     let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
     let shared = RINGS[ring].shared(slots);
     // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
-    let chunks = u64::from(slots) + u64::from(items / chunk);
+    let chunks = (u64::from(slots) + u64::from(items / chunk)).min(u64::from(items.max(1)));
     let units = |rows: u32| u64::from(rows.div_ceil(TILE * tiles)) * chunks;
     let resident_blocks = u64::from(multiprocessors * resident);
     let blocks = |units: u64| [units.min(resident_blocks) as u32, 1, 1];
