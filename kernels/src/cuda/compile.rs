@@ -14,13 +14,14 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 13] = [
+const FILES: [(&str, &str); 14] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("dense_wgmma.cu", include_str!("../../csrc/dense_wgmma.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
+    ("experts_few_wgmma.cu", include_str!("../../csrc/experts_few_wgmma.cu")),
     ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
     ("receive.cu", include_str!("../../csrc/receive.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),
@@ -29,10 +30,11 @@ const FILES: [(&str, &str); 13] = [
     ("sample.cu", include_str!("../../csrc/sample.cu")),
     ("slots.cu", include_str!("../../csrc/slots.cu")),
 ];
-const HEADERS: [(&CStr, &str); 7] = [
+const HEADERS: [(&CStr, &str); 8] = [
     (c"attention_mma.cuh", include_str!("../../csrc/attention_mma.cuh")),
     (c"common.cuh", include_str!("../../csrc/common.cuh")),
     (c"experts.cuh", include_str!("../../csrc/experts.cuh")),
+    (c"experts_wgmma.cuh", include_str!("../../csrc/experts_wgmma.cuh")),
     (c"ptx.cuh", include_str!("../../csrc/ptx.cuh")),
     (c"ptx_grid.cuh", include_str!("../../csrc/ptx_grid.cuh")),
     (c"ptx_sm90.cuh", include_str!("../../csrc/ptx_sm90.cuh")),

@@ -176,9 +176,9 @@ pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
 ];
 /// For 8 and 176 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("gate_up_wgmma_8", "experts_few_wgmma.cu", 416), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("down_wgmma_8", "experts_wgmma.cu", 160), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("down_wgmma_8", "experts_few_wgmma.cu", 416), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);

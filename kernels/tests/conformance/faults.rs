@@ -116,16 +116,15 @@ fn faults_in_kernels_are_seen() {
 
 /// Experts on Hopper as wide as several turns of a ring; what breaks a rule of an instruction is an error, and the rest
 /// makes other numbers.
-fn hopper_experts(device: Emulated) -> Result<(), String> {
+fn hopper_experts(device: Emulated, count: usize) -> Result<(), String> {
     let (hidden, intermediate) = (1184, 64);
     let make = make_cuda(device, Precision::Fast);
     let shape = ExpertShape { hidden, intermediate, limit: 7.0 };
     let mut random = Random(62);
     let expert = Expert::random(&mut random, hidden, intermediate);
-    let rows = random.numbers(9 * hidden);
+    let rows = random.numbers(count * hidden);
     let mut received = HostParts::new(1);
-    received.by_rank[0] = records(Precision::Fast, &vec![vec![0]; 9], &rows);
-    // As many rows for a slot as the kernels for 32 items take, in which faults are planted.
+    received.by_rank[0] = records(Precision::Fast, &vec![vec![0]; count], &rows);
     let got = try_work(&make, shape, &[Some(&expert)], 1, &received).map_err(|error| error.to_string())?;
     let wire = |bytes: &[u8]| phalanx_kernels::reference::exchange::from_wire(Precision::Fast, bytes);
     let expected: Vec<f32> = rows
@@ -162,7 +161,14 @@ fn faults_in_hoppers_kernels_are_seen() {
         let wait = hopper_dense(Emulated { fault: Some(Planted::Wait), ..HOPPER }, count);
         assert!(wait.is_err(), "a stage that is not waited for is not seen");
     }
-    hopper_experts(HOPPER).unwrap();
+    // One row is for those whose weights others decode; nine are as many as the kernels for 32 items take.
+    for count in [1, 9] {
+        hopper_experts(HOPPER, count).unwrap();
+    }
+    for fault in [Planted::Wait, Planted::Early] {
+        let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER }, 1);
+        assert!(seen.is_err(), "{fault:?} is not seen with one row");
+    }
     for fault in [
         Planted::Nibbles,
         Planted::Wait,
@@ -174,7 +180,7 @@ fn faults_in_hoppers_kernels_are_seen() {
         Planted::Early,
         Planted::Meet,
     ] {
-        let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER });
+        let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER }, 9);
         assert!(seen.is_err(), "{fault:?} is not seen");
     }
 }

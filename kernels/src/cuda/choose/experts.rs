@@ -50,7 +50,7 @@ pub(in crate::cuda) enum ExpertMatrix {
     Down,
 }
 
-/// A ring of stages on Hopper, as `csrc/experts_wgmma.cu` has it.
+/// A ring of stages on Hopper, as `csrc/experts_wgmma.cu` and `csrc/experts_few_wgmma.cu` have it.
 struct Ring {
     /// Items of a block.
     items: u32,
@@ -79,6 +79,11 @@ const RINGS: [Ring; 5] = [
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
+/// Where units are so few that each has a block of its own, as `csrc/experts_few_wgmma.cu` has it.
+const FEW: Ring = Ring { items: 8, tiles: 4, blocks: 6, stages: 3, resident: 3 };
+/// Weights that its decoders have widened: three halves of stages.
+const FEW_WIDENED: u32 = 3 * FEW.blocks / 2 * FEW.tiles * TILE * 32 * 2;
+
 /// Launches of the experts on Hopper.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::cuda) enum ExpertLaunches {
@@ -96,35 +101,38 @@ pub(in crate::cuda) fn experts_wgmma(
     items: u32,
     multiprocessors: u32,
 ) -> ExpertLaunches {
+    // Of slots that are all in use, at most; each of them has an item.
+    let units = |ring: &Ring, rows: u32| {
+        let chunks = (u64::from(slots) + u64::from(items / ring.items)).min(u64::from(items.max(1)));
+        u64::from(rows.div_ceil(TILE * ring.tiles)) * chunks
+    };
+    // Beyond what is resident, blocks would find nothing.
+    let resident = |ring: &Ring| u64::from(multiprocessors * ring.resident);
+    let grid = |ring: &Ring, units: u64| [units.min(resident(ring)) as u32, 1, 1];
+    let (gate_up, down) = (2 * intermediate, hidden);
+    let apart = |which: usize, ring: &Ring, shared: u32| {
+        ExpertLaunches::Apart([
+            Choice { op: GATE_UP_WGMMA[which], grid: grid(ring, units(ring, gate_up)), shared },
+            Choice { op: DOWN_WGMMA[which], grid: grid(ring, units(ring, down)), shared },
+        ])
+    };
     // Weights are read once for every `items` of a ring: so a ring holds what nearly all slots have where choices are even.
-    let ring = match items.div_ceil(slots.max(1)) {
+    let at = match items.div_ceil(slots.max(1)) {
+        // Where every unit of gate-up has a block of its own, those of down would only wait.
+        0..=2 if units(&FEW, gate_up) <= resident(&FEW) => return apart(0, &FEW, FEW.shared(slots) + FEW_WIDENED),
         0..=2 => 0,
         3..=8 => 1,
         9..=20 => 2,
         21..=44 => 3,
         _ => 4,
     };
-    let Ring { tiles, items: chunk, resident, .. } = RINGS[ring];
-    let shared = RINGS[ring].shared(slots);
-    // Units of slots that are all in use, at most: beyond them and beyond what is resident, blocks would find nothing.
-    let chunks = (u64::from(slots) + u64::from(items / chunk)).min(u64::from(items.max(1)));
-    let units = |rows: u32| u64::from(rows.div_ceil(TILE * tiles)) * chunks;
-    let resident_blocks = u64::from(multiprocessors * resident);
-    let blocks = |units: u64| [units.min(resident_blocks) as u32, 1, 1];
-    let (gate_up, down) = (units(2 * intermediate), units(hidden));
-    // Where every unit of gate-up has a block of its own, those of down would only wait.
-    let waits = u64::from(items) * u64::from((2 * intermediate).div_ceil(TILE * tiles)) <= resident_blocks;
-    match EXPERTS_WGMMA.get(ring) {
-        Some(&op) if ring > 0 || !waits => {
-            ExpertLaunches::Together(Choice { op, grid: blocks(gate_up + down), shared })
+    let (ring, shared) = (&RINGS[at], RINGS[at].shared(slots));
+    match EXPERTS_WGMMA.get(at) {
+        Some(&op) => {
+            let grid = grid(ring, units(ring, gate_up) + units(ring, down));
+            ExpertLaunches::Together(Choice { op, grid, shared })
         }
-        _ => {
-            let apart = usize::from(ring > 0);
-            ExpertLaunches::Apart([
-                Choice { op: GATE_UP_WGMMA[apart], grid: blocks(gate_up), shared },
-                Choice { op: DOWN_WGMMA[apart], grid: blocks(down), shared },
-            ])
-        }
+        None => apart(1, ring, shared),
     }
 }
 
@@ -181,13 +189,16 @@ mod tests {
             }
         }
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
-        for ring in &RINGS {
-            assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
-            assert!(ring.shared(SLOTS_MAX as u32) <= SHARED_MAX, "{} items", ring.items);
+        for (ring, more) in RINGS.iter().map(|ring| (ring, 0)).chain([(&FEW, FEW_WIDENED)]) {
+            assert!(ring.resident * (ring.shared(128) + more + 1024) <= 228 << 10, "{} items", ring.items);
+            assert!(ring.shared(SLOTS_MAX as u32) + more <= SHARED_MAX, "{} items", ring.items);
         }
         // A small layer has no more blocks than units.
         let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few units") };
         assert_eq!([gate_up.grid, down.grid], [[4, 1, 1], [2, 1, 1]]);
+        // One row of the published models: a block a unit, all resident.
+        let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([2880, 2880], 128, 4, 132) else { panic!("one row") };
+        assert_eq!([gate_up.grid, down.grid], [[360, 1, 1], [180, 1, 1]]);
     }
 
     #[test]
