@@ -1,9 +1,10 @@
 // What every kernel shares: number types, bf16, exp, launches and shared memory. No CUDA header is included.
 //
 // A kernel is KERNEL(name, threads, Args): one block dimension, and one struct by value that src/cuda/ops.rs mirrors.
-// Its blocks may start while the kernel before it still runs; before anything else they wait for its end. Those of an
-// AHEAD_KERNEL wait themselves, and until then touch only what no step changes. The next kernel may start then, after a
-// PASSING_KERNEL at once: since all wait, the end of one is the end of all before it.
+// Its blocks may start while the kernel before it still runs; before anything else they wait for its end. In an AHEAD_KERNEL
+// each thread waits itself, or behind one of its block that has, before it touches what a step changes; and some thread of
+// it does. So the end of one kernel is the end of all before it. The next one may start once all blocks of this one have
+// waited, after a PASSING_KERNEL at once.
 // Shared memory is one dynamic array, taken with SHARED and cut by constants at the head of a kernel.
 // Products are fused only where fmaf says so: every build uses --fmad=false (-ffp-contract=off).
 #pragma once

@@ -110,20 +110,25 @@ DEVICE void multiply_unit(u32 blocks, u8* smem, Turns& turns, float (&sums)[Few:
 #endif
       u64 widened = matrix_descriptor(of_warp(origin + Few::WIDENED + turns.slot.stage * Few::SLOT), 128, 256);
       __syncwarp();
-      wgmma_fence();
+      // A group of products does not span a branch: the compiler would end it in each and add an empty one.
       if (count - from >= Few::HALF) {
+        wgmma_fence();
 #pragma unroll
         for (u32 i = 0; i < 2 * Few::HALF; i++)
           wgmma_shared(sums, widened + i * (Few::COLUMN_TILE >> 4), items + (2 * from + i) * 16);
-      } else {
-        for (u32 i = 0; i < 2 * (count - from); i++)
-          wgmma_shared(sums, widened + i * (Few::COLUMN_TILE >> 4), items + (2 * from + i) * 16);
-      }
-      wgmma_commit();
+        wgmma_commit();
 #ifdef PLANT_EARLY
-      arrive(turns.slot.empty(smem + Few::SLOT_BARRIERS));
+        arrive(turns.slot.empty(smem + Few::SLOT_BARRIERS));
 #endif
-      wgmma_wait<1>();
+        wgmma_wait<1>();
+      } else {
+        for (u32 i = 0; i < 2 * (count - from); i++) {
+          wgmma_fence();
+          wgmma_shared(sums, widened + i * (Few::COLUMN_TILE >> 4), items + (2 * from + i) * 16);
+          wgmma_commit();
+          wgmma_wait<0>();
+        }
+      }
       arrive(slot_left);
       arrive(stage_left);
 #ifndef PLANT_EARLY

@@ -36,6 +36,8 @@ pub struct Driver {
     arch: String,
     family: Family,
     multiprocessors: u32,
+    /// Kernels wait for the end of the one before them themselves: `csrc/ptx_grid.cuh`.
+    starts_ahead: bool,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<Module>,
 }
@@ -115,6 +117,7 @@ impl Driver {
             arch: arch_of(capability),
             family: Family::of(capability),
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1).max(1),
+            starts_ahead: capability.0 >= 9,
             functions: HashMap::new(),
             modules: Vec::new(),
         })
@@ -271,8 +274,10 @@ impl Device for Driver {
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
-        let list = std::env::var("PHALANX_AHEAD").unwrap_or_default();
-        let ahead = move |name: &str| list == "all" || list.split(',').any(|one| !one.is_empty() && name.starts_with(one));
+        let list = std::env::var("PHALANX_AHEAD").unwrap_or("all".to_owned());
+        let ahead = move |name: &str| {
+            self.starts_ahead && (list == "all" || list.split(',').any(|one| !one.is_empty() && name.starts_with(one)))
+        };
         Ok(Box::new(Chain::new(&self.stream, nodes, ahead, function)?))
     }
 

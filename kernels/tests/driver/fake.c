@@ -60,8 +60,8 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    // Capability 8.0, shared memory of a block, memory pools, and some of everything else.
-    *value = attribute == 75 ? 8 : attribute == 76 ? 0 : attribute == 97 ? 166912 : attribute == 115 ? 1 : 4;
+    // Capability 9.0, shared memory of a block, memory pools, and some of everything else.
+    *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 97 ? 166912 : attribute == 115 ? 1 : 4;
     return 0;
 }
 int cuDevicePrimaryCtxRetain(handle *context, int device) { contexts++; *context = &contexts; return 0; }
@@ -75,7 +75,8 @@ int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { IN_CONTEXT; *free_bytes =
 
 // Nodes are done in the order in which they were added. What runs is a copy of a graph, by which a node is known from the
 // one it was copied from.
-struct node { struct node *next, *copy_of; enum { KERNEL, COPY, SET, CHILD } kind; char *to; const char *from; size_t bytes; int value; struct graph *child; };
+// Chains alone are made: a node waits for the one that was added before it, and for no other.
+struct node { struct node *next, *copy_of, *before; enum { KERNEL, COPY, SET, CHILD } kind; char *to; const char *from; size_t bytes; int value; struct graph *child; };
 struct graph { struct node *first, **last; };
 struct stream { struct graph *captured; };
 
@@ -146,25 +147,40 @@ static struct node set_node(const struct set_params *p) { return (struct node){.
 
 int cuGraphCreate(handle *graph, unsigned flags) { IN_CONTEXT; *graph = new_graph(); return 0; }
 int cuGraphDestroy(handle graph) { IN_CONTEXT; destroy(graph); return 0; }
-int cuGraphAddKernelNode_v2(handle *node, handle graph, const handle *before, size_t count, const void *params) { IN_CONTEXT;
-    *node = add(graph, (struct node){.kind = KERNEL});
+static int add_behind(handle *node, struct graph *graph, const handle *before, size_t count, struct node of) {
+    if (count > 1) return LAUNCH_FAILED;
+    of.before = count ? *before : 0;
+    *node = add(graph, of);
     return 0;
+}
+int cuGraphAddKernelNode_v2(handle *node, handle graph, const handle *before, size_t count, const void *params) { IN_CONTEXT;
+    return add_behind(node, graph, before, count, (struct node){.kind = KERNEL});
 }
 int cuGraphAddMemcpyNode(handle *node, handle graph, const handle *before, size_t count, const struct copy_params *params, handle context) { IN_CONTEXT;
-    *node = add(graph, copy_node(params));
-    return 0;
+    return add_behind(node, graph, before, count, copy_node(params));
 }
 int cuGraphAddMemsetNode(handle *node, handle graph, const handle *before, size_t count, const struct set_params *params, handle context) { IN_CONTEXT;
-    *node = add(graph, set_node(params));
-    return 0;
+    return add_behind(node, graph, before, count, set_node(params));
 }
 int cuGraphAddChildGraphNode(handle *node, handle graph, const handle *before, size_t count, handle child) { IN_CONTEXT;
-    *node = add(graph, (struct node){.kind = CHILD, .child = copy_of(child)});
+    return add_behind(node, graph, before, count, (struct node){.kind = CHILD, .child = copy_of(child)});
+}
+struct edge { unsigned char from_port, to_port, type, reserved[5]; };
+int cuGraphAddDependencies_v2(handle graph, const handle *before, const handle *after, const struct edge *edges, size_t count) { IN_CONTEXT;
+    struct node *from = *before, *to = *after;
+    // Programmatic: only kernels wait themselves, and only for kernels.
+    if (count != 1 || from->kind != KERNEL || to->kind != KERNEL || to->before) return LAUNCH_FAILED;
+    if (edges->from_port != 1 || edges->to_port != 0 || edges->type != 1) return LAUNCH_FAILED;
+    to->before = from;
     return 0;
 }
-// Nodes run in the order in which they were added.
-int cuGraphAddDependencies_v2(handle graph, const handle *before, const handle *after, const void *edges, size_t count) { IN_CONTEXT; return 0; }
-int cuGraphInstantiateWithFlags(handle *exec, handle graph, unsigned long long flags) { IN_CONTEXT; *exec = copy_of(graph); return 0; }
+int cuGraphInstantiateWithFlags(handle *exec, handle graph, unsigned long long flags) { IN_CONTEXT;
+    struct node *before = 0;
+    for (struct node *node = ((struct graph *)graph)->first; node; before = node, node = node->next)
+        if (node->before != before) return LAUNCH_FAILED;
+    *exec = copy_of(graph);
+    return 0;
+}
 int cuGraphExecDestroy(handle exec) { IN_CONTEXT; destroy(exec); return 0; }
 static int change(struct graph *exec, handle of, struct node to) {
     for (struct node *node = exec->first; node; node = node->next) {

@@ -197,7 +197,9 @@ mod tests {
         let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few units") };
         assert_eq!([gate_up.grid, down.grid], [[4, 1, 1], [2, 1, 1]]);
         // One row of the published models: a block a unit, all resident.
-        let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([2880, 2880], 128, 4, 132) else { panic!("one row") };
+        let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([2880, 2880], 128, 4, 132) else {
+            panic!("one row")
+        };
         assert_eq!([gate_up.grid, down.grid], [[360, 1, 1], [180, 1, 1]]);
     }
 
