@@ -208,7 +208,7 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
                           float (&sums)[R::TOKENS / 2]) {
   // Two sets of registers, in turn: one is loaded while products under way read the other.
   u32 left[2][R::TOGETHER][4];
-  u64* before = nullptr;  // of the stage before, until its products are done
+  u64* before = nullptr;  // of the stage before, which products under way may read
   wgmma_zero(sums);
   for (u32 tile = begin; tile < end; tile += R::TILES) {
 #ifndef PLANT_WAIT
@@ -218,6 +218,9 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
     u32 count = least(end - tile, R::TILES);
     u32 tokens = R::RESIDENT ? held + (tile - begin) * R::TOKENS * 32 : shared_address(stage) + R::PIECES;
     u64 pieces = matrix_descriptor(tokens, 128, 256);
+    // Of resident tokens nothing of a stage is read when its weights are in registers.
+    u64* empty = turn.empty(smem);
+    u64* read = R::RESIDENT ? empty : before;
     if (count == R::TILES) {
 #pragma unroll
       for (u32 i = 0; i < 2; i++) {
@@ -229,17 +232,17 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
         multiply_tiles<R, R::TOGETHER>(stage, i * R::TOGETHER, pieces, registers, sums);
         // Those before are done, and with them the stage before.
         wgmma_wait<1>();
-        if (i == 0) give_back(before);
+        if (i == (R::RESIDENT ? 1 : 0)) give_back(read);
       }
     } else {
       u32 one[1][4];
       for (u32 i = 0; i < count; i++) {
         multiply_tiles<R, 1>(stage, i, pieces, one, sums);
         wgmma_wait<0>();
-        if (i == 0) give_back(before);
       }
+      give_back(read);
     }
-    before = turn.empty(smem);
+    before = R::RESIDENT ? nullptr : empty;
 #ifdef PLANT_EARLY
     give_back(before);
     before = nullptr;
@@ -256,7 +259,8 @@ DEVICE u64 pair_of(float first, float second) {
   return pair != 0 ? pair : 1;
 }
 
-// The other half's sums, which are waiting or to be met, bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of token 8n + 2t + i % 2.
+// The other half's sums, which are waiting or to be met, bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of
+// token 8n + 2t + i % 2.
 template <class R>
 DEVICE void put_unit(const DenseArgs& a, const Unit<R>& unit, const u64* waiting, u64* meeting,
                      const float (&sums)[R::TOKENS / 2]) {

@@ -168,7 +168,7 @@ fn faults_in_hoppers_kernels_are_seen() {
             assert!(seen.is_err(), "{fault:?} is not seen with {count} tokens");
         }
     }
-    // Eight tokens stay where they are, and weights are in registers when their stage is left.
+    // Eight tokens stay where they are: of a stage that is left nothing is read.
     assert!(hopper_dense(Emulated { fault: Some(Planted::Early), ..HOPPER }, 40).is_err(), "not seen with 40 tokens");
     hopper_experts(HOPPER).unwrap();
     for fault in [
