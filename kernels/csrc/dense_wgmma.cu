@@ -10,7 +10,11 @@
 //
 // Order: two halves of the column tiles, each in one sum of the tensor core from zero; the halves added, then the bias.
 // The same for all. Two numbers add to the same either way, so a half's sums wait for those of the other: in shared
-// memory if a block has both, in global memory if two blocks share a unit of work, whichever is done first.
+// memory if a block has both, in global memory if two blocks share a unit of work, whichever is done first. There
+// they are exchanged for what lies there, nothing or the other half's: so blocks meet in one round trip.
+//
+// What bounds few tokens is how long a step of a block takes, more than what is in it: so a multiprocessor has two
+// blocks of up to 8 tokens, and the weights of a step go to registers while the products before are under way.
 #include "ptx_sm90.cuh"
 
 #include "ring.cuh"
@@ -20,21 +24,19 @@ struct DenseArgs {
   const uint4* weights;  // [row tiles, column tiles, 32]
   const float* bias;     // [row tiles * 16]
   float* out;            // [n, rows]
-  u32* tickets;          // DENSE_TICKETS, even; behind them sums that wait, [row tile of a unit][2][TOKENS / 2][32]
+  u64* halves;           // where two blocks meet, zero before and after: [row tile of a unit][TOKENS / 4][32]
   u32 n, rows, cols;
   u32 add;    // 1: out += result
   u32 parts;  // 2: a block has one half of one unit's columns
   u32 unused;
 };
 
-#define DENSE_TICKETS 1024  // as in src/cuda/choose.rs
-
 // Rounding ----------------------------------------------------------------------------------------------------------
 
 // Eight numbers as bf16.
 DEVICE uint4 round_eight(const uint4& low, const uint4& high) {
-  return {narrow2(float_of(low.x), float_of(low.y)), narrow2(float_of(low.z), float_of(low.w)),
-          narrow2(float_of(high.x), float_of(high.y)), narrow2(float_of(high.z), float_of(high.w))};
+  return {round_pair(float_of(low.x), float_of(low.y)), round_pair(float_of(low.z), float_of(low.w)),
+          round_pair(float_of(high.x), float_of(high.y)), round_pair(float_of(high.z), float_of(high.w))};
 }
 
 // Eight columns of a token from `at` on.
@@ -68,8 +70,8 @@ KERNEL(dense_pieces, PIECES_THREADS, PiecesArgs) {
 // As in src/cuda/choose.rs.
 template <u32 WARPGROUPS, u32 TOKENS_, u32 TILES_, u32 STAGES_>
 struct DenseRing {
-  // Column tiles of a stage are TILES.
-  static const u32 TOKENS = TOKENS_, TILES = TILES_, STAGES = STAGES_;
+  // Column tiles of a stage are TILES, of a step a half of them.
+  static const u32 TOKENS = TOKENS_, TILES = TILES_, TOGETHER = TILES / 2, STAGES = STAGES_;
   // Few tokens lie behind all else, all columns of them; many come with the weights.
   static const bool RESIDENT = TOKENS == 8;
   // Warps of products, a row tile each, and one that copies; among 256 tokens a warpgroup of which one copies, since
@@ -82,7 +84,7 @@ struct DenseRing {
   static const u32 SUMS_AT = RING_BARRIERS + STAGES * STAGE, TOKENS_AT = SUMS_AT + WARPS * TOKENS * 64;
 };
 
-typedef DenseRing<1, 8, 8, 6> DenseRing8;
+typedef DenseRing<1, 8, 8, 5> DenseRing8;
 typedef DenseRing<1, 32, 8, 8> DenseRing32;
 typedef DenseRing<1, 64, 8, 6> DenseRing64;
 typedef DenseRing<2, 128, 4, 5> DenseRing128;
@@ -99,9 +101,9 @@ struct Unit {
   u32 half, end;
 
   DEVICE Unit(const DenseArgs& a, u32 i, u32 stretches)
-      : tile(i / a.parts % stretches * R::WARPS),
-        group(i / a.parts / stretches),
-        half(i % a.parts),
+      : tile((i >> (a.parts - 1)) % stretches * R::WARPS),
+        group((i >> (a.parts - 1)) / stretches),
+        half(i & (a.parts - 1)),
         end(a.parts == 1 ? 2 : half + 1) {}
 };
 
@@ -110,8 +112,8 @@ DEVICE u32 half_start(u32 across, u32 half) { return least(half * ((across + 1) 
 
 // Copying -----------------------------------------------------------------------------------------------------------
 
-// The weights and tokens of a half of a unit, a stage after the other. A lane of the warp has one part, or none. ahead: the
-// kernel before may still run, and the memory have nothing to do.
+// The weights and tokens of a half of a unit, a stage after the other. A lane of the warp has one part, or none. ahead:
+// the kernel before may still run, and the memory have nothing to do.
 template <class R>
 DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, bool ahead, u8* smem, Turn<R::STAGES>& turn) {
   static_assert(R::WARPS < WARP, "a lane has one part at most");
@@ -148,30 +150,30 @@ DEVICE void copy_half(const DenseArgs& a, const Unit<R>& unit, u32 half, bool ah
 
 #define HOLD_AT_ONCE 8  // pieces of a thread that are asked for at once
 
-// Rounds the tokens' column tiles from `begin` to `end`, by the threads of a warpgroup.
+// Rounds the tokens' column tiles from `begin` to `end`, by the threads of a warpgroup: each has one token, and every
+// so many of its pieces.
 template <class R>
 DEVICE void hold_tokens(const DenseArgs& a, u32 begin, u32 end, u8* smem) {
-  const u32 threads = R::WARPS * WARP;
-  uint4* held = (uint4*)(smem + R::TOKENS_AT);
-  u32 all = a.n * (end - begin) * 2;
+  u32 shift = a.n > 4 ? 3 : a.n > 2 ? 2 : a.n - 1;
+  u32 token = threadIdx.x % (1 << shift), piece = threadIdx.x >> shift, every = R::WARPS * WARP >> shift;
+  u32 pieces = token < a.n ? 2 * (end - begin) : 0;
+  uint4* held = (uint4*)(smem + R::TOKENS_AT) + token;
+  const float* x = a.x + (u64)token * a.cols;
   if (a.cols % 16 != 0) {
-    for (u32 i = threadIdx.x; i < all; i += threads)
-      held[i / a.n * 8 + i % a.n] = round_piece(a.x + (u64)(i % a.n) * a.cols, begin * 16 + i / a.n * 8, a.cols);
+    for (; piece < pieces; piece += every) held[piece * 8] = round_piece(x, begin * 16 + piece * 8, a.cols);
   } else {
-    for (u32 first = threadIdx.x; first < all; first += HOLD_AT_ONCE * threads) {
+    x += begin * 16;
+    for (; piece < pieces; piece += HOLD_AT_ONCE * every) {
+      // Loads that depend on nothing are under way together.
       uint4 low[HOLD_AT_ONCE], high[HOLD_AT_ONCE];
-      // Beyond the last piece it is the last one again: loads that depend on nothing are under way together.
 #pragma unroll
       for (u32 j = 0; j < HOLD_AT_ONCE; j++) {
-        u32 i = least(first + j * threads, all - 1);
-        const uint4* x = (const uint4*)(a.x + (u64)(i % a.n) * a.cols + begin * 16 + i / a.n * 8);
-        low[j] = x[0], high[j] = x[1];
+        const uint4* from = (const uint4*)(x + (piece + j * every) * 8);
+        if (piece + j * every < pieces) low[j] = from[0], high[j] = from[1];
       }
 #pragma unroll
-      for (u32 j = 0; j < HOLD_AT_ONCE; j++) {
-        u32 i = least(first + j * threads, all - 1);
-        held[i / a.n * 8 + i % a.n] = round_eight(low[j], high[j]);
-      }
+      for (u32 j = 0; j < HOLD_AT_ONCE; j++)
+        if (piece + j * every < pieces) held[(piece + j * every) * 8] = round_eight(low[j], high[j]);
     }
   }
   fence_async();
@@ -180,27 +182,33 @@ DEVICE void hold_tokens(const DenseArgs& a, u32 begin, u32 end, u8* smem) {
 
 // Products ----------------------------------------------------------------------------------------------------------
 
-// COUNT column tiles from `tile` of the stage on, whose tokens begin at `pieces`, added to sums.
+// Begins the products of COUNT column tiles from `tile` of the stage on, whose tokens begin at `pieces`.
 template <class R, u32 COUNT>
-DEVICE void multiply_tiles(const u8* stage, u32 tile, u32 pieces, float (&sums)[R::TOKENS / 2]) {
-  u32 left[COUNT][4];
+DEVICE void multiply_tiles(const u8* stage, u32 tile, u64 pieces, u32 (&left)[COUNT][4], float (&sums)[R::TOKENS / 2]) {
 #pragma unroll
   for (u32 i = 0; i < COUNT; i++) {
     uint4 words = ((const uint4*)(stage + (warp_id() * R::TILES + tile + i) * 512))[lane_id()];
     left[i][0] = words.x, left[i][1] = words.y, left[i][2] = words.z, left[i][3] = words.w;
   }
+#ifndef PLANT_FENCE
   wgmma_fence(left);
+#endif
 #pragma unroll
-  for (u32 i = 0; i < COUNT; i++)
-    wgmma<R::TOKENS>(sums, left[i], matrix_descriptor(pieces + (tile + i) * R::TOKENS * 32, 128, 256), true);
+  for (u32 i = 0; i < COUNT; i++) wgmma<R::TOKENS>(sums, left[i], pieces + (tile + i) * (R::TOKENS * 32 / 16), true);
   wgmma_commit();
-  wgmma_wait_for(sums);
+}
+
+DEVICE void give_back(u64* stage) {
+  if (stage != nullptr && lane_id() == 0) barrier_arrive(stage);
 }
 
 // The sums of column tiles from `begin` to `end`; a warp has a row tile. Resident tokens begin at `held`.
 template <class R>
 DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES>& turn,
                           float (&sums)[R::TOKENS / 2]) {
+  // Two sets of registers, in turn: one is loaded while products under way read the other.
+  u32 left[2][R::TOGETHER][4];
+  u64* before = nullptr;  // of the stage before, which products under way may read
   wgmma_zero(sums);
   for (u32 tile = begin; tile < end; tile += R::TILES) {
 #ifndef PLANT_WAIT
@@ -208,66 +216,92 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
 #endif
     const u8* stage = smem + RING_BARRIERS + turn.stage * R::STAGE;
     u32 count = least(end - tile, R::TILES);
-    u32 pieces = R::RESIDENT ? held + (tile - begin) * R::TOKENS * 32 : shared_address(stage) + R::PIECES;
+    u32 tokens = R::RESIDENT ? held + (tile - begin) * R::TOKENS * 32 : shared_address(stage) + R::PIECES;
+    u64 pieces = matrix_descriptor(tokens, 128, 256);
+    // Of resident tokens nothing of a stage is read when its weights are in registers.
+    u64* empty = turn.empty(smem);
+    u64* read = R::RESIDENT ? empty : before;
     if (count == R::TILES) {
-      multiply_tiles<R, R::TILES>(stage, 0, pieces, sums);
+#pragma unroll
+      for (u32 i = 0; i < 2; i++) {
+#ifdef PLANT_REGISTERS
+        u32 (&registers)[R::TOGETHER][4] = left[0];
+#else
+        u32 (&registers)[R::TOGETHER][4] = left[i];
+#endif
+        multiply_tiles<R, R::TOGETHER>(stage, i * R::TOGETHER, pieces, registers, sums);
+        // Those before are done, and with them the stage before.
+        wgmma_wait<1>();
+        if (i == (R::RESIDENT ? 1 : 0)) give_back(read);
+      }
     } else {
-      for (u32 i = 0; i < count; i++) multiply_tiles<R, 1>(stage, i, pieces, sums);
+      u32 one[1][4];
+      for (u32 i = 0; i < count; i++) {
+        multiply_tiles<R, 1>(stage, i, pieces, one, sums);
+        wgmma_wait<0>();
+      }
+      give_back(read);
     }
-    __syncwarp();
-    if (lane_id() == 0) barrier_arrive(turn.empty(smem));
+    before = R::RESIDENT ? nullptr : empty;
+#ifdef PLANT_EARLY
+    give_back(before);
+    before = nullptr;
+#endif
     turn.advance();
   }
+  wgmma_wait_for(sums);
+  give_back(before);
 }
 
-// To where they wait for those of the other half.
-template <u32 N>
-DEVICE void leave(float* waiting, const float (&sums)[N]) {
-#pragma unroll
-  for (u32 i = 0; i < N; i++) waiting[i * WARP] = sums[i];
+// Halves meet by pairs of sums, 2n and 2n + 1. Nothing is zero; a pair is its complement, but for one pair of NaN.
+DEVICE u64 pair_of(float first, float second) {
+  u64 pair = ~((u64)bits_of(second) << 32 | bits_of(first));
+  return pair != 0 ? pair : 1;
 }
 
-// Whether a warp whose sums lie in global memory is the second of the two that meet there, and may read those of the
-// first. A ticket is even before and after, so none is set back.
-DEVICE bool comes_second(u32* ticket) {
-  // What the lanes have written is there before the ticket is drawn, and what they read is read after it was.
-  __syncwarp();
-  __threadfence();
-  u32 drawn = lane_id() == 0 ? atomicAdd(ticket, 1u) : 0;
-  drawn = __shfl_sync(FULL, drawn, 0);
-  __syncwarp();
-  __threadfence();
-  return drawn % 2 == 1;
-}
-
-// The other half's sums, bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of token 8n + 2t + i % 2.
+// The other half's sums, which are waiting or to be met, bias, and to memory: sums[4n + i] is row g (i < 2) or g + 8 of
+// token 8n + 2t + i % 2.
 template <class R>
-DEVICE void put_unit(const DenseArgs& a, const Unit<R>& unit, const volatile float* waiting,
+DEVICE void put_unit(const DenseArgs& a, const Unit<R>& unit, const u64* waiting, u64* meeting,
                      const float (&sums)[R::TOKENS / 2]) {
-  const u32 part = R::TOKENS < 32 ? R::TOKENS / 2 : 16;
+  const u32 part = R::TOKENS < 32 ? R::TOKENS / 4 : 8;
   u32 t = lane_id() % 4, g = lane_id() / 4, row = (unit.tile + warp_id()) * 16 + g;
   if (row >= a.rows) return;
   bool both = row + 8 < a.rows;
   float bias[2] = {a.bias[row], a.bias[row + 8]};
 #pragma unroll
-  for (u32 from = 0; from < R::TOKENS / 2; from += part) {
-    u32 first = unit.group * R::TOKENS + from * 2 + 2 * t;
+  for (u32 from = 0; from < R::TOKENS / 4; from += part) {
+    u32 first = unit.group * R::TOKENS + from * 4 + 2 * t;
     float* out = a.out + (u64)first * a.rows + row;
-    // All that is added to is asked for at once, not number by number behind the writes.
-    float half[part], before[part];
+    // All that is added is asked for at once, not number by number behind the writes.
+    u64 other[part];
+    float before[part][2];
 #pragma unroll
     for (u32 i = 0; i < part; i++) {
-      u32 token = i / 4 * 8 + i % 2;
-      bool asked = a.add && first + token < a.n && (i % 4 < 2 || both);
-      half[i] = waiting[(from + i) * WARP];
-      before[i] = asked ? out[(u64)token * a.rows + i % 4 / 2 * 8] : 0.0f;
+      u32 token = i / 2 * 8, at = (from + i) * WARP;
+      bool inside = first + token < a.n && (i % 2 == 0 || both);
+      other[i] = 0;
+      if (inside)
+        other[i] = a.parts == 1 ? waiting[at]
+                                : atomicExch(meeting + at, pair_of(sums[2 * (from + i)], sums[2 * (from + i) + 1]));
+#pragma unroll
+      for (u32 j = 0; j < 2; j++)
+        before[i][j] = a.add && inside && first + token + j < a.n ? out[(u64)(token + j) * a.rows + i % 2 * 8] : 0.0f;
     }
 #pragma unroll
     for (u32 i = 0; i < part; i++) {
-      u32 token = i / 4 * 8 + i % 2;
-      float result = sums[from + i] + half[i] + bias[i % 4 / 2];
-      if (first + token < a.n && (i % 4 < 2 || both))
-        out[(u64)token * a.rows + i % 4 / 2 * 8] = a.add ? before[i] + result : result;
+      // Who comes first leaves it to the other.
+      if (other[i] == 0) continue;
+#ifndef PLANT_MEET
+      if (a.parts == 2) meeting[(from + i) * WARP] = 0;
+#endif
+      u32 token = i / 2 * 8;
+#pragma unroll
+      for (u32 j = 0; j < 2; j++) {
+        float result = sums[2 * (from + i) + j] + float_of(~(u32)(other[i] >> 32 * j)) + bias[i % 2];
+        if (first + token + j < a.n)
+          out[(u64)(token + j) * a.rows + i % 2 * 8] = a.add ? before[i][j] + result : result;
+      }
     }
   }
 }
@@ -275,26 +309,24 @@ DEVICE void put_unit(const DenseArgs& a, const Unit<R>& unit, const volatile flo
 // What the warps of products do.
 template <class R>
 DEVICE void multiply_units(const DenseArgs& a, u32 stretches, u32 units, u8* smem, Turn<R::STAGES>& turn) {
-  const u32 count = R::TOKENS / 2;
+  const u32 pairs = R::TOKENS / 4;
   u32 across = (a.cols + 15) / 16, held = shared_address(smem) + R::TOKENS_AT;
-  float sums[count];
+  float sums[2 * pairs];
   for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
     Unit<R> unit(a, i, stretches);
     if (R::RESIDENT && i == blockIdx.x)
       hold_tokens<R>(a, half_start(across, unit.half), half_start(across, unit.end), smem);
-    u32 place = a.parts == 1 ? warp_id() : i / 2 * R::WARPS + warp_id();
-    float* waiting = a.parts == 1 ? (float*)(smem + R::SUMS_AT) : (float*)(a.tickets + DENSE_TICKETS);
-    waiting += (u64)place * a.parts * count * WARP + lane_id();
+    u32 own = warp_id() * pairs * WARP + lane_id();
+    u64 *waiting = (u64*)(smem + R::SUMS_AT) + own, *meeting = a.halves + (u64)(i / 2) * R::WARPS * pairs * WARP + own;
     for (u32 half = unit.half; half < unit.end; half++) {
       u32 begin = half_start(across, half), from = half == unit.half ? 0 : begin;
       multiply_half<R>(begin, half_start(across, half + 1), held + from * R::TOKENS * 32, smem, turn, sums);
-      if (half == 0 || a.parts == 2) leave(waiting + unit.half * count * WARP, sums);
+      if (half + 1 == unit.end) break;
+#pragma unroll
+      for (u32 pair = 0; pair < pairs; pair++)
+        waiting[pair * WARP] = pair_of(sums[2 * pair], sums[2 * pair + 1]);
     }
-    if (a.parts == 2) {
-      if (!comes_second(a.tickets + place)) continue;
-      waiting += (unit.half ^ 1) * count * WARP;
-    }
-    put_unit<R>(a, unit, waiting, sums);
+    put_unit<R>(a, unit, waiting, meeting, sums);
   }
 }
 
@@ -327,10 +359,11 @@ DEVICE void dense_wgmma(const DenseArgs& a) {
 
 AHEAD_KERNEL(dense_wgmma_8, DenseRing8::THREADS, DenseArgs) { dense_wgmma<DenseRing8>(a); }
 AHEAD_KERNEL(dense_wgmma_32, DenseRing32::THREADS, DenseArgs) { dense_wgmma<DenseRing32>(a); }
+#ifndef PLANTED
 AHEAD_KERNEL(dense_wgmma_64, DenseRing64::THREADS, DenseArgs) { dense_wgmma<DenseRing64>(a); }
 AHEAD_KERNEL(dense_wgmma_128, DenseRing128::THREADS, DenseArgs) { dense_wgmma<DenseRing128>(a); }
 AHEAD_KERNEL(dense_wgmma_256, DenseRing256::THREADS, DenseArgs) { dense_wgmma<DenseRing256>(a); }
+#endif
 
-#undef DENSE_TICKETS
 #undef PIECES_THREADS
 #undef HOLD_AT_ONCE

@@ -133,6 +133,12 @@ inline T emu_add(T* p, T value) {
 }
 inline u32 atomicAdd(u32* p, u32 value) { return emu_add(p, value); }
 inline u64 atomicAdd(u64* p, u64 value) { return emu_add(p, value); }
+inline u64 atomicExch(u64* p, u64 value) {
+  emu::take_turns();
+  value = __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
+  emu::take_turns();
+  return value;
+}
 // Blocks take turns on one CPU thread.
 inline void __threadfence() {}
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {

@@ -54,7 +54,7 @@ namespace with_swapped_nibbles {
 }
 #undef PLANT_NIBBLES
 
-// Of Hopper's kernels those for 32 items alone.
+// Of Hopper's kernels those for 32 items, and for 8 and 32 tokens, alone.
 #define PLANTED
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!nibbles"
@@ -108,6 +108,9 @@ namespace hopper_with_another_stride {
 namespace hopper_without_fence {
 #include "../experts_wgmma.cu"
 }
+namespace hopper_dense_without_fence {
+#include "../dense_wgmma.cu"
+}
 #undef PLANT_FENCE
 
 #undef EMU_SUFFIX
@@ -115,6 +118,9 @@ namespace hopper_without_fence {
 #define PLANT_REGISTERS
 namespace hopper_with_registers_too_early {
 #include "../experts_wgmma.cu"
+}
+namespace hopper_dense_with_registers_too_early {
+#include "../dense_wgmma.cu"
 }
 #undef PLANT_REGISTERS
 
@@ -127,6 +133,9 @@ namespace hopper_with_stages_too_early {
 namespace hopper_few_with_slots_too_early {
 #include "../experts_few_wgmma.cu"
 }
+namespace hopper_dense_with_stages_too_early {
+#include "../dense_wgmma.cu"
+}
 #undef PLANT_EARLY
 
 #undef EMU_SUFFIX
@@ -134,5 +143,8 @@ namespace hopper_few_with_slots_too_early {
 #define PLANT_MEET
 namespace hopper_that_does_not_meet {
 #include "../experts_wgmma.cu"
+}
+namespace hopper_dense_that_leaves_what_has_met {
+#include "../dense_wgmma.cu"
 }
 #undef PLANT_MEET

@@ -39,7 +39,7 @@ pub enum Fault {
     NoGraphs,
     /// Graphs stay as they were made.
     Stale,
-    /// Hopper's experts do not wait for a stage of their ring.
+    /// Hopper's kernels do not wait for a stage of their ring.
     Wait,
     /// They wait for the phase before.
     Phase,
@@ -49,11 +49,11 @@ pub enum Fault {
     Stride,
     /// They begin products without a fence.
     Fence,
-    /// They decode into registers that a product under way reads.
+    /// They load or decode into registers that a product under way reads.
     Registers,
     /// They give a stage back before its products are done.
     Early,
-    /// Down does not wait for other blocks' activations.
+    /// Down does not wait for other blocks' activations; halves of dense matrices stay where they have met.
     Meet,
 }
 
@@ -395,6 +395,7 @@ mod tests {
             (Fault::Nibbles, "down_bf16!nibbles"),
             (Fault::Stride, "experts_wgmma_32!stride"),
             (Fault::Meet, "experts_wgmma_32!meet"),
+            (Fault::Early, "dense_wgmma_8!early"),
         ] {
             let device = Emulated { fault: Some(fault), ..Emulated::default() };
             let kernel = KERNELS.iter().find(|kernel| name.starts_with(&format!("{}!", kernel.name))).unwrap();

@@ -97,7 +97,7 @@ pub struct Cuda {
     weights: Buffer,
     /// Rounded rows before a projection, where `wgmma` reads them.
     pieces: Buffer,
-    /// Where halves of its sums meet there.
+    /// Where halves of its sums meet there: zero between launches.
     halves: Buffer,
     /// Who packs weights; nobody until the first are packed.
     packers: OnceLock<Threads>,
@@ -313,8 +313,8 @@ impl Cuda {
             self.launch(&DENSE_PIECES, [across.div_ceil(8) as u32, n.div_ceil(8), 1], 0, &round)?;
             x = self.pieces.address();
         }
-        let tickets = self.halves.address();
-        let args = DenseWgmmaArgs { x, weights, bias, out, tickets, n, rows, cols, add, parts, unused: 0 };
+        let halves = self.halves.address_mut();
+        let args = DenseWgmmaArgs { x, weights, bias, out, halves, n, rows, cols, add, parts, unused: 0 };
         self.launch(&choice.op, choice.grid, choice.shared, &args)
     }
 

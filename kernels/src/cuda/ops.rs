@@ -66,7 +66,7 @@ args! {
     DenseArgs { x: u64, weights: u64, bias: u64, out: u64, n: u32, rows: u32, cols: u32, add: u32 }
     /// dense_wgmma.cu
     DenseWgmmaArgs {
-        x: u64, weights: u64, bias: u64, out: u64, tickets: u64, n: u32, rows: u32, cols: u32, add: u32, parts: u32,
+        x: u64, weights: u64, bias: u64, out: u64, halves: u64, n: u32, rows: u32, cols: u32, add: u32, parts: u32,
         unused: u32,
     }
     /// dense_wgmma.cu

@@ -134,32 +134,38 @@ fn hopper_experts(device: Emulated, count: usize) -> Result<(), String> {
     close("experts", hidden, &expected, &wire(&got.by_rank[0]), tolerances::expert(Precision::Fast))
 }
 
-/// A projection on Hopper as wide as several turns of a ring.
+/// Two projections on Hopper, one after the other, as wide as several turns of a ring.
 fn hopper_dense(device: Emulated, count: usize) -> Result<(), String> {
-    let (rows, cols) = (65, 1200);
+    let (rows, cols) = (65, 4000);
     let make = make_cuda(device, Precision::Fast);
     let mut b = make.backend();
     let mut random = Random(63);
-    let (weight, values) = (random.tensor(rows * cols, 1.0), random.numbers(count * cols));
+    let (weight, values) = (random.tensor(rows * cols, 1.0), random.numbers(2 * count * cols));
     let dense = b.dense(DenseUse::Projection, cols, &[Stack { weight: weight.source(), bias: None }]).unwrap();
     let (mut x, mut out) = (b.rows(count, cols), b.rows(count, rows));
-    b.write(&mut x, &values);
-    b.project(&x, &dense, &mut out);
-    let got = b.read(&out);
+    let got = [0, 1].map(|which| {
+        b.write(&mut x, &values[which * count * cols..][..count * cols]);
+        // Added to nothing: what is written twice shows.
+        b.write(&mut out, &vec![0.0; count * rows]);
+        b.project_add(&x, &dense, &mut out);
+        b.read(&out)
+    });
     b.finish().map_err(|error| error.to_string())?;
     let weight: Vec<f64> = weight.values.iter().copied().map(f64::from).collect();
     let bias = vec![0.0; rows];
     let expected: Vec<f32> =
         values.chunks(cols).flat_map(|row| linear(&make.projection.round(row), &weight, &bias)).collect();
-    close("a projection", rows, &expected, &got, tolerances::PROJECT)
+    close("a projection", rows, &expected, &got.concat(), tolerances::PROJECT)
 }
 
 #[test]
 fn faults_in_hoppers_kernels_are_seen() {
     for count in [3, 40] {
         hopper_dense(HOPPER, count).unwrap();
-        let wait = hopper_dense(Emulated { fault: Some(Planted::Wait), ..HOPPER }, count);
-        assert!(wait.is_err(), "a stage that is not waited for is not seen");
+        for fault in [Planted::Wait, Planted::Fence, Planted::Registers, Planted::Meet] {
+            let seen = hopper_dense(Emulated { fault: Some(fault), ..HOPPER }, count);
+            assert!(seen.is_err(), "{fault:?} is not seen with {count} tokens");
+        }
     }
     // One row is for those whose weights others decode; nine are as many as the kernels for 32 items take.
     for count in [1, 9] {
@@ -169,6 +175,8 @@ fn faults_in_hoppers_kernels_are_seen() {
         let seen = hopper_experts(Emulated { fault: Some(fault), ..HOPPER }, 1);
         assert!(seen.is_err(), "{fault:?} is not seen with one row");
     }
+    // Eight tokens stay where they are: of a stage that is left nothing is read.
+    assert!(hopper_dense(Emulated { fault: Some(Planted::Early), ..HOPPER }, 40).is_err(), "not seen with 40 tokens");
     for fault in [
         Planted::Nibbles,
         Planted::Wait,

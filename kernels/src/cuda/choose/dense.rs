@@ -18,7 +18,7 @@ pub(in crate::cuda) fn dense(widened: bool, n: u32, rows: u32) -> Choice<DenseAr
     Choice { op: DENSE_MMA_64, grid: [tiles.div_ceil(WIDE[1]), n.div_ceil(WIDE[0]), 1], shared: STAGED_BYTES }
 }
 
-/// A dense kernel on Hopper, as `csrc/dense_wgmma.cu` has it; a multiprocessor holds one block.
+/// A dense kernel on Hopper, as `csrc/dense_wgmma.cu` has it.
 struct DenseRing {
     /// Tokens of a block. Eight stay with it, all columns of them.
     tokens: u32,
@@ -30,7 +30,7 @@ struct DenseRing {
 }
 
 const DENSE_RINGS: [DenseRing; 5] = [
-    DenseRing { tokens: 8, tiles: 4, columns: 8, stages: 6 },
+    DenseRing { tokens: 8, tiles: 4, columns: 8, stages: 5 },
     DenseRing { tokens: 32, tiles: 4, columns: 8, stages: 8 },
     DenseRing { tokens: 64, tiles: 4, columns: 8, stages: 6 },
     DenseRing { tokens: 128, tiles: 8, columns: 4, stages: 5 },
@@ -59,11 +59,11 @@ impl DenseRing {
     }
 }
 
-/// Row tiles whose sums can wait in global memory, and bytes of these sums.
-const DENSE_TICKETS: u32 = 1024;
-const DENSE_SUMS: u32 = 12 << 20;
-/// What halves of dense matrices need to meet: a ticket a row tile, and sums.
-pub(in crate::cuda) const HALVES_BYTES: usize = (DENSE_TICKETS * 4 + DENSE_SUMS) as usize;
+/// Where halves of dense matrices meet: the sums of all units at most.
+pub(in crate::cuda) const HALVES_BYTES: usize = 6 << 20;
+
+/// What a multiprocessor of Hopper has less, and a block takes more, than what a block can have: of shared memory.
+const SYSTEM_SHARED: u32 = 1 << 10;
 
 /// How a dense matrix is multiplied on Hopper.
 #[derive(Clone, Copy, Debug)]
@@ -75,22 +75,23 @@ pub(in crate::cuda) struct DenseWgmma {
     pub(in crate::cuda) parts: u32,
 }
 
-/// A dense matrix `[rows, cols]` for `n` tokens on Hopper: by the kernel whose busiest multiprocessor reads least.
+/// A dense matrix `[rows, cols]` for `n` tokens on Hopper: by the kernel whose busiest block reads least.
 pub(in crate::cuda) fn dense_wgmma(n: u32, rows: u32, cols: u32, multiprocessors: u32) -> DenseWgmma {
     let across = cols.div_ceil(TILE);
     let plan = |ring: &DenseRing, op, parts| {
         let units = u64::from(rows.div_ceil(TILE * ring.tiles)) * u64::from(n.div_ceil(ring.tokens));
         let (blocks, columns) = (units * u64::from(parts), across.div_ceil(parts));
         let shared = ring.shared(columns);
+        // Two blocks of a multiprocessor hide each other's waits; more would gain nothing.
+        let resident = (u64::from(SHARED_MAX + SYSTEM_SHARED) / (shared + u64::from(SYSTEM_SHARED))).min(2);
+        let at_once = (u64::from(multiprocessors) * resident).max(1);
         // Halves are for blocks that are all there at once, and have room to meet.
-        let meet = blocks <= u64::from(multiprocessors)
-            && units * u64::from(ring.tiles) <= u64::from(DENSE_TICKETS)
-            && blocks * u64::from(ring.sums()) <= u64::from(DENSE_SUMS);
+        let meet = blocks <= at_once && units * u64::from(ring.sums()) <= HALVES_BYTES as u64;
         let fits = shared <= u64::from(SHARED_MAX) && (!ring.resident() || n <= ring.tokens) && (parts == 1 || meet);
-        let turns = blocks.div_ceil(u64::from(multiprocessors.max(1)));
+        let turns = blocks.div_ceil(at_once);
         let meeting = if parts == 2 { 2 * u64::from(ring.sums()) } else { 0 };
         let bytes = turns * u64::from(columns) * u64::from(ring.column()) + meeting;
-        let choice = Choice { op, grid: [blocks.min(u64::from(multiprocessors)) as u32, 1, 1], shared: shared as u32 };
+        let choice = Choice { op, grid: [blocks.min(at_once) as u32, 1, 1], shared: shared as u32 };
         let group = (!ring.resident()).then_some(ring.tokens);
         fits.then_some((bytes, DenseWgmma { choice, group, parts }))
     };
@@ -173,7 +174,7 @@ mod tests {
     #[test]
     fn dense_matrices_on_hopper_take_what_has_the_least_to_read() {
         for (n, rows, cols, name, blocks, parts) in [
-            (1, 5120, 2880, "dense_wgmma_8", 80, 1),
+            (1, 5120, 2880, "dense_wgmma_8", 160, 2),
             (8, 2880, 4096, "dense_wgmma_8", 90, 2),
             (8, 201_088, 2880, "dense_wgmma_8", 132, 1),
             (9, 5120, 2880, "dense_wgmma_32", 80, 1),
@@ -213,14 +214,18 @@ mod tests {
             {
                 for multiprocessors in [1, 16, 132, 1 << 20] {
                     let DenseWgmma { choice, parts, .. } = dense_wgmma(n, rows, cols, multiprocessors);
-                    assert!(choice.shared <= SHARED_MAX && choice.grid[0] >= 1 && choice.grid[0] <= multiprocessors);
+                    assert!(
+                        choice.shared <= SHARED_MAX && choice.grid[0] >= 1 && choice.grid[0] <= 2 * multiprocessors
+                    );
                     let ring =
                         DENSE_RINGS.iter().zip(DENSE_WGMMA).find(|(_, op)| op.kernel == choice.op.kernel).unwrap().0;
                     let units = rows.div_ceil(TILE * ring.tiles) * n.div_ceil(ring.tokens);
                     if parts == 2 {
                         assert_eq!(choice.grid[0], 2 * units, "{n} {rows} {cols}");
-                        let bytes = DENSE_TICKETS * 4 + choice.grid[0] * ring.sums();
-                        assert!(units * ring.tiles <= DENSE_TICKETS && bytes as usize <= HALVES_BYTES);
+                        assert!((units * ring.sums()) as usize <= HALVES_BYTES);
+                    }
+                    if choice.grid[0] > multiprocessors {
+                        assert!(2 * (choice.shared + SYSTEM_SHARED) <= SHARED_MAX + SYSTEM_SHARED, "{n} {rows} {cols}");
                     }
                 }
             }
