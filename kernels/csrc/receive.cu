@@ -323,6 +323,7 @@ KERNEL(receive_warp, WARP_THREADS, ReceiveArgs) {
 
   // The rank of the lane's entry, and the record in its part.
   u32 rank = 0, record = lane / a.top_k, choice = lane - record * a.top_k, all = 0;
+#pragma unroll 1
   for (u32 r = 0; r < a.ranks; r++) {
     u32 of_rank = __shfl_sync(FULL, records, r);
     bool beyond = rank == r && record >= of_rank;
@@ -347,6 +348,7 @@ KERNEL(receive_warp, WARP_THREADS, ReceiveArgs) {
 
   // What is not whole, names a slot that it must not, or does not fit is left out, as leave_out does it.
   u32 rows = 0, items = 0, row = NO_SLOT, end = 0;
+#pragma unroll 1
   for (u32 r = 0; r < a.ranks; r++) {
     u32 of_rank = __shfl_sync(FULL, records, r), held = __popc(__ballot_sync(FULL, rank == r && slot != NO_SLOT));
     bool empty = __ballot_sync(FULL, rank == r && bad) != 0, is_whole = __shfl_sync(FULL, (u32)whole, r) != 0;
