@@ -316,7 +316,8 @@ pub(crate) fn works_on_any_number_of_rows<B: Tested>(make: &Make<B>) {
             exchange::from_wire(make.precision, &got.by_rank[0])
         };
         let all = run(&rows);
-        for count in [1, 2, 3, 11, 12, 13, 32, 33, 96, 97, 110, 192, 193, 200].into_iter().filter(|&count| count < most) {
+        for count in [1, 2, 3, 11, 12, 13, 32, 33, 96, 97, 110, 192, 193, 200].into_iter().filter(|&count| count < most)
+        {
             let what = format!("{}, {hidden} to {intermediate}, {count} of {most} rows", make.name);
             same(&what, hidden, &all[..count * hidden], &run(&rows[..count * hidden])).unwrap();
         }
