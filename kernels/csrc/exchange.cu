@@ -149,6 +149,13 @@ DEVICE void dispatch(const DispatchArgs& a) {
   // A step without rows has a block too, which says so.
   if (row >= a.rows) return;
   u8* record = a.out + start;
+  const float* from = a.x + (u64)row * a.hidden;
+  W* to = (W*)(record + a.top_k * 4);
+  u32 first = first_column();
+  bool at_once = a.hidden % COLUMNS == 0 && on_border<float>((u64)from) && on_border<W>((u64)to) && first < a.hidden;
+  float values[COLUMNS] = {};
+  // Under way while slots are looked up.
+  if (at_once) load_columns(from + first, values);
   if (blockIdx.y == 0) {
     for (u32 k = threadIdx.x; k < a.top_k; k += EXCHANGE_THREADS) {
       Place place = a.places[a.experts[row * a.top_k + k]];
@@ -156,17 +163,10 @@ DEVICE void dispatch(const DispatchArgs& a) {
       ((u32*)record)[k] = a.gathered ? place.rank << 16 | place.slot : own_slot;
     }
   }
-  const float* from = a.x + (u64)row * a.hidden;
-  W* to = (W*)(record + a.top_k * 4);
-  u32 first = first_column();
-  if (first >= a.hidden) return;
-  if (a.hidden % COLUMNS == 0 && on_border<float>((u64)from) && on_border<W>((u64)to)) {
-    float values[COLUMNS];
-    load_columns(from + first, values);
+  if (at_once)
     store_columns(to + first, values);
-  } else {
+  else
     for (u32 c = first; c < least(first + COLUMNS, a.hidden); c++) store(to + c, from[c]);
-  }
 }
 
 KERNEL(dispatch_f32, EXCHANGE_THREADS, DispatchArgs) { dispatch<float>(a); }

@@ -41,6 +41,17 @@ DEVICE float exp2_fast(float x) {
   return out;
 }
 
+// Adds one to a counter in global memory, and gives what it was. What this thread has written, and what a barrier put before
+// it, is seen by a thread that counts later, and by those that a barrier puts after that one.
+DEVICE u32 take_ticket(u32* counter) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
+
 // Copies 16 bytes to shared memory, or zeros; both are aligned to 16. Done when this thread has waited for its group.
 DEVICE void copy_async(void* to, const void* from, bool there) {
   u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 16 : 0;

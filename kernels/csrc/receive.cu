@@ -8,11 +8,14 @@
 // slot, and places them behind those of lower slots and of lower warps. So no place depends on which warp is first.
 // - receive: one block lists for all; receive_rows or receive_tiles then moves the rows.
 // - receive_few: each block lists all items for itself, and moves every gridDim-th of them.
+// - receive_warp: so few entries that each warp lists them all for itself, an entry a lane; a block moves one.
 #include "common.cuh"
 
 #define RECEIVE_THREADS 1024
 #define FEW_THREADS 512
+#define WARP_THREADS 128  // of receive_warp
 #define MOVE_THREADS 256
+#define NOT_MOVED 0xffffffffffffffffull
 #define AHEAD 8  // entries that a lane loads before it looks at the first
 
 struct ReceiveArgs {
@@ -25,7 +28,7 @@ struct ReceiveArgs {
   u32* starts;            // [slots + 1]: first item of each slot
   u32* counts;            // [2]: rows, items
   Part* results;          // [ranks]: the parts that go back
-  u16* tiles;             // as experts_wgmma.cu has them; of receive_few
+  u16* tiles;             // as experts_wgmma.cu has them; of kernels that move
   Status* status;
   u64 record_bytes, result_bytes;
   u32 ranks, top_k, slots, rows_max, items_max;
@@ -297,6 +300,97 @@ DEVICE void receive(const ReceiveArgs& a) {
 KERNEL(receive, RECEIVE_THREADS, ReceiveArgs) { receive<RECEIVE_THREADS, false>(a); }
 // The same for few entries, and items to their tiles.
 KERNEL(receive_few, FEW_THREADS, ReceiveArgs) { receive<FEW_THREADS, true>(a); }
+
+// At most as many entries and ranks as a warp has lanes ---------------------------------------------------------------
+
+// How many of the entries' slots are lower than this lane's.
+DEVICE u32 lower_slots(u32 slot, u32 entries, u32 than) {
+  u32 lower = 0;
+  for (u32 e = 0; e < entries; e++) lower += __shfl_sync(FULL, slot, e) < than;
+  return lower;
+}
+
+// The same as receive_few, by lanes that have a part and an entry each: no warp waits for another. A block an entry and a
+// stretch of columns; numbers are under way before it is known where they go.
+KERNEL(receive_warp, WARP_THREADS, ReceiveArgs) {
+  u32 lane = lane_id();
+  Part part = {0, 0};
+  if (lane < a.ranks) part = a.parts[lane];
+  u64 of_part = part.bytes / a.record_bytes;
+  bool whole = of_part * a.record_bytes == part.bytes;
+  // One more than lanes is too many, as any number beyond.
+  u32 records = whole ? of_part > WARP ? WARP + 1 : (u32)of_part : 0;
+
+  // The rank of the lane's entry, and the record in its part.
+  u32 rank = 0, record = lane / a.top_k, choice = lane - record * a.top_k, all = 0;
+#pragma unroll 1
+  for (u32 r = 0; r < a.ranks; r++) {
+    u32 of_rank = __shfl_sync(FULL, records, r);
+    bool beyond = rank == r && record >= of_rank;
+    if (beyond) record -= of_rank;
+    rank += beyond;
+    all += of_rank;
+  }
+  u32 entries = least(all * a.top_k, WARP), slot = NO_SLOT;
+  u64 from = __shfl_sync(FULL, part.start, rank % WARP) + record * a.record_bytes;
+  if (lane < entries) slot = *(const u32*)(a.received + from + choice * 4);
+  from += a.top_k * 4;
+
+  u32 moved = blockIdx.x, piece = blockIdx.y * WARP_THREADS + threadIdx.x;
+  bool moves = moved < entries && piece < a.hidden / 8;
+  u64 row_from = __shfl_sync(FULL, from, moved % WARP);
+  uint4 numbers = {};
+  if (moves) numbers = load_piece(a.received + row_from + piece * 16);
+
+  if (a.me != NO_SLOT && lane < entries) slot = slot >> 16 == a.me ? slot & 0xffff : NO_SLOT;
+  bool bad = slot != NO_SLOT && (slot >= a.slots || a.filled[slot] == 0);
+  bool lists = blockIdx.x == 0 && blockIdx.y == 0, says = lists && warp_id() == 0;
+
+  // What is not whole, names a slot that it must not, or does not fit is left out, as leave_out does it.
+  u32 rows = 0, items = 0, row = NO_SLOT, end = 0;
+#pragma unroll 1
+  for (u32 r = 0; r < a.ranks; r++) {
+    u32 of_rank = __shfl_sync(FULL, records, r), held = __popc(__ballot_sync(FULL, rank == r && slot != NO_SLOT));
+    bool empty = __ballot_sync(FULL, rank == r && bad) != 0, is_whole = __shfl_sync(FULL, (u32)whole, r) != 0;
+    end += of_rank * a.top_k;
+    // Entries have a block each.
+    bool fits = end <= gridDim.x && rows + of_rank <= a.rows_max && items + held <= a.items_max;
+    bool kept = is_whole && !empty && fits;
+    if (says && lane == 0) {
+      u32 wrong = is_whole ? empty ? SLOT_EMPTY : TOO_MANY_ROWS : PART_NOT_WHOLE;
+      if (!kept) report(a.status, STATUS_RECEIVED, wrong, r, 0);
+      a.results[r] = {items * a.result_bytes, kept ? held * a.result_bytes : 0};
+    }
+    if (rank == r && kept) row = rows + record;
+    if (kept) rows += of_rank, items += held;
+  }
+  if (row == NO_SLOT) slot = NO_SLOT;
+
+  bool is_item = slot != NO_SLOT;
+  u32 arrived = below(__ballot_sync(FULL, is_item));
+  u32 first = lower_slots(slot, entries, slot), within = below(__match_any_sync(FULL, slot));
+  u64 to = ((u64)(first / 8 + slot + within / 8) * a.hidden + within % 8) * 8;
+  to = __shfl_sync(FULL, is_item ? to : NOT_MOVED, moved % WARP);
+  if (moves && to != NOT_MOVED) *(uint4*)(a.tiles + to + piece * 64) = numbers;
+
+  if (!lists) return;
+  for (u32 chunk = warp_id() * WARP; chunk <= a.slots; chunk += WARP_THREADS) {
+    u32 lower = lower_slots(slot, entries, chunk + lane);
+    if (chunk + lane <= a.slots) a.starts[chunk + lane] = lower;
+  }
+  if (!says) return;
+  if (row != NO_SLOT && choice == 0) a.row_source[row] = from;
+  if (is_item) {
+    a.item_row[arrived] = row;
+    a.order[first + within] = arrived;
+  }
+  if (lane == 0) {
+    a.counts[0] = rows;
+    a.counts[1] = items;
+  }
+}
+
+// Rows alone ---------------------------------------------------------------------------------------------------------
 
 struct RowsArgs {
   const u8* received;

@@ -55,8 +55,9 @@ DEVICE u32 key_of(float logit) {
 template <class F>
 DEVICE void choose(const F& logit_of, u32 count, u32 top_k, u32* experts, float* weights) {
   float kept[ROUTE_KEPT];
+  // Those beyond the last are the last again: without a branch, all are under way at once.
 #pragma unroll
-  for (u32 i = 0; i < ROUTE_KEPT; i++) kept[i] = lane_id() + i * WARP < count ? logit_of(lane_id() + i * WARP) : 0.0f;
+  for (u32 i = 0; i < ROUTE_KEPT; i++) kept[i] = logit_of(least(lane_id() + i * WARP, count - 1));
   u32 last_key = FULL, last = 0;
   float largest = 0.0f, sum = 0.0f, own = 0.0f;
   for (u32 k = 0; k < top_k; k++) {
@@ -126,11 +127,8 @@ DEVICE void choose_if_last(const RouteArgs& a, u32 first, u32 tokens, u32* is_la
   __syncthreads();
   if (threadIdx.x == 0) {
     u32* ticket = a.tickets + blockIdx.y;
-    // Of all that the barrier puts before it.
-    __threadfence();
-    *is_last = atomicAdd(ticket, 1) == gridDim.x * gridDim.z - 1;
+    *is_last = take_ticket(ticket) == gridDim.x * gridDim.z - 1;
     if (*is_last) *ticket = 0;
-    __threadfence();
   }
   __syncthreads();
   if (!*is_last) return;
@@ -169,11 +167,12 @@ AHEAD_KERNEL(route_few, ROUTE_FEW_THREADS, RouteArgs) {
   for (u32 from = begin; from < end; from += ROUTE_BATCH) {
     if (from != begin) load_weights(from);
     Several<float, 2> left[ROUTE_BATCH] = {}, right[ROUTE_BATCH] = {};
+    const float* columns = x + (u64)from * 16;
 #pragma unroll
     for (u32 k = 0; k < ROUTE_BATCH; k++) {
       if (from + k >= end) continue;
-      left[k] = *(const Several<float, 2>*)(x + (from + k) * 16);
-      right[k] = *(const Several<float, 2>*)(x + (from + k) * 16 + 8);
+      left[k] = *(const Several<float, 2>*)(columns + k * 16);
+      right[k] = *(const Several<float, 2>*)(columns + k * 16 + 8);
     }
 #pragma unroll
     for (u32 k = 0; k < ROUTE_BATCH; k++) {

@@ -12,7 +12,7 @@
 //
 // No number is added in floating point: weights count in units of 2^-40, so sums do not depend on any order. They hold
 // up to 2^22 tokens.
-#include "common.cuh"
+#include "ptx.cuh"
 
 #define SAMPLE_THREADS 512
 #define EACH 8  // ids of a thread
@@ -184,11 +184,8 @@ DEVICE bool is_last(const SampleArgs& a, Shared& s) {
   __syncthreads();
   if (threadIdx.x == 0) {
     u32* done = a.done + blockIdx.y;
-    // Of all that the barrier puts before it.
-    __threadfence();
-    s.word = atomicAdd(done, 1) == gridDim.x - 1;
+    s.word = take_ticket(done) == gridDim.x - 1;
     if (s.word) *done = 0;
-    __threadfence();
   }
   __syncthreads();
   return s.word;

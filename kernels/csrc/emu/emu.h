@@ -179,6 +179,8 @@ inline u32 multiply_bf16x2(u32 a, u32 b) {
   return narrow2(bf16_half(a, 0) * bf16_half(b, 0), bf16_half(a, 1) * bf16_half(b, 1));
 }
 
+inline u32 take_ticket(u32* counter) { return atomicAdd(counter, 1); }
+
 inline u32 pack_bf16(float low, float high) { return narrow2(low, high); }
 
 inline float exp2_fast(float x) {

@@ -297,7 +297,7 @@ impl Cuda {
             if received.is_room { rows_now * self.top_k / ranks } else { rows_now * self.top_k.div_ceil(ranks) };
         work.items_likely = choices.min(work.items_now);
         let entries = u32::try_from(received.bytes_now / record_bytes * self.top_k).unwrap_or(u32::MAX);
-        let shape = [received.ranks as u32, slots as u32];
+        let shape = [received.ranks as u32, slots as u32, hidden as u32];
         let chosen = choose::receive(tiled, [entries, work.items_now as u32], shape, multiprocessors);
         let args = ReceiveArgs {
             received: received.bytes.address(),

@@ -152,6 +152,7 @@ pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange
 pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256);
 pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "receive.cu", 1024);
 pub(super) const RECEIVE_FEW: Op<ReceiveArgs> = Op::new("receive_few", "receive.cu", 512);
+pub(super) const RECEIVE_WARP: Op<ReceiveArgs> = Op::new("receive_warp", "receive.cu", 128);
 pub(super) const RECEIVE_ROWS: Op<RowsArgs> = Op::new("receive_rows", "receive.cu", 256);
 pub(super) const RECEIVE_TILES: Op<TilesArgs> = Op::new("receive_tiles", "receive.cu", 256);
 pub(super) const GATE_UP_F32: Op<ExpertArgs> = Op::new("gate_up_f32", "experts.cu", 128);
@@ -189,7 +190,7 @@ pub(super) const SAMPLE_DRAW: Op<SampleArgs> = Op::new("sample_draw", "sample.cu
 pub(super) const SAMPLE_REPORT: Op<SampleArgs> = Op::new("sample_report", "sample.cu", 512);
 
 /// Every kernel.
-pub const KERNELS: [Kernel; 54] = [
+pub const KERNELS: [Kernel; 55] = [
     EMBED.kernel,
     GATHER.kernel,
     RMS_NORM.kernel,
@@ -216,6 +217,7 @@ pub const KERNELS: [Kernel; 54] = [
     COMBINE_BF16.kernel,
     RECEIVE.kernel,
     RECEIVE_FEW.kernel,
+    RECEIVE_WARP.kernel,
     RECEIVE_ROWS.kernel,
     RECEIVE_TILES.kernel,
     GATE_UP_F32.kernel,

@@ -1,5 +1,7 @@
 //! Routing, exchange and the experts.
 
+use std::ops::Range;
+
 use phalanx_kernels::reference::{exchange, linear::linear, mxfp4, router, swiglu::swiglu};
 use phalanx_kernels::{
     DenseUse, ExpertShape, HostParts, KernelError, NO_SLOT, Precision, Stack, StepInputs, TokenSource,
@@ -314,7 +316,8 @@ pub(crate) fn works_on_any_number_of_rows<B: Tested>(make: &Make<B>) {
             exchange::from_wire(make.precision, &got.by_rank[0])
         };
         let all = run(&rows);
-        for count in [1, 2, 3, 11, 12, 13, 33, 96, 97, 110, 192, 193, 200].into_iter().filter(|&count| count < most) {
+        for count in [1, 2, 3, 11, 12, 13, 32, 33, 96, 97, 110, 192, 193, 200].into_iter().filter(|&count| count < most)
+        {
             let what = format!("{}, {hidden} to {intermediate}, {count} of {most} rows", make.name);
             same(&what, hidden, &all[..count * hidden], &run(&rows[..count * hidden])).unwrap();
         }
@@ -352,8 +355,8 @@ pub(crate) fn works_on_many_slots<B: Tested>(make: &Make<B>) {
     }
 }
 
-/// A row's results are the same bits and go to the same place, however many records come: so few that every block of a GPU
-/// lists them for itself, the most of these, and more.
+/// A row's results are the same bits and go to the same place, however many records come: so few that every warp or every
+/// block of a GPU lists them for itself, the most of these, and more.
 pub(crate) fn works_on_few_and_on_many_records<B: Tested>(make: &Make<B>) {
     let (hidden, top_k) = (32, 2);
     let shape = ExpertShape { hidden, intermediate: 32, limit: 7.0 };
@@ -368,22 +371,27 @@ pub(crate) fn works_on_few_and_on_many_records<B: Tested>(make: &Make<B>) {
         3 => vec![0, NO_SLOT],
         _ => vec![0, 2],
     };
-    // Rank 0 has the first rows, rank 2 a number of the last 300.
-    let run = |last: usize| {
+    // Rank 0 has the first rows up to 216, rank 2 a number of the last 300.
+    let run = |first: usize, last: usize| {
         let mut received = HostParts::new(3);
-        for (rank, range) in [(0, 0..216), (2, 216..216 + last)] {
+        for (rank, range) in [(0, 0..first), (2, 216..216 + last)] {
             let slots: Vec<Vec<u32>> = range.clone().map(slots).collect();
             received.by_rank[rank] = records(make.precision, &slots, &rows[range.start * hidden..range.end * hidden]);
         }
         work(make, shape, &experts, top_k, &received).by_rank
     };
-    let all = run(300);
-    for last in [0, 1, 40, 295, 296, 297] {
-        let got = run(last);
-        let items = (216..216 + last).flat_map(slots).filter(|&slot| slot != NO_SLOT).count();
-        let bytes = items * hidden * if make.precision == Precision::Exact { 4 } else { 2 };
-        assert!(got[0] == all[0] && got[1].is_empty(), "{}, {last} rows", make.name);
-        assert!(got[2] == all[2][..bytes], "{}, {last} rows", make.name);
+    let bytes = |range: Range<usize>| {
+        let items = range.flat_map(slots).filter(|&slot| slot != NO_SLOT).count();
+        items * hidden * if make.precision == Precision::Exact { 4 } else { 2 }
+    };
+    let all = run(216, 300);
+    let few = [(0, 0), (0, 1), (1, 0), (3, 5), (0, 16), (6, 10), (6, 11), (7, 10)];
+    let many = [0, 1, 40, 295, 296, 297].map(|last| (216, last));
+    for (first, last) in few.into_iter().chain(many) {
+        let got = run(first, last);
+        let what = format!("{}, {first} and {last} rows", make.name);
+        assert!(got[0] == all[0][..bytes(0..first)] && got[1].is_empty(), "{what}");
+        assert!(got[2] == all[2][..bytes(216..216 + last)], "{what}");
     }
     let row =
         exchange::from_wire(make.precision, &exchange::to_wire(make.precision, &rows[215 * hidden..216 * hidden]));

@@ -74,11 +74,18 @@ pub(crate) fn refuses_packed_bytes_of_another_size<B: Tested>(make: &Make<B>) {
 }
 
 pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
+    // So few that every warp of a GPU lists them for itself, and more.
+    for times in [1, 5] {
+        refuses_damaged_records_among(make, times);
+    }
+}
+
+fn refuses_damaged_records_among<B: Tested>(make: &Make<B>, times: usize) {
     let shape = ExpertShape { hidden: 32, intermediate: 32, limit: 7.0 };
     let mut random = Random(32);
     let expert = Expert::random(&mut random, 32, 32);
     let rows = random.numbers(2 * 32);
-    let good = records(make.precision, &[vec![0, NO_SLOT], vec![NO_SLOT, 0]], &rows);
+    let good = records(make.precision, &[vec![0, NO_SLOT], vec![NO_SLOT, 0]], &rows).repeat(times);
     let mut received = HostParts::new(1);
     received.by_rank[0].clone_from(&good);
     let expected = work(make, shape, &[Some(&expert)], 2, &received).by_rank.remove(0);
@@ -89,7 +96,7 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         (good.repeat(4), "more rows than a step may have"),
         (good[..good.len() - 1].to_vec(), "a part that is not made of whole records"),
         (vec![1, 2, 3], "a part that is not made of whole records"),
-        (empty, "a row for an expert slot that is empty"),
+        (empty.repeat(4 * times + 1), "a row for an expert slot that is empty"),
         (beyond, "a row for an expert slot that is empty"),
     ] {
         if what.starts_with("more rows") && trusts(make) {
@@ -99,10 +106,11 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         let mut experts = b.experts(2, shape);
         b.load_expert(&mut experts, 0, &expert.source()).unwrap();
         let _routes = b.routes(0, 2);
-        let mut work = b.work(8, 2, shape);
-        let mut out = b.parts(3, 8 * 2 * b.combine_record(32));
+        let mut work = b.work(8 * times, 2, shape);
+        let mut out = b.parts(4, 8 * times * 2 * b.combine_record(32));
         b.begin(&step(0), &rope_table(8));
-        let received = b.upload(&HostParts { by_rank: vec![good.clone(), bad, good.clone()] });
+        // The last is wrong too, but the first to be is named.
+        let received = b.upload(&HostParts { by_rank: vec![good.clone(), bad, good.clone(), vec![1]] });
         b.receive(&received, &experts, &mut work);
         b.gate_up(&experts, &mut work);
         b.down(&experts, &work, &mut out);
@@ -112,7 +120,7 @@ pub(crate) fn refuses_damaged_records<B: Tested>(make: &Make<B>) {
         let wire = |bytes: &[u8]| exchange::from_wire(make.precision, bytes);
         assert_eq!(
             out.by_rank.iter().map(|part| wire(part)).collect::<Vec<_>>(),
-            [wire(&expected), vec![], wire(&expected)]
+            [wire(&expected), vec![], wire(&expected), vec![]]
         );
     }
 }

@@ -208,7 +208,14 @@ fn routings(n: usize) -> Vec<(usize, Routing)> {
     let one: Vec<usize> = (0..n).map(|rank| if rank + 1 == n { ROWS_MAX } else { 0 }).collect();
     // The first ranks' experts are the lowest: all choices of all rows on rank 0.
     let skewed = vec![vec![[1, 0, 2]; 33]; n];
-    vec![(32, any(&some)), (ROWS_MAX, any(&one)), (1, any(&vec![0; n])), (33, skewed), (8, any(&vec![8; n]))]
+    vec![
+        (32, any(&some)),
+        (ROWS_MAX, any(&one)),
+        (1, any(&vec![0; n])),
+        (33, skewed),
+        (8, any(&vec![8; n])),
+        (2, any(&vec![2; n])),
+    ]
 }
 
 /// The same bytes arrive and the same bits come out, whichever way: with rows nowhere or on one rank alone, with all on

@@ -4,14 +4,14 @@ use super::{Choice, TILE};
 use crate::Precision;
 use crate::cuda::ops::{
     DOWN_BF16, DOWN_F32, DOWN_WGMMA, EXPERTS_WGMMA, ExpertArgs, GATE_UP_BF16, GATE_UP_F32, GATE_UP_WGMMA, RECEIVE,
-    RECEIVE_FEW, ReceiveArgs,
+    RECEIVE_FEW, RECEIVE_WARP, ReceiveArgs,
 };
 
 /// How what was received is listed.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::cuda) struct Receive {
     pub(in crate::cuda) choice: Choice<ReceiveArgs>,
-    /// Warps that walk over entries.
+    /// Warps that walk over entries; 0: a lane has one.
     pub(in crate::cuda) stretches: u32,
     /// Items that a block moves to their tiles; 0: another kernel moves rows.
     pub(in crate::cuda) moves: u32,
@@ -19,6 +19,10 @@ pub(in crate::cuda) struct Receive {
 
 /// Entries that every block lists for itself, at most.
 const FEW_ENTRIES: u32 = 1024;
+/// Entries that every warp lists for itself, at most, and their ranks: each has a lane.
+const LANES: u32 = 32;
+/// Columns that a thread moves at once.
+const PIECE: u32 = 8;
 /// Expert slots of a layer on a rank.
 pub(in crate::cuda) const SLOTS_MAX: usize = 2048;
 /// Numbers in shared memory of how many items of each slot a warp has.
@@ -28,9 +32,13 @@ const COUNTS_MAX: u32 = 8 << 10;
 pub(in crate::cuda) fn receive(
     tiled: bool,
     [entries, items]: [u32; 2],
-    [ranks, slots]: [u32; 2],
+    [ranks, slots, hidden]: [u32; 3],
     multiprocessors: u32,
 ) -> Receive {
+    if tiled && entries <= LANES && ranks <= LANES {
+        let grid = [entries.max(1), hidden.div_ceil(PIECE * RECEIVE_WARP.kernel.threads).max(1), 1];
+        return Receive { choice: Choice { op: RECEIVE_WARP, grid, shared: 0 }, stretches: 0, moves: 1 };
+    }
     let few = tiled && entries <= FEW_ENTRIES;
     let (op, blocks) = if few { (RECEIVE_FEW, items.clamp(1, multiprocessors.max(1))) } else { (RECEIVE, 1) };
     let moves = if few { items.div_ceil(blocks).max(1) } else { 0 };
@@ -205,19 +213,29 @@ mod tests {
 
     #[test]
     fn few_entries_are_listed_by_every_block_that_moves_them() {
-        let few = receive(true, [1024, 1000], [8, 128], 132);
+        let few = receive(true, [1024, 1000], [8, 128, 2880], 132);
         assert_eq!((few.choice.op.kernel.name, few.choice.grid, few.moves), ("receive_few", [132, 1, 1], 8));
-        assert_eq!(receive(true, [4, 4], [1, 128], 132).choice.grid, [4, 1, 1]);
-        assert_eq!(receive(true, [0, 0], [1, 0], 132).choice.grid, [1, 1, 1]);
-        for many in [receive(true, [1025, 1025], [8, 128], 132), receive(false, [4, 4], [1, 128], 132)] {
+        assert_eq!(receive(true, [33, 4], [1, 128, 2880], 132).choice.grid, [4, 1, 1]);
+        for many in [receive(true, [1025; 2], [8, 128, 2880], 132), receive(false, [4, 4], [1, 128, 2880], 132)] {
             assert_eq!((many.choice.op.kernel.name, many.choice.grid, many.moves), ("receive", [1, 1, 1], 0));
         }
         // As much as a block can have on every device from 8.0 on.
         for (multiprocessors, slots) in [(1, SLOTS_MAX as u32), (132, SLOTS_MAX as u32), (1, 256), (132, 1)] {
             for entries in [1024, 32_768] {
-                let chosen = receive(true, [entries; 2], [1024, slots], multiprocessors);
+                let chosen = receive(true, [entries; 2], [1024, slots, 2880], multiprocessors);
                 assert!(chosen.choice.shared <= 99 << 10 && chosen.stretches > 0, "{slots}: {chosen:?}");
             }
         }
+    }
+
+    #[test]
+    fn entries_and_ranks_that_a_warp_has_lanes_for_are_listed_by_each() {
+        let name = |entries, ranks| receive(true, [entries; 2], [ranks, 128, 2880], 132).choice.op.kernel.name;
+        assert_eq!([name(0, 1), name(4, 1), name(32, 32)], ["receive_warp"; 3]);
+        assert_eq!([name(33, 1), name(32, 33)], ["receive_few"; 2]);
+        // A block an entry, or one that says that there is none, and a stretch of 1024 columns.
+        let few = receive(true, [32, 5], [8, 128, 2880], 132);
+        assert_eq!((few.choice.grid, few.choice.shared, few.moves), ([32, 3, 1], 0, 1));
+        assert_eq!(receive(true, [0, 0], [1, 0, 0], 132).choice.grid, [1, 1, 1]);
     }
 }
