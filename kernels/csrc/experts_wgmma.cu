@@ -1,8 +1,9 @@
 // The experts on Hopper (sm_90a), fast precision: products of warpgroups behind a ring of bulk copies; see experts_wgmma.cuh.
 //
 // A lane's codes are widened in registers. One launch does both matrices: blocks take units as they come to them, first all
-// of gate_up, then those of down, whose weights are on their way before the activations of their slot are there. Where items
-// are many, there is a launch for each matrix, and a block goes through every so many of its units.
+// of gate_up, then those of down, whose weights are on their way before the activations of their slot are there. Where units
+// are so few that each of gate_up has a block of its own, and where items are many, there is a launch for each matrix, and a
+// block goes through every so many of its units.
 // A block's last warps copy, a stage of BLOCKS * 32 columns at a time, as far ahead as there are stages; each warpgroup
 // decodes TOGETHER blocks of 32 columns while the products of those before are under way: what bounds few items is how long
 // such a step takes, more than what is in it.
@@ -285,6 +286,8 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
 RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 2, ExpertArgs) { both_matrices<Ring48>(a); }
+KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
+KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
 KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
 KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
 #endif

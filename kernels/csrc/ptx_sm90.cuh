@@ -77,14 +77,6 @@ DEVICE void wait_for_blocks(const u32* counter, u32 value) {
 // Waits for the other threads of a warpgroup; one warpgroup of a block may.
 DEVICE void warpgroup_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
-// Registers that mma has of a [16, 16] matrix of bf16 to shared memory, as four pieces of 8 by 8: lane 8i + r names the place
-// of row r of register i's piece.
-DEVICE void store_pieces(u8* row, const u32 (&a)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(a[0]),
-               "r"(a[1]), "r"(a[2]), "r"(a[3])
-               : "memory");
-}
-
 // Numbers -----------------------------------------------------------------------------------------------------------
 
 // 2^x and 1/x to about 22 bits; infinities and NaN as they should be.
@@ -139,9 +131,6 @@ DEVICE void wgmma_fence(u32 (&a)[N][4]) {
   for (u32 n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-
-// The same before products of what lies in shared memory.
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Sums of products that have not begun. Zeros that the compiler knows it would keep in registers for all loops of a kernel.
 template <u32 N>
@@ -299,14 +288,6 @@ DEVICE void wgmma<256>(float (&d)[128], const u32 (&a)[4], u64 b, bool accumulat
 #undef EACH_4
 #undef EACH_16
 #undef EACH_64
-
-// The same for 8 columns and a in shared memory, by its descriptor: pieces of 8 rows by 8 k.
-DEVICE void wgmma_shared(float (&d)[4], u64 a, u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "l"(a), "l"(b));
-}
 
 #endif
 

@@ -26,10 +26,6 @@ namespace hopper {
 #include "../experts_wgmma.cu"
 }
 
-namespace hopper_few {
-#include "../experts_few_wgmma.cu"
-}
-
 #undef EMU_SUFFIX
 #define EMU_SUFFIX "!barrier"
 #define PLANT_BARRIER
@@ -72,9 +68,6 @@ namespace hopper_without_wait {
 }
 namespace hopper_dense_without_wait {
 #include "../dense_wgmma.cu"
-}
-namespace hopper_few_without_wait {
-#include "../experts_few_wgmma.cu"
 }
 #undef PLANT_WAIT
 
@@ -129,9 +122,6 @@ namespace hopper_dense_with_registers_too_early {
 #define PLANT_EARLY
 namespace hopper_with_stages_too_early {
 #include "../experts_wgmma.cu"
-}
-namespace hopper_few_with_slots_too_early {
-#include "../experts_few_wgmma.cu"
 }
 namespace hopper_dense_with_stages_too_early {
 #include "../dense_wgmma.cu"

@@ -201,7 +201,7 @@ static void linger() {
   }
 }
 
-// An element of b, by the descriptor: k of 16 and a column; or of a, and a row.
+// An element of b, by the descriptor: k of 16 and a column.
 static float element(uint64_t descriptor, unsigned k, unsigned column) {
   unsigned start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   unsigned stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -220,10 +220,8 @@ static void complete(const Product& product, unsigned which, const Warpgroup& wa
     float sum = product.accumulate ? sums[i] : 0.0f;
     for (unsigned k = 0; k < 16; k++) {
       unsigned member = thread - lane + row % 8 * 4 + k % 8 / 2;
-      const uint32_t* registers = (*warpgroup.members[member])[which].a;
-      float left = registers ? bf16_half(registers[row / 8 + 2 * (k / 8)], k % 2)
-                             : element(product.shared_a, k, thread / 32 * 16 + row);
-      sum = fmaf(left, element(product.b, k, column), sum);
+      uint32_t left = (*warpgroup.members[member])[which].a[row / 8 + 2 * (k / 8)];
+      sum = fmaf(bf16_half(left, k % 2), element(product.b, k, column), sum);
     }
     sums[i] = sum;
   }
@@ -240,7 +238,7 @@ void products_wait(unsigned groups) {
     const std::vector<Product>& first = *warpgroup.members[0];
     bool agree = first.size() == group.size();
     for (size_t i = 0; agree && i < group.size(); i++)
-      agree = first[i].b == group[i].b && first[i].shared_a == group[i].shared_a && first[i].columns == group[i].columns &&
+      agree = first[i].b == group[i].b && first[i].columns == group[i].columns &&
               first[i].accumulate == group[i].accumulate;
     if (!agree) fail("a warpgroup that does not agree on its products");
     for (size_t i = 0; i < group.size(); i++)

@@ -18,9 +18,8 @@ struct Barrier {
 
 struct Product {
   float* d;
-  // Registers, or none and a descriptor.
   const uint32_t* a;
-  uint64_t shared_a, b;
+  uint64_t b;
   unsigned columns;
   bool accumulate;
 };
@@ -75,15 +74,6 @@ template <u32 N>
 inline void wgmma_zero(float (&d)[N]) {
   for (float& sum : d) sum = 0.0f;
 }
-inline void wgmma_fence() { emu::products_fence(); }
-inline void wgmma_shared(float (&d)[4], u64 a, u64 b) { emu::product({d, nullptr, a, b, 8, true}); }
-inline void store_pieces(u8* row, const u32 (&a)[4]) {
-  uint32_t words[6] = {a[0], a[1], a[2], a[3]}, present;
-  const emu::Words& all = emu::warp_deposit(words, 4, present);
-  unsigned lane = threadIdx.x & 31;
-  for (unsigned i = 0; i < 4; i++) ((u32*)row)[i] = all[lane % 8 * 4 + i][lane / 8];
-  emu::warp_release();
-}
 inline void wgmma_commit() { emu::products_commit(); }
 template <u32 GROUPS>
 inline void wgmma_wait() {
@@ -95,5 +85,5 @@ inline void wgmma_wait_for(float (&)[N]) {
 }
 template <u32 N>
 inline void wgmma(float (&d)[N / 2], const u32 (&a)[4], u64 b, bool accumulate) {
-  emu::product({d, a, 0, b, N, accumulate});
+  emu::product({d, a, b, N, accumulate});
 }

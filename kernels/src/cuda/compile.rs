@@ -14,14 +14,13 @@ use sha2::{Digest, Sha256};
 use super::libraries::Library;
 
 /// The kernels' files, with the headers that they include.
-const FILES: [(&str, &str); 14] = [
+const FILES: [(&str, &str); 13] = [
     ("attention.cu", include_str!("../../csrc/attention.cu")),
     ("dense.cu", include_str!("../../csrc/dense.cu")),
     ("dense_wgmma.cu", include_str!("../../csrc/dense_wgmma.cu")),
     ("embed.cu", include_str!("../../csrc/embed.cu")),
     ("exchange.cu", include_str!("../../csrc/exchange.cu")),
     ("experts.cu", include_str!("../../csrc/experts.cu")),
-    ("experts_few_wgmma.cu", include_str!("../../csrc/experts_few_wgmma.cu")),
     ("experts_wgmma.cu", include_str!("../../csrc/experts_wgmma.cu")),
     ("receive.cu", include_str!("../../csrc/receive.cu")),
     ("rms_norm.cu", include_str!("../../csrc/rms_norm.cu")),

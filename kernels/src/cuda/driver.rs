@@ -274,11 +274,7 @@ impl Device for Driver {
 
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
-        let list = std::env::var("PHALANX_AHEAD").unwrap_or("all".to_owned());
-        let ahead = move |name: &str| {
-            self.starts_ahead && (list == "all" || list.split(',').any(|one| !one.is_empty() && name.starts_with(one)))
-        };
-        Ok(Box::new(Chain::new(&self.stream, nodes, ahead, function)?))
+        Ok(Box::new(Chain::new(&self.stream, nodes, self.starts_ahead, function)?))
     }
 
     fn capture(

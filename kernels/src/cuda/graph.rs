@@ -1,4 +1,5 @@
-//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes, and of graphs that were captured.
+//! Graphs of the CUDA driver: a chain of kernel, copy and memset nodes, and of graphs that were captured. Some kernels start
+//! while the one before them still runs.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -35,11 +36,12 @@ struct Link {
 unsafe impl Send for Chain {}
 
 impl Chain {
-    /// A graph of these nodes; `function` finds a launch's kernel.
+    /// A graph of these nodes; `function` finds a launch's kernel. `ahead`: the device lets kernels start that wait themselves for
+    /// the end of the one before.
     pub(super) fn new(
         stream: &Arc<Stream>,
         nodes: &Sequence,
-        ahead: impl Fn(&str) -> bool,
+        ahead: bool,
         function: impl Fn(&Launch<'_>, usize) -> Result<sys::CUfunction, KernelError>,
     ) -> Result<Self, KernelError> {
         let make = failed("make a graph");
@@ -55,7 +57,7 @@ impl Chain {
                 Node::Launch(launch, args) => function(&launch, size_of_val(args))?,
                 _ => ptr::null_mut(),
             };
-            let starts_ahead = matches!(&node, Node::Launch(launch, _) if ahead(launch.kernel.name));
+            let starts_ahead = matches!(&node, Node::Launch(launch, _) if ahead && launch.kernel.starts_ahead);
             chain.add(node, function, starts_ahead).map_err(&make)?;
         }
         // SAFETY: the graph is valid and whole; no flag is set.
@@ -66,10 +68,10 @@ impl Chain {
 
     /// Adds a node behind the last one.
     fn add(&mut self, node: Node<'_>, function: sys::CUfunction, starts_ahead: bool) -> Result<(), DriverError> {
-        // Only kernels wait, and only for kernels.
-        let (ahead_of, before): (Vec<&Link>, Vec<&Link>) =
-            self.nodes.last().into_iter().partition(|last| starts_ahead && !last.function.is_null());
-        let [ahead_of, before] = [ahead_of, before].map(|links| links.iter().map(|link| link.node).collect::<Vec<_>>());
+        // Only kernels wait themselves, and only for kernels.
+        let ahead_of = self.nodes.last().filter(|last| starts_ahead && !last.function.is_null()).map(|last| last.node);
+        let behind = self.nodes.last().filter(|_| ahead_of.is_none());
+        let before: Vec<sys::CUgraphNode> = behind.map(|last| last.node).into_iter().collect();
         let (graph, context) = (self.graph, self.stream.context().cu_ctx());
         let mut added = ptr::null_mut();
         // SAFETY: the graph is valid, and so is the node before, which is of it; parameters outlive the call and are
@@ -105,9 +107,10 @@ impl Chain {
             }
         };
         outcome.result()?;
-        if let Some(before) = ahead_of.first() {
+        if let Some(before) = ahead_of {
             // SAFETY: both nodes are of this graph, are kernels, and have no edge yet; all outlives the call.
-            unsafe { sys::cuGraphAddDependencies_v2(graph, before, &raw const added, &raw const AHEAD, 1) }.result()?;
+            unsafe { sys::cuGraphAddDependencies_v2(graph, &raw const before, &raw const added, &raw const AHEAD, 1) }
+                .result()?;
         }
         self.nodes.push(Link { node: added, function });
         Ok(())

@@ -17,6 +17,9 @@ pub struct Kernel {
     pub threads: u32,
     /// Bytes of its argument struct.
     pub args_bytes: usize,
+    /// In a graph it starts while the kernel before it still runs, for whose end it waits itself: where it has something to do
+    /// until then, or lets the next one start.
+    pub starts_ahead: bool,
 }
 
 /// A kernel that takes `A`.
@@ -29,7 +32,13 @@ pub(super) struct Op<A> {
 impl<A: Copy> Op<A> {
     const fn new(name: &'static str, file: &'static str, threads: u32) -> Self {
         const { assert!(size_of::<A>().is_multiple_of(8), "arguments are kept as words") };
-        Self { kernel: Kernel { name, file, threads, args_bytes: size_of::<A>() }, args: PhantomData }
+        let kernel = Kernel { name, file, threads, args_bytes: size_of::<A>(), starts_ahead: false };
+        Self { kernel, args: PhantomData }
+    }
+
+    const fn ahead(mut self) -> Self {
+        self.kernel.starts_ahead = true;
+        self
     }
 }
 
@@ -127,7 +136,7 @@ args! {
 
 pub(super) const EMBED: Op<EmbedArgs> = Op::new("embed", "embed.cu", 128);
 pub(super) const GATHER: Op<GatherArgs> = Op::new("gather", "embed.cu", 128);
-pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 128);
+pub(super) const RMS_NORM: Op<RmsNormArgs> = Op::new("rms_norm", "rms_norm.cu", 128).ahead();
 pub(super) const ROPE_F32: Op<RopeArgs> = Op::new("rope_f32", "rope.cu", 128);
 pub(super) const ROPE_BF16: Op<RopeArgs> = Op::new("rope_bf16", "rope.cu", 128);
 pub(super) const ATTENTION_F32: Op<AttentionArgs> = Op::new("attention_f32", "attention.cu", 128);
@@ -143,13 +152,13 @@ pub(super) const DENSE_F32: Op<DenseArgs> = Op::new("dense_f32", "dense.cu", 256
 pub(super) const DENSE_MMA_8: Op<DenseArgs> = Op::new("dense_mma_8", "dense.cu", 256);
 pub(super) const DENSE_MMA_64: Op<DenseArgs> = Op::new("dense_mma_64", "dense.cu", 256);
 pub(super) const TOP_K: Op<TopKArgs> = Op::new("top_k", "router.cu", 32);
-pub(super) const ROUTE_FEW: Op<RouteArgs> = Op::new("route_few", "router.cu", 256);
+pub(super) const ROUTE_FEW: Op<RouteArgs> = Op::new("route_few", "router.cu", 256).ahead();
 pub(super) const ROUTE_MANY: Op<RouteArgs> = Op::new("route_many", "router.cu", 512);
 pub(super) const PLACE_ENTRIES: Op<EntriesArgs> = Op::new("place_entries", "exchange.cu", 512);
 pub(super) const DISPATCH_F32: Op<DispatchArgs> = Op::new("dispatch_f32", "exchange.cu", 256);
 pub(super) const DISPATCH_BF16: Op<DispatchArgs> = Op::new("dispatch_bf16", "exchange.cu", 256);
-pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange.cu", 256);
-pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256);
+pub(super) const COMBINE_F32: Op<CombineArgs> = Op::new("combine_f32", "exchange.cu", 256).ahead();
+pub(super) const COMBINE_BF16: Op<CombineArgs> = Op::new("combine_bf16", "exchange.cu", 256).ahead();
 pub(super) const RECEIVE: Op<ReceiveArgs> = Op::new("receive", "receive.cu", 1024);
 pub(super) const RECEIVE_FEW: Op<ReceiveArgs> = Op::new("receive_few", "receive.cu", 512);
 pub(super) const RECEIVE_WARP: Op<ReceiveArgs> = Op::new("receive_warp", "receive.cu", 128);
@@ -162,7 +171,7 @@ pub(super) const DOWN_BF16: Op<ExpertArgs> = Op::new("down_bf16", "experts.cu", 
 pub(super) const DENSE_PIECES: Op<PiecesArgs> = Op::new("dense_pieces", "dense_wgmma.cu", 128);
 /// For 8, 32, 64, 128 and 256 tokens at once.
 pub(super) const DENSE_WGMMA: [Op<DenseWgmmaArgs>; 5] = [
-    Op::new("dense_wgmma_8", "dense_wgmma.cu", 160),
+    Op::new("dense_wgmma_8", "dense_wgmma.cu", 160).ahead(),
     Op::new("dense_wgmma_32", "dense_wgmma.cu", 160),
     Op::new("dense_wgmma_64", "dense_wgmma.cu", 160),
     Op::new("dense_wgmma_128", "dense_wgmma.cu", 288),
@@ -177,9 +186,9 @@ pub(super) const EXPERTS_WGMMA: [Op<ExpertArgs>; 4] = [
 ];
 /// For 8 and 176 items at once.
 pub(super) const GATE_UP_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("gate_up_wgmma_8", "experts_few_wgmma.cu", 416), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("gate_up_wgmma_8", "experts_wgmma.cu", 160), Op::new("gate_up_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const DOWN_WGMMA: [Op<ExpertArgs>; 2] =
-    [Op::new("down_wgmma_8", "experts_few_wgmma.cu", 416), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
+    [Op::new("down_wgmma_8", "experts_wgmma.cu", 160), Op::new("down_wgmma_176", "experts_wgmma.cu", 512)];
 pub(super) const PACK: Op<PackArgs> = Op::new("pack", "slots.cu", 256);
 pub(super) const UNPACK: Op<UnpackArgs> = Op::new("unpack", "slots.cu", 256);
 pub(super) const SAMPLE_CHANGE: Op<SampleArgs> = Op::new("sample_change", "sample.cu", 512);

@@ -58,7 +58,7 @@ pub(in crate::cuda) enum ExpertMatrix {
     Down,
 }
 
-/// A ring of stages on Hopper, as `csrc/experts_wgmma.cu` and `csrc/experts_few_wgmma.cu` have it.
+/// A ring of stages on Hopper, as `csrc/experts_wgmma.cu` has it.
 struct Ring {
     /// Items of a block.
     items: u32,
@@ -87,11 +87,6 @@ const RINGS: [Ring; 5] = [
     Ring { items: 176, tiles: 12, blocks: 2, stages: 7, resident: 1 },
 ];
 
-/// Where units are so few that each has a block of its own, as `csrc/experts_few_wgmma.cu` has it.
-const FEW: Ring = Ring { items: 8, tiles: 4, blocks: 6, stages: 3, resident: 3 };
-/// Weights that its decoders have widened: three halves of stages.
-const FEW_WIDENED: u32 = 3 * FEW.blocks / 2 * FEW.tiles * TILE * 32 * 2;
-
 /// Launches of the experts on Hopper.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::cuda) enum ExpertLaunches {
@@ -118,7 +113,8 @@ pub(in crate::cuda) fn experts_wgmma(
     let resident = |ring: &Ring| u64::from(multiprocessors * ring.resident);
     let grid = |ring: &Ring, units: u64| [units.min(resident(ring)) as u32, 1, 1];
     let (gate_up, down) = (2 * intermediate, hidden);
-    let apart = |which: usize, ring: &Ring, shared: u32| {
+    let apart = |which: usize, ring: &Ring| {
+        let shared = ring.shared(slots);
         ExpertLaunches::Apart([
             Choice { op: GATE_UP_WGMMA[which], grid: grid(ring, units(ring, gate_up)), shared },
             Choice { op: DOWN_WGMMA[which], grid: grid(ring, units(ring, down)), shared },
@@ -127,20 +123,20 @@ pub(in crate::cuda) fn experts_wgmma(
     // Weights are read once for every `items` of a ring: so a ring holds what nearly all slots have where choices are even.
     let at = match items.div_ceil(slots.max(1)) {
         // Where every unit of gate-up has a block of its own, those of down would only wait.
-        0..=2 if units(&FEW, gate_up) <= resident(&FEW) => return apart(0, &FEW, FEW.shared(slots) + FEW_WIDENED),
+        0..=2 if units(&RINGS[0], gate_up) <= resident(&RINGS[0]) => return apart(0, &RINGS[0]),
         0..=2 => 0,
         3..=8 => 1,
         9..=20 => 2,
         21..=44 => 3,
         _ => 4,
     };
-    let (ring, shared) = (&RINGS[at], RINGS[at].shared(slots));
+    let ring = &RINGS[at];
     match EXPERTS_WGMMA.get(at) {
         Some(&op) => {
             let grid = grid(ring, units(ring, gate_up) + units(ring, down));
-            ExpertLaunches::Together(Choice { op, grid, shared })
+            ExpertLaunches::Together(Choice { op, grid, shared: ring.shared(slots) })
         }
-        None => apart(1, ring, shared),
+        None => apart(1, ring),
     }
 }
 
@@ -197,9 +193,9 @@ mod tests {
             }
         }
         // Blocks that are resident together share the multiprocessor's 228 KiB, 1 KiB of each block being the system's.
-        for (ring, more) in RINGS.iter().map(|ring| (ring, 0)).chain([(&FEW, FEW_WIDENED)]) {
-            assert!(ring.resident * (ring.shared(128) + more + 1024) <= 228 << 10, "{} items", ring.items);
-            assert!(ring.shared(SLOTS_MAX as u32) + more <= SHARED_MAX, "{} items", ring.items);
+        for ring in &RINGS {
+            assert!(ring.resident * (ring.shared(128) + 1024) <= 228 << 10, "{} items", ring.items);
+            assert!(ring.shared(SLOTS_MAX as u32) <= SHARED_MAX, "{} items", ring.items);
         }
         // A small layer has no more blocks than units.
         let ExpertLaunches::Apart([gate_up, down]) = experts_wgmma([64, 64], 2, 3, 132) else { panic!("few units") };

@@ -553,6 +553,10 @@ mod gpu {
                 }
                 member.begin(3, Instant::now() + PATIENCE, &routing, Some(way));
                 if member.nccl.rank() == Rank(1) {
+                    // As a process that dies: nothing is given back. The ranks share the driver's locks, and whoever gives
+                    // memory back holds them until the other's exchange ends, which it must be free to abort.
+                    member.nccl.hang_up(controls(1).remove(0));
+                    std::mem::forget(member);
                     return None;
                 }
                 let graphs = member.backend.counts().graphs;
