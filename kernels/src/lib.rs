@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets, mapped files and devices")]
 
+mod ahead;
 pub mod backend;
 mod bf16;
 pub mod cpu;
@@ -25,6 +26,7 @@ mod scales;
 mod threads;
 mod wire;
 
+pub use ahead::ReadAhead;
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use cuda::Cuda;
 pub use parts::HostParts;
