@@ -272,8 +272,7 @@ impl Device for Driver {
     fn graph(&self, nodes: &Sequence) -> Result<Box<dyn Graph>, KernelError> {
         let function = |launch: &Launch<'_>, args_bytes| self.function(launch, args_bytes);
         let list = std::env::var("PHALANX_AHEAD").unwrap_or_default();
-        let ahead =
-            move |name: &str| list == "all" || list.split(',').any(|one| !one.is_empty() && name.starts_with(one));
+        let ahead = move |name: &str| list == "all" || list.split(',').any(|one| !one.is_empty() && name.starts_with(one));
         Ok(Box::new(Chain::new(&self.stream, nodes, ahead, function)?))
     }
 
