@@ -250,6 +250,21 @@ pub struct ExpertSource<'a> {
     pub down_bias: Source<'a>,
 }
 
+impl<'a> ExpertSource<'a> {
+    /// All parts.
+    #[must_use]
+    pub const fn parts(&self) -> [Source<'a>; 6] {
+        [
+            self.gate_up_blocks,
+            self.gate_up_scales,
+            self.gate_up_bias,
+            self.down_blocks,
+            self.down_scales,
+            self.down_bias,
+        ]
+    }
+}
+
 /// How a token is drawn from a row of logits, in this order: single logits are edited; tokens that are not allowed are
 /// dropped; logits are divided by the temperature; the `top_k` most likely tokens are kept, of those the nucleus of
 /// `top_p`, of those what `min_p` allows; one is drawn.

@@ -4,7 +4,7 @@
 //! - [`mod@reference`]: each op as the paper states it, in f64; the specification, never optimised.
 //! - [`cpu`]: each op for AVX-512, AVX2 and any other processor, with the same bits on all of them.
 //! - [`cuda`]: each op for CUDA devices, by the kernels of `csrc/`.
-//! - [`memory`]: mapped files and buffers.
+//! - [`memory`]: mapped files and buffers; [`ReadAhead`] brings in files before they are used.
 //!
 //! Absent on purpose: the model (which op follows which), ranks and transports, plans.
 //! Two rules bind every backend: a row's result depends on the row alone, never on how many rows there are or
@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code, reason = "one of the two homes of unsafe: instruction sets, mapped files and devices")]
 
+mod ahead;
 pub mod backend;
 mod bf16;
 pub mod cpu;
@@ -25,6 +26,7 @@ mod scales;
 mod threads;
 mod wire;
 
+pub use ahead::ReadAhead;
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use cuda::Cuda;
 pub use parts::HostParts;

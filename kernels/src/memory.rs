@@ -84,6 +84,13 @@ impl<'a> Source<'a> {
         self.bytes.get(range).map(|bytes| Self { bytes, map: self.map })
     }
 
+    /// Asks for the pages that are not in memory, and does not wait for them. The system may decline.
+    pub(crate) fn will_need(&self) {
+        if self.is_mapped() {
+            ask_for_pages(self.bytes);
+        }
+    }
+
     /// Gives the pages back to the system after the bytes have been read, with those around them that were mapped
     /// along. They can be read again, from the file. Does nothing for bytes in memory.
     pub fn release(&self) {
@@ -120,8 +127,14 @@ const AHEAD_BYTES: usize = 1 << 20;
 
 /// Bytes that will be read soon: pages of a file are brought in meanwhile. The system may decline.
 pub(crate) fn will_need(bytes: &[u8]) {
-    #[cfg(unix)]
     if bytes.len() >= AHEAD_BYTES {
+        ask_for_pages(bytes);
+    }
+}
+
+fn ask_for_pages(bytes: &[u8]) {
+    #[cfg(unix)]
+    {
         const PAGE: usize = 4096;
         let before = bytes.as_ptr().addr() % PAGE;
         let first = bytes.as_ptr().wrapping_sub(before).cast_mut();
@@ -129,6 +142,8 @@ pub(crate) fn will_need(bytes: &[u8]) {
         let _declined =
             unsafe { rustix::mm::madvise(first.cast(), before + bytes.len(), rustix::mm::Advice::WillNeed) };
     }
+    #[cfg(not(unix))]
+    let _ = bytes;
 }
 
 /// Asks for large pages where whole ones fit: without them, memory is read at half its speed. The system may decline.
@@ -365,6 +380,7 @@ mod tests {
             assert!(source.is_mapped());
             assert_eq!(source.bytes(), &content[range.clone()]);
             source.release();
+            source.will_need();
             assert_eq!(source.bytes(), &content[range]);
         }
         assert!(file.slice(0..100_001).is_none());

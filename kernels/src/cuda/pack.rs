@@ -176,15 +176,7 @@ pub(super) fn pack_expert(
     threads.each_chunk(&mut tiles, 1, work, |_, tiles| {
         tiles.iter_mut().for_each(Tile::pack);
     });
-    let sources = [
-        source.gate_up_blocks,
-        source.gate_up_scales,
-        source.gate_up_bias,
-        source.down_blocks,
-        source.down_scales,
-        source.down_bias,
-    ];
-    sources.iter().for_each(Source::release);
+    source.parts().iter().for_each(Source::release);
     Ok(())
 }
 

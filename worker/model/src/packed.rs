@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::Backend;
-use phalanx_kernels::memory::{Aligned, MappedFile, Packed};
+use phalanx_kernels::memory::{Aligned, MappedFile, Packed, Source};
+use phalanx_kernels::{Backend, ReadAhead};
 use phalanx_proto::{ExpertId, LayerIdx, ModelConfig};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::LoadError;
-use crate::weights::{Matrix, OnProgress, expert_shape, expert_source};
+use crate::weights::{Matrix, OnProgress, bytes_of, expert_shape, expert_source};
 
 /// Bytes before the first section; sections begin at multiples of it, as pages do.
 const PAGE: usize = 4096;
@@ -129,24 +129,42 @@ impl Plan {
         let largest = self.sections.values().map(|range| range.len().next_multiple_of(PAGE)).max().unwrap_or(0);
         let mut buffer = Aligned::zeroed(largest);
         let experts = backend.experts(0, expert_shape(config));
-        for (layer, expert) in all_experts(config) {
-            let range = &self.sections[&Section::Expert(layer, expert)];
-            let source = expert_source(checkpoint, layer, expert).map_err(LoadError::from)?;
-            let packed = backend.pack_expert(&experts, &source, &mut buffer[..range.len()]);
-            packed.map_err(|error| LoadError::Expert { layer, expert, error })?;
-            put(out, &mut buffer, range.len()).map_err(broken)?;
-            on_progress(range.end as u64, total);
-        }
-        for matrix in Matrix::all(config) {
-            let range = &self.sections[&Section::Dense(matrix.name().to_owned())];
-            let stack = matrix.stack(checkpoint).map_err(LoadError::from)?;
-            let packed = backend.pack_dense(matrix.used, matrix.cols as usize, &stack, &mut buffer[..range.len()]);
-            packed.map_err(LoadError::from)?;
-            put(out, &mut buffer, range.len()).map_err(broken)?;
-            on_progress(range.end as u64, total);
-        }
-        Ok(())
+        let read = read_by_packing(checkpoint).map_err(LoadError::from)?;
+        ReadAhead::during(&read, |ahead| {
+            for (layer, expert) in all_experts(config) {
+                let range = &self.sections[&Section::Expert(layer, expert)];
+                let source = expert_source(checkpoint, layer, expert).map_err(LoadError::from)?;
+                ahead.using(bytes_of(&source.parts()));
+                let packed = backend.pack_expert(&experts, &source, &mut buffer[..range.len()]);
+                packed.map_err(|error| LoadError::Expert { layer, expert, error })?;
+                put(out, &mut buffer, range.len()).map_err(broken)?;
+                on_progress(range.end as u64, total);
+            }
+            for matrix in Matrix::all(config) {
+                let range = &self.sections[&Section::Dense(matrix.name().to_owned())];
+                let stack = matrix.stack(checkpoint).map_err(LoadError::from)?;
+                ahead.using(bytes_of(&matrix.sources(checkpoint).map_err(LoadError::from)?));
+                let packed = backend.pack_dense(matrix.used, matrix.cols as usize, &stack, &mut buffer[..range.len()]);
+                packed.map_err(LoadError::from)?;
+                put(out, &mut buffer, range.len()).map_err(broken)?;
+                on_progress(range.end as u64, total);
+            }
+            Ok(())
+        })
     }
+}
+
+/// What is read of a checkpoint to pack all of it, in that order.
+fn read_by_packing(checkpoint: &Checkpoint) -> Result<Vec<Source<'_>>, CheckpointError> {
+    let config = checkpoint.config();
+    let mut read = Vec::new();
+    for (layer, expert) in all_experts(config) {
+        read.extend(expert_source(checkpoint, layer, expert)?.parts());
+    }
+    for matrix in Matrix::all(config) {
+        read.extend(matrix.sources(checkpoint)?);
+    }
+    Ok(read)
 }
 
 /// The name under which the file at `path` is written.

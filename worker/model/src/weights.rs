@@ -2,7 +2,7 @@
 
 use phalanx_kernels::DenseUse::{self, Projection, Router};
 use phalanx_kernels::memory::Source;
-use phalanx_kernels::{Backend, ExpertShape, ExpertSource, KvLayer, KvShape, PoolShape, Stack};
+use phalanx_kernels::{Backend, ExpertShape, ExpertSource, KvLayer, KvShape, PoolShape, ReadAhead, Stack};
 use phalanx_proto::{ExpertId, ExpertSlot, LayerIdx, LayerKind, Limits, ModelConfig, Placement, Pool, Rank};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, names};
@@ -48,6 +48,11 @@ pub const fn expert_shape(config: &ModelConfig) -> ExpertShape {
         limit: config.swiglu_limit,
     }
 }
+
+/// Vectors of a layer.
+const ATTENTION_NORM: &str = "input_layernorm.weight";
+const SINKS: &str = "self_attn.sinks";
+const MLP_NORM: &str = "post_attention_layernorm.weight";
 
 /// One layer.
 pub struct Layer<B: Backend> {
@@ -139,6 +144,11 @@ impl Matrix {
         self.stems.iter().map(of_stem).collect()
     }
 
+    /// The bytes of its tensors.
+    pub(crate) fn sources<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Vec<Source<'a>>, CheckpointError> {
+        Ok(self.stack(checkpoint)?.iter().flat_map(|matrix| [Some(matrix.weight), matrix.bias]).flatten().collect())
+    }
+
     /// Its rows.
     pub(crate) fn rows(&self, checkpoint: &Checkpoint) -> Result<usize, LoadError> {
         let rows =
@@ -177,35 +187,38 @@ fn of_expert(tensor: Source<'_>, expert: ExpertId, experts: u32) -> Source<'_> {
 struct Reader<'a, 'p> {
     checkpoint: &'a Checkpoint,
     packed: Option<&'a PackedFile>,
+    /// Hears what is used of the checkpoint.
+    ahead: &'a ReadAhead,
     done: u64,
     total: u64,
     on_progress: OnProgress<'p>,
 }
 
 impl Reader<'_, '_> {
-    fn count(&mut self, bytes: usize) {
+    /// Takes what the next sources of the share are for.
+    fn take<T>(&mut self, sources: &[Source<'_>], take: impl FnOnce() -> Result<T, LoadError>) -> Result<T, LoadError> {
+        let bytes = bytes_of(sources);
+        self.ahead.using(bytes);
+        let taken = take()?;
         self.done += bytes as u64;
         (self.on_progress)(self.done, self.total);
+        Ok(taken)
     }
 
     fn vector<B: Backend>(&mut self, backend: &mut B, name: &str) -> Result<B::Vector, LoadError> {
         let source = self.checkpoint.tensor(name)?;
-        let vector = backend.vector(source)?;
-        self.count(source.bytes().len());
-        Ok(vector)
+        self.take(&[source], || Ok(backend.vector(source)?))
     }
 
     fn dense<B: Backend>(&mut self, backend: &mut B, matrix: &Matrix) -> Result<B::Dense, LoadError> {
         let (stack, cols) = (matrix.stack(self.checkpoint)?, matrix.cols as usize);
-        let dense = match self.packed {
-            Some(file) => {
-                backend.hold_dense(matrix.used, matrix.rows(self.checkpoint)?, cols, file.dense(matrix.name()))?
-            }
-            None => backend.dense(matrix.used, cols, &stack)?,
-        };
-        let bias = |matrix: &Stack<'_>| matrix.bias.map_or(0, |bias| bias.bytes().len());
-        self.count(stack.iter().map(|matrix| matrix.weight.bytes().len() + bias(matrix)).sum());
-        Ok(dense)
+        let (packed, rows) = (self.packed.map(|file| file.dense(matrix.name())), matrix.rows(self.checkpoint)?);
+        self.take(&matrix.sources(self.checkpoint)?, || {
+            Ok(match packed {
+                Some(packed) => backend.hold_dense(matrix.used, rows, cols, packed)?,
+                None => backend.dense(matrix.used, cols, &stack)?,
+            })
+        })
     }
 
     fn expert<B: Backend>(
@@ -215,22 +228,20 @@ impl Reader<'_, '_> {
         (layer, expert, slot): (LayerIdx, ExpertId, ExpertSlot),
     ) -> Result<(), LoadError> {
         let source = expert_source(self.checkpoint, layer, expert)?;
-        let held = match self.packed {
-            Some(file) => backend.hold_expert(experts, slot.index(), file.expert(layer, expert)),
-            None => backend.load_expert(experts, slot.index(), &source),
-        };
-        held.map_err(|error| LoadError::Expert { layer, expert, error })?;
-        let parts = [
-            source.gate_up_blocks,
-            source.gate_up_scales,
-            source.gate_up_bias,
-            source.down_blocks,
-            source.down_scales,
-            source.down_bias,
-        ];
-        self.count(parts.iter().map(|part| part.bytes().len()).sum());
-        Ok(())
+        let packed = self.packed.map(|file| file.expert(layer, expert));
+        self.take(&source.parts(), || {
+            let held = match packed {
+                Some(packed) => backend.hold_expert(experts, slot.index(), packed),
+                None => backend.load_expert(experts, slot.index(), &source),
+            };
+            held.map_err(|error| LoadError::Expert { layer, expert, error })
+        })
     }
+}
+
+/// Bytes of them all.
+pub(crate) fn bytes_of(sources: &[Source<'_>]) -> usize {
+    sources.iter().map(|source| source.bytes().len()).sum()
 }
 
 impl<B: Backend> Weights<B> {
@@ -246,10 +257,29 @@ impl<B: Backend> Weights<B> {
         rank: Rank,
         on_progress: OnProgress<'_>,
     ) -> Result<Self, LoadError> {
-        let config = checkpoint.config();
-        let total = share_bytes(checkpoint, placement, rank);
-        let mut reader = Reader { checkpoint, packed, done: 0, total, on_progress };
+        let share = share(checkpoint, placement, rank)?;
+        let total = bytes_of(&share) as u64;
+        // Pages of a packed file that are asked for ahead would be small ones.
+        let to_read = if packed.is_none() { &share[..] } else { &[] };
+        ReadAhead::during(to_read, |ahead| {
+            let mut reader = Reader { checkpoint, packed, ahead, done: 0, total, on_progress };
+            Self::take(backend, &mut reader, placement, rank)
+        })
+    }
 
+    /// Takes what [`share`] lists, in its order. What is large comes first, so that little is left to do when the last of it
+    /// has been read.
+    fn take(
+        backend: &mut B,
+        reader: &mut Reader<'_, '_>,
+        placement: &Placement,
+        rank: Rank,
+    ) -> Result<Self, LoadError> {
+        let checkpoint = reader.checkpoint;
+        let config = checkpoint.config();
+        let embedding = backend.embedding(config.hidden as usize, checkpoint.embedding())?;
+        let unembedding = reader.dense(backend, &Matrix::unembedding(config))?;
+        let final_norm = reader.vector(backend, names::FINAL_NORM)?;
         let mut layers = Vec::with_capacity(config.layers.len());
         let mut in_pool = [0; 2];
         for (layer, &kind) in (0..).map(LayerIdx).zip(&config.layers) {
@@ -258,21 +288,18 @@ impl<B: Backend> Weights<B> {
             in_pool[pool] += 1;
             let name = |part: &str| names::layer(layer, part);
             layers.push(Layer {
-                attention_norm: reader.vector(backend, &name("input_layernorm.weight"))?,
+                attention_norm: reader.vector(backend, &name(ATTENTION_NORM))?,
                 qkv: reader.dense(backend, &Matrix::qkv(config, layer))?,
-                sinks: reader.vector(backend, &name("self_attn.sinks"))?,
+                sinks: reader.vector(backend, &name(SINKS))?,
                 out: reader.dense(backend, &Matrix::out(config, layer))?,
-                mlp_norm: reader.vector(backend, &name("post_attention_layernorm.weight"))?,
+                mlp_norm: reader.vector(backend, &name(MLP_NORM))?,
                 router: reader.dense(backend, &Matrix::router(config, layer))?,
-                experts: load_experts(&mut reader, backend, placement, rank, layer)?,
+                experts: load_experts(reader, backend, placement, rank, layer)?,
                 places: backend.places(&places(placement, layer)),
                 kv,
                 window: (kind == LayerKind::Sliding).then_some(config.window),
             });
         }
-        let final_norm = reader.vector(backend, names::FINAL_NORM)?;
-        let unembedding = reader.dense(backend, &Matrix::unembedding(config))?;
-        let embedding = backend.embedding(config.hidden as usize, checkpoint.embedding())?;
         Ok(Self { embedding, layers, final_norm, unembedding })
     }
 }
@@ -298,18 +325,70 @@ fn places(placement: &Placement, layer: LayerIdx) -> Vec<(u32, u32)> {
     placement.of_layer(layer).iter().map(|(rank, slot)| (rank.0, slot.0)).collect()
 }
 
-/// Bytes of the checkpoint that `rank` reads while loading; the embedding is read row by row later.
-fn share_bytes(checkpoint: &Checkpoint, placement: &Placement, rank: Rank) -> u64 {
+/// What `rank` reads of the checkpoint while loading, in that order; the embedding is read as the backend likes.
+fn share<'a>(
+    checkpoint: &'a Checkpoint,
+    placement: &Placement,
+    rank: Rank,
+) -> Result<Vec<Source<'a>>, CheckpointError> {
     let config = checkpoint.config();
-    let expert = names::EXPERT_PARTS
-        .iter()
-        .filter_map(|part| checkpoint.tensor(&names::layer(LayerIdx(0), part)).ok())
-        .map(|source| source.bytes().len() as u64 / u64::from(config.experts))
-        .sum::<u64>();
-    let layers = config.layers.len() as u64;
-    let all_experts = expert * u64::from(config.experts) * layers;
-    let held: u64 =
-        (0..).map(LayerIdx).zip(&config.layers).map(|(l, _)| placement.held_by(l, rank).count() as u64).sum();
-    let embedding = checkpoint.embedding().table().len() as u64;
-    checkpoint.total_bytes().saturating_sub(all_experts + embedding) + expert * held
+    let mut share = Matrix::unembedding(config).sources(checkpoint)?;
+    share.push(checkpoint.tensor(names::FINAL_NORM)?);
+    for layer in (0..config.layers.len() as u32).map(LayerIdx) {
+        let vector = |part: &str| checkpoint.tensor(&names::layer(layer, part));
+        share.push(vector(ATTENTION_NORM)?);
+        share.extend(Matrix::qkv(config, layer).sources(checkpoint)?);
+        share.push(vector(SINKS)?);
+        share.extend(Matrix::out(config, layer).sources(checkpoint)?);
+        share.push(vector(MLP_NORM)?);
+        share.extend(Matrix::router(config, layer).sources(checkpoint)?);
+        for (expert, _) in placement.held_by(layer, rank) {
+            share.extend(expert_source(checkpoint, layer, expert)?.parts());
+        }
+    }
+    Ok(share)
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_kernels::{DenseFormat, Precision, Reference};
+    use phalanx_proto::Layout;
+
+    use super::*;
+    use crate::nano;
+
+    /// What is asked for ahead is what is used, in that order, and progress ends with all of it.
+    #[test]
+    fn a_share_lists_what_is_taken_in_its_order() {
+        let checkpoint = nano::checkpoint().unwrap();
+        let config = checkpoint.config();
+        for ranks in [1, 2] {
+            let layout = Layout::new(ranks, 0).unwrap();
+            let placement = Placement::contiguous(config.layers.len() as u32, config.experts, layout);
+            for rank in (0..ranks).map(Rank) {
+                let share = share(&checkpoint, &placement, rank).unwrap();
+                let total = bytes_of(&share) as u64;
+                let mut left = share.iter().map(|source| source.bytes().len() as u64);
+                let (mut listed, mut heard) = (0, 0);
+                let on_progress = &mut |done, all| {
+                    while listed < done {
+                        listed += left.next().unwrap();
+                    }
+                    assert_eq!((listed, all), (done, total), "whole sources are taken");
+                    heard = done;
+                };
+                let mut backend = Reference::new(Precision::Exact, DenseFormat::Bf16);
+                let stored = Stored { checkpoint: &checkpoint, packed: None };
+                Weights::load(&mut backend, stored, &placement, rank, on_progress).unwrap();
+                assert_eq!(heard, total);
+                let held: usize =
+                    (0..).map(LayerIdx).zip(&config.layers).map(|(l, _)| placement.held_by(l, rank).count()).sum();
+                let of_expert = bytes_of(&expert_source(&checkpoint, LayerIdx(0), ExpertId(0)).unwrap().parts());
+                let others = config.layers.len() * config.experts as usize - held;
+                let embedding = checkpoint.embedding().table().len();
+                let rest = checkpoint.total_bytes() - (others * of_expert + embedding) as u64;
+                assert_eq!(total, rest, "no other rank's experts are read");
+            }
+        }
+    }
 }
