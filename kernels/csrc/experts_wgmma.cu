@@ -159,9 +159,8 @@ DEVICE void do_unit(const ExpertArgs& a, const Matrix& m, const Unit& unit, u32 
   put_unit<GATE_UP, N>(a, m, unit, warp, biases, sums);
 }
 
-// The widest products need more registers than there are for each of so many threads. STARTS_AHEAD: the kernel before may still
-// run, and is the one that makes the items; the one before that, which lists them, has ended.
-template <bool GATE_UP, bool STARTS_AHEAD, class R>
+// The widest products need more registers than there are for each of so many threads.
+template <bool GATE_UP, class R>
 DEVICE void one_matrix(const ExpertArgs& a) {
   SHARED(smem);
   u32* chunks = (u32*)(smem + R::CHUNKS);
@@ -177,18 +176,10 @@ DEVICE void one_matrix(const ExpertArgs& a) {
   const bool wide = R::ITEMS == 176;
   if (warp >= R::WARPS) {
     if (wide) keep_registers<40>();
-    u32 i = blockIdx.x;
-    if (STARTS_AHEAD && i < units) {
-      copy_unit_ahead<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn, [] { wait_for_before(); });
-      i += gridDim.x;
-    }
-    for (; i < units; i += gridDim.x) copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
+    for (u32 i = blockIdx.x; i < units; i += gridDim.x)
+      copy_unit<GATE_UP, R>(a, m, find_unit<R>(a, chunks, i, stretches), smem, turn);
   } else {
     if (wide) take_registers<152>();
-    if (STARTS_AHEAD) {
-      wait_for_before();
-      let_next_start();
-    }
     for (u32 i = blockIdx.x; i < units; i += gridDim.x) {
       Unit unit = find_unit<R>(a, chunks, i, stretches);
       // No wider than it must be: columns take as long whether there are items in them or not.
@@ -295,8 +286,8 @@ RESIDENT_KERNEL(experts_wgmma_32, Ring32::THREADS, 2, ExpertArgs) { both_matrice
 RESIDENT_KERNEL(experts_wgmma_8, Ring8::THREADS, 4, ExpertArgs) { both_matrices<Ring8>(a); }
 RESIDENT_KERNEL(experts_wgmma_16, Ring16::THREADS, 4, ExpertArgs) { both_matrices<Ring16>(a); }
 RESIDENT_KERNEL(experts_wgmma_48, Ring48::THREADS, 2, ExpertArgs) { both_matrices<Ring48>(a); }
-KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, false, Ring8>(a); }
-AHEAD_KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, true, Ring8>(a); }
-KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, false, Ring176>(a); }
-KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, false, Ring176>(a); }
+KERNEL(gate_up_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<true, Ring8>(a); }
+KERNEL(down_wgmma_8, Ring8::THREADS, ExpertArgs) { one_matrix<false, Ring8>(a); }
+KERNEL(gate_up_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<true, Ring176>(a); }
+KERNEL(down_wgmma_176, Ring176::THREADS, ExpertArgs) { one_matrix<false, Ring176>(a); }
 #endif
