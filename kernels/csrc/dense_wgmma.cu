@@ -74,6 +74,8 @@ struct DenseRing {
   static const u32 TOKENS = TOKENS_, TILES = TILES_, TOGETHER = TILES / 2, STAGES = STAGES_;
   // Few tokens lie behind all else, all columns of them; many come with the weights.
   static const bool RESIDENT = TOKENS == 8;
+  // Among many a stage is one step, done before the next begins: warpgroups take turns at the tensor cores.
+  static const bool STEPWISE = TOKENS >= 128;
   // Warps of products, a row tile each, and one that copies; among 256 tokens a warpgroup of which one copies, since
   // warpgroups alone hand registers over to others.
   static const bool HANDS_OVER = TOKENS == 256;
@@ -220,8 +222,14 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
     u64 pieces = matrix_descriptor(tokens, 128, 256);
     // Of resident tokens nothing of a stage is read when its weights are in registers.
     u64* empty = turn.empty(smem);
-    u64* read = R::RESIDENT ? empty : before;
-    if (count == R::TILES) {
+    const bool at_once = R::RESIDENT || R::STEPWISE;
+    u64* read = at_once ? empty : before;
+    if (R::STEPWISE && count == R::TILES) {
+      u32 all[R::TILES][4];
+      multiply_tiles<R, R::TILES>(stage, 0, pieces, all, sums);
+      wgmma_wait_for(sums);
+      give_back(read);
+    } else if (count == R::TILES) {
 #pragma unroll
       for (u32 i = 0; i < 2; i++) {
 #ifdef PLANT_REGISTERS
@@ -242,7 +250,7 @@ DEVICE void multiply_half(u32 begin, u32 end, u32 held, u8* smem, Turn<R::STAGES
       }
       give_back(read);
     }
-    before = R::RESIDENT ? nullptr : empty;
+    before = at_once ? nullptr : empty;
 #ifdef PLANT_EARLY
     give_back(before);
     before = nullptr;
