@@ -224,7 +224,7 @@ impl DeviceArgs {
 #[command(next_help_heading = "Computing")]
 pub struct ExchangeArgs {
     /// What carries rows between GPUs: `auto` takes NCCL where all workers can and else TCP, `tcp`, `nccl`, or `nccl-graphs`,
-    /// which enqueues the exchanges of small steps with all else (not yet run on GPUs)
+    /// which enqueues the exchanges of small steps with all else (not yet run on several GPUs)
     #[arg(long, env = "PHALANX_EXCHANGE", value_name = "TRANSPORT", default_value_t)]
     pub exchange: ExchangeRequest,
 }

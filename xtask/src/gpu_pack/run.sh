@@ -140,6 +140,8 @@ measure_load() {
         forget
         raw=$({ TIMEFORMAT=%R && time cat "$folder"/*.safetensors >/dev/null; } 2>&1)
         forget
+        # The CUDA libraries are no part of the model.
+        has_gpu
         seconds=$("$PHALANX_BIN" bench offline --device cuda:0 --no-weight-cache --model "$folder" --prompt-len 1 \
             --gen-len 3 --json | sed -n 's/.*"load_s":\([0-9.]*\).*/\1/p')
         echo "$(du -sm "$folder" | cut -f1) MiB, $cold: read in $raw s, loaded in ${seconds:-?} s" | tee "$logs/load.log"
