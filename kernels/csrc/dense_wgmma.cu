@@ -14,7 +14,7 @@
 // they are exchanged for what lies there, nothing or the other half's: so blocks meet in one round trip.
 //
 // What bounds few tokens is how long a step of a block takes, more than what is in it: so a multiprocessor has two
-// blocks of up to 8 tokens, and the weights of a step go to registers while the products before are under way.
+// blocks of up to 8 tokens, where both fit, and the weights of a step go to registers while the products before are under way.
 #include "ptx_sm90.cuh"
 
 #include "ring.cuh"

@@ -1,4 +1,4 @@
-// The only place of inline PTX. Each wrapper has a twin for the emulation, in emu/emu.h.
+// Inline PTX is here, in ptx_grid.cuh and in ptx_sm90.cuh alone. Each wrapper has a twin for the emulation, in emu/emu.h.
 #pragma once
 #include "common.cuh"
 

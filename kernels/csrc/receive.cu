@@ -34,7 +34,7 @@ struct ReceiveArgs {
   u32 ranks, top_k, slots, rows_max, items_max;
   u32 me;         // of gathered records, those of this rank; NO_SLOT: they are all its own
   u32 stretches;  // of entries, at most
-  u32 moves;      // items that a block of receive_few moves, at most
+  u32 moves;      // items that a block of receive_few moves, at most; a block of receive_warp moves one
   u32 hidden, unused;
 };
 

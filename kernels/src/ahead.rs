@@ -1,32 +1,37 @@
 //! Reading files ahead of whoever uses them, so that the disk is busy while bytes are packed and copied.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 
 use crate::memory::Source;
 
-/// Bytes that are asked for beyond those in use.
+/// Bytes that are asked for beyond those in use, which are a matrix or an expert: of gpt-oss at most the 1.2 GB of its
+/// unembedding.
 const AHEAD_BYTES: usize = 256 << 20;
-/// Bytes that are asked for at a time: of more than a device's largest request, systems read only the beginning.
+/// Bytes that are asked for at a time.
 const PIECE_BYTES: usize = 512 << 10;
 
-/// How much is used of bytes that are used in a known order.
+/// How much is used of parts of files that are used in a known order.
 #[derive(Debug)]
-pub struct ReadAhead {
+pub struct ReadAhead<'a> {
+    parts: &'a [Source<'a>],
+    /// The part that is used next.
+    next: AtomicUsize,
     /// Bytes that are used or in use; `None` when nobody uses any more.
     used: Mutex<Option<usize>>,
     moved: Condvar,
 }
 
-impl ReadAhead {
+impl<'a> ReadAhead<'a> {
     /// Does `work`, which uses `parts` in their order and says so. Meanwhile a thread asks the system for pages of files: for
-    /// those in use, for 256 MiB beyond, and for none that are not of `parts`.
-    pub fn during<T>(parts: &[Source<'_>], work: impl FnOnce(&Self) -> T) -> T {
-        let this = Self { used: Mutex::new(Some(0)), moved: Condvar::new() };
+    /// those in use, for 256 MiB beyond, and for none that are not of `parts`; without any it asks for nothing.
+    pub fn during<T>(parts: &'a [Source<'a>], work: impl FnOnce(&Self) -> T) -> T {
+        let this = Self::of(parts);
         std::thread::scope(|scope| {
             let ask = || {
                 crate::threads::unbind();
-                this.ask(parts, AHEAD_BYTES, |piece| piece.will_need());
+                this.ask(AHEAD_BYTES, |piece| piece.will_need());
             };
             // Without the thread, pages come when they are used.
             let _thread = Builder::new().name("ahead".to_owned()).spawn_scoped(scope, ask);
@@ -35,8 +40,23 @@ impl ReadAhead {
         })
     }
 
-    /// The next `bytes` of the parts are used from now on.
-    pub fn using(&self, bytes: usize) {
+    const fn of(parts: &'a [Source<'a>]) -> Self {
+        Self { parts, next: AtomicUsize::new(0), used: Mutex::new(Some(0)), moved: Condvar::new() }
+    }
+
+    /// The next parts, which are these, are used from now on.
+    pub fn using(&self, parts: &[Source<'_>]) {
+        let next = self.next.fetch_add(parts.len(), Ordering::Relaxed);
+        let same = |(one, other): (&Source<'_>, &Source<'_>)| std::ptr::eq(one.bytes(), other.bytes());
+        debug_assert!(
+            self.parts.is_empty()
+                || self.parts[next..].len() >= parts.len() && self.parts[next..].iter().zip(parts).all(same),
+            "part {next} of those that are read ahead is not what is used"
+        );
+        self.advance(parts.iter().map(|part| part.bytes().len()).sum());
+    }
+
+    fn advance(&self, bytes: usize) {
         self.set(|used| used.map(|used| used.saturating_add(bytes)));
     }
 
@@ -46,9 +66,9 @@ impl ReadAhead {
         self.moved.notify_one();
     }
 
-    fn ask<'a>(&self, parts: &[Source<'a>], ahead: usize, mut ask: impl FnMut(Source<'a>)) {
+    fn ask(&self, ahead: usize, mut ask: impl FnMut(Source<'a>)) {
         let mut asked = 0;
-        for part in parts {
+        for part in self.parts {
             let len = part.bytes().len();
             for start in (0..len).step_by(PIECE_BYTES) {
                 let far = |used: &mut Option<usize>| used.is_some_and(|used| used.saturating_add(ahead) <= asked);
@@ -70,9 +90,9 @@ impl ReadAhead {
 }
 
 /// Ends the asking, however the work ends.
-struct End<'a>(&'a ReadAhead);
+struct End<'a, 'b>(&'b ReadAhead<'a>);
 
-impl Drop for End<'_> {
+impl Drop for End<'_, '_> {
     fn drop(&mut self) {
         self.0.set(|_| None);
     }
@@ -91,13 +111,13 @@ mod tests {
         let ranges = [0..PIECE_BYTES + 7, 3 * PIECE_BYTES..3 * PIECE_BYTES, 4 * PIECE_BYTES..8 * PIECE_BYTES + 1, 5..6];
         let parts = ranges.map(|range| Source::memory(&bytes[range]));
         let total = parts.iter().map(|part| part.bytes().len()).sum::<usize>();
-        let this = ReadAhead { used: Mutex::new(Some(0)), moved: Condvar::new() };
+        let this = ReadAhead::of(&parts);
         let (sender, receiver) = mpsc::channel();
         std::thread::scope(|scope| {
-            let (this, parts) = (&this, &parts);
+            let this = &this;
             scope.spawn(move || {
                 let mut asked = 0;
-                this.ask(parts, AHEAD, |piece| {
+                this.ask(AHEAD, |piece| {
                     assert!(asked < this.lock().unwrap() + AHEAD, "{asked} bytes were asked for");
                     asked += piece.bytes().len();
                     sender.send(piece.bytes()).unwrap();
@@ -106,13 +126,25 @@ mod tests {
             let (mut got, mut used) = (Vec::new(), 0);
             for step in [0, 1, PIECE_BYTES, 3 * PIECE_BYTES, total] {
                 used += step;
-                this.using(step);
+                this.advance(step);
                 while got.len() < total.min(used + AHEAD) {
                     got.extend_from_slice(receiver.recv().unwrap());
                 }
             }
             assert!(got == parts.map(|part| part.bytes().to_vec()).concat());
             assert!(receiver.recv().is_err(), "all has been asked for");
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "part 1 of those that are read ahead is not what is used")]
+    #[cfg(debug_assertions)]
+    fn parts_in_another_order_are_seen() {
+        let bytes = vec![0; 300];
+        let parts = [0..100, 100..200, 200..300].map(|range| Source::memory(&bytes[range]));
+        ReadAhead::during(&parts, |ahead| {
+            ahead.using(&parts[..1]);
+            ahead.using(&parts[2..]);
         });
     }
 

@@ -133,14 +133,17 @@ pub(crate) fn will_need(bytes: &[u8]) {
 }
 
 fn ask_for_pages(bytes: &[u8]) {
+    /// Of more at once than a device reads by one request, Linux brings in only the beginning.
     #[cfg(unix)]
-    {
+    const PIECE: usize = 128 << 10;
+    #[cfg(unix)]
+    for piece in bytes.chunks(PIECE) {
         const PAGE: usize = 4096;
-        let before = bytes.as_ptr().addr() % PAGE;
-        let first = bytes.as_ptr().wrapping_sub(before).cast_mut();
+        let before = piece.as_ptr().addr() % PAGE;
+        let first = piece.as_ptr().wrapping_sub(before).cast_mut();
         // SAFETY: pages of live bytes; reading them in changes none.
         let _declined =
-            unsafe { rustix::mm::madvise(first.cast(), before + bytes.len(), rustix::mm::Advice::WillNeed) };
+            unsafe { rustix::mm::madvise(first.cast(), before + piece.len(), rustix::mm::Advice::WillNeed) };
     }
     #[cfg(not(unix))]
     let _ = bytes;

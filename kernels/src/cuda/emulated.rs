@@ -41,11 +41,11 @@ pub enum Fault {
     Stale,
     /// Hopper's kernels do not wait for a stage of their ring.
     Wait,
-    /// They wait for the phase before.
+    /// Those of the experts wait for the phase before.
     Phase,
-    /// They read the next stage.
+    /// Those of the experts read the next stage.
     Stage,
-    /// They read items by a descriptor with another stride.
+    /// Those of the experts read items by a descriptor with another stride.
     Stride,
     /// They begin products without a fence.
     Fence,

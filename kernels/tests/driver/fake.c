@@ -14,7 +14,7 @@ typedef void *handle;
 typedef unsigned long long device_address;
 
 static int hangs, no_events, given;
-static long contexts, modules, pinned_count, streams, graphs;
+static long contexts, modules, pinned_count, streams, graphs, edges_ahead;
 static struct { char *memory; size_t bytes; } pinned[PINNED_MAX];
 static _Thread_local handle current;
 
@@ -29,6 +29,7 @@ long fake_modules(void) { return modules; }
 long fake_pinned(void) { return pinned_count; }
 long fake_streams(void) { return streams; }
 long fake_graphs(void) { return graphs; }
+long fake_edges_ahead(void) { return edges_ahead; }
 
 #define IN_CONTEXT if (!current) return NO_CONTEXT
 
@@ -172,6 +173,7 @@ int cuGraphAddDependencies_v2(handle graph, const handle *before, const handle *
     if (count != 1 || from->kind != KERNEL || to->kind != KERNEL || to->before) return LAUNCH_FAILED;
     if (edges->from_port != 1 || edges->to_port != 0 || edges->type != 1) return LAUNCH_FAILED;
     to->before = from;
+    edges_ahead++;
     return 0;
 }
 int cuGraphInstantiateWithFlags(handle *exec, handle graph, unsigned long long flags) { IN_CONTEXT;

@@ -75,14 +75,16 @@ impl StandIn {
         unsafe { set(i32::from(hangs), i32::from(events_fail)) };
     }
 
+    fn number(&self, name: &str) -> i64 {
+        // SAFETY: the type is that of the source.
+        let number = unsafe { self.library.get::<unsafe extern "C" fn() -> i64>(name.as_bytes()) }.unwrap();
+        // SAFETY: it returns a number.
+        unsafe { number() }
+    }
+
     /// Contexts, modules, pieces of pinned memory, streams and graphs that are held.
     fn held(&self) -> [i64; 5] {
-        ["fake_contexts", "fake_modules", "fake_pinned", "fake_streams", "fake_graphs"].map(|name| {
-            // SAFETY: the type is that of the source.
-            let held = unsafe { self.library.get::<unsafe extern "C" fn() -> i64>(name.as_bytes()) }.unwrap();
-            // SAFETY: it returns a number.
-            unsafe { held() }
-        })
+        ["fake_contexts", "fake_modules", "fake_pinned", "fake_streams", "fake_graphs"].map(|name| self.number(name))
     }
 
     /// As a library does: sets bytes, in the order of the stream it is told.
@@ -115,6 +117,7 @@ fn with(stand_in: &StandIn) {
     pinned_memory_waits_for_its_copies(stand_in);
     a_copy_without_an_event_is_under_way(stand_in);
     graphs_do_what_their_nodes_are_now(stand_in);
+    norms_start_while_the_kernel_before_runs(stand_in);
     what_a_library_enqueues_is_done_alone_and_within_graphs(stand_in);
     what_is_not_captured_leaves_nothing(stand_in);
     a_stream_that_a_library_still_uses_is_left_to_it(stand_in);
@@ -152,6 +155,27 @@ fn graphs_do_what_their_nodes_are_now(stand_in: &StandIn) {
         driver.free(at, 64);
     }
     drop((graph, driver));
+    assert_eq!(stand_in.held(), [0; 5]);
+}
+
+fn norms_start_while_the_kernel_before_runs(stand_in: &StandIn) {
+    let mut b = stand_in.backend();
+    let (mut x, mut out) = (b.rows(1, 64), b.rows(1, 64));
+    let norm = b.vector(Source::memory(&[0; 128])).unwrap();
+    b.write(&mut x, &[1.0; 64]);
+    for _ in 0..3 {
+        b.norm(&x, &norm, 1e-5, &mut out);
+        b.gather(&out, &[0], &mut x);
+        for _ in 0..4 {
+            b.norm(&x, &norm, 1e-5, &mut out);
+        }
+        b.finish().unwrap();
+    }
+    // The stand-in refuses chains with a gap, and such edges elsewhere than between kernels.
+    assert!(b.counts().graphs > 0 && b.take_warning().is_none(), "{:?}", b.counts());
+    // Of one graph: none before its first node, nor to the gather.
+    assert_eq!(stand_in.number("fake_edges_ahead"), 4);
+    drop((b, x, out, norm));
     assert_eq!(stand_in.held(), [0; 5]);
 }
 

@@ -20,7 +20,7 @@ use phalanx_proto::{ExpertId, LayerIdx, ModelConfig};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::LoadError;
-use crate::weights::{Matrix, OnProgress, bytes_of, expert_shape, expert_source};
+use crate::weights::{Matrix, OnProgress, expert_shape, expert_source};
 
 /// Bytes before the first section; sections begin at multiples of it, as pages do.
 const PAGE: usize = 4096;
@@ -134,7 +134,7 @@ impl Plan {
             for (layer, expert) in all_experts(config) {
                 let range = &self.sections[&Section::Expert(layer, expert)];
                 let source = expert_source(checkpoint, layer, expert).map_err(LoadError::from)?;
-                ahead.using(bytes_of(&source.parts()));
+                ahead.using(&source.parts());
                 let packed = backend.pack_expert(&experts, &source, &mut buffer[..range.len()]);
                 packed.map_err(|error| LoadError::Expert { layer, expert, error })?;
                 put(out, &mut buffer, range.len()).map_err(broken)?;
@@ -143,7 +143,7 @@ impl Plan {
             for matrix in Matrix::all(config) {
                 let range = &self.sections[&Section::Dense(matrix.name().to_owned())];
                 let stack = matrix.stack(checkpoint).map_err(LoadError::from)?;
-                ahead.using(bytes_of(&matrix.sources(checkpoint).map_err(LoadError::from)?));
+                ahead.using(&matrix.sources(checkpoint).map_err(LoadError::from)?);
                 let packed = backend.pack_dense(matrix.used, matrix.cols as usize, &stack, &mut buffer[..range.len()]);
                 packed.map_err(LoadError::from)?;
                 put(out, &mut buffer, range.len()).map_err(broken)?;

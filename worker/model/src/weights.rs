@@ -188,7 +188,7 @@ struct Reader<'a, 'p> {
     checkpoint: &'a Checkpoint,
     packed: Option<&'a PackedFile>,
     /// Hears what is used of the checkpoint.
-    ahead: &'a ReadAhead,
+    ahead: &'a ReadAhead<'a>,
     done: u64,
     total: u64,
     on_progress: OnProgress<'p>,
@@ -197,10 +197,9 @@ struct Reader<'a, 'p> {
 impl Reader<'_, '_> {
     /// Takes what the next sources of the share are for.
     fn take<T>(&mut self, sources: &[Source<'_>], take: impl FnOnce() -> Result<T, LoadError>) -> Result<T, LoadError> {
-        let bytes = bytes_of(sources);
-        self.ahead.using(bytes);
+        self.ahead.using(sources);
         let taken = take()?;
-        self.done += bytes as u64;
+        self.done += bytes_of(sources) as u64;
         (self.on_progress)(self.done, self.total);
         Ok(taken)
     }
@@ -240,7 +239,7 @@ impl Reader<'_, '_> {
 }
 
 /// Bytes of them all.
-pub(crate) fn bytes_of(sources: &[Source<'_>]) -> usize {
+fn bytes_of(sources: &[Source<'_>]) -> usize {
     sources.iter().map(|source| source.bytes().len()).sum()
 }
 
@@ -261,6 +260,7 @@ impl<B: Backend> Weights<B> {
         let total = bytes_of(&share) as u64;
         // Pages of a packed file that are asked for ahead would be small ones.
         let to_read = if packed.is_none() { &share[..] } else { &[] };
+        on_progress(0, total);
         ReadAhead::during(to_read, |ahead| {
             let mut reader = Reader { checkpoint, packed, ahead, done: 0, total, on_progress };
             Self::take(backend, &mut reader, placement, rank)
